@@ -1,0 +1,1246 @@
+"""data.py: every data set, every official file format, transforms, tokenizer.
+
+    files --open_source()--> Records (list-like of plain dicts) --Views--> sample dict of tensors --batches()--> batch
+                                                                                   `--iter_eval()--> batches of a whole split, once
+
+A *source* names what a record means (`pairs`, `vqa`, `ve`, `nlvr2`, `sts`, `hashing`, `classes`, `clips`, `detection`); the file
+format is recognised from the files. The spec is "shapes" (the built-in world, written by shapes.py in these same formats) or a
+comma-separated list of files and folders; `{00000..00012}` in a name counts up. Formats read, as their publishers wrote them:
+
+  pairs      records .json/.jsonl: image, caption (str or list) [image_id, split, tags, paraphrase, boxes, labels]; Karpathy
+             dataset_*.json; COCO captions_*.json (+ instances_*.json in the same list: joins tags and boxes by image id);
+             .tsv "caption TAB path-or-url" beside a folder of images (CC, SBU); img2dataset .tar shards (or a folder of them)
+  vqa        VQA v2 questions.json [+ annotations.json]      ve       SNLI-VE .jsonl          nlvr2   NLVR2 .json/.jsonl
+  sts        SentEval folders STS1X-en-test, stsbenchmark/, sts-*.csv                         hashing CSQ list "path 0 1 0 ..."
+  classes    ImageFolder                                     clips    MSR-VTT videodatainfo.json [+ 1k-A csv] + a folder of .npy
+  detection  COCO instances_*.json
+
+`python data.py check PATH [--image_root R] [--split S] [--source NAME]` reads everything, opens every image, prints a table and
+exits with status 1 if an image is missing or corrupt (duplicates and skipped captions are only reported).
+
+What is wrong in a file is a DataError: one line naming file, line and key. What is merely absent (an image that was never
+downloaded, an empty caption) is left out and counted in `Records.notes`, and said once on stderr. In training an unreadable
+image is replaced by another record, chosen by (seed, draw) alone; in evaluation it becomes a grey image; both have `bad` = 1.
+Nothing here reads or moves a global random state: a sample is a function of (record, seed, draw).
+"""
+import argparse
+import array
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import struct
+import sys
+import tarfile
+import warnings
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # workers fork, and we encode one string at a time
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFile, ImageFilter, ImageOps, UnidentifiedImageError
+from tokenizers import Tokenizer as RustTokenizer, models as tokenizer_models, normalizers, pre_tokenizers
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False     # a truncated JPEG must fail, not come back half grey
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # load_image refuses such files itself
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+SPLIT_NAMES = {"restval": "train", "validate": "val", "validation": "val", "valid": "val", "dev": "val"}    # foreign -> ours
+
+
+class DataError(SystemExit):
+    """Something the user can put right: printed as one line `data.py: ...`, exit status 1."""
+
+
+def fail(message):
+    raise DataError(f"data.py: {message}")
+
+
+def say(message):
+    print(f"data.py: {message}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- records
+
+class Records:
+    """List-like of dicts, kept as one pickled byte string: millions of records are small, and forked workers copy no pages.
+
+    `image` (and `image2`, `feature`) is a path that opens as it is, or (tar path, offset, size) in bytes. `image_id` is an int,
+    the same for two records of one picture. Attributes: name (the source), split, root, notes (dict of counts),
+    label_names (list or None: what the ints in `labels`/`label` stand for), protocol (str or None)."""
+
+    def __init__(self, name, split, root=None):
+        self.name, self.split, self.root = name, split, root
+        self.notes, self.label_names, self.protocol = {}, None, None
+        self._blob, self._ends = bytearray(), array.array("q", [0])
+
+    def append(self, record):
+        self._blob += pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
+        self._ends.append(len(self._blob))
+
+    def subset(self, indices):
+        """The records at `indices`, in that order, as new Records with the same attributes."""
+        out = Records(self.name, self.split, self.root)
+        out.notes, out.label_names, out.protocol = dict(self.notes), self.label_names, self.protocol
+        for i in indices:
+            out.append(self[i])
+        return out
+
+    def __len__(self):
+        return len(self._ends) - 1
+
+    def __getitem__(self, i):
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i = int(i) % len(self)
+        return pickle.loads(memoryview(self._blob)[self._ends[i]:self._ends[i + 1]])
+
+
+class Listing:
+    """`path in listing`: existence by one directory listing per folder (a stat per image is slow on network disks)."""
+
+    def __init__(self):
+        self.folders = {}
+
+    def __contains__(self, path):
+        folder, name = os.path.split(path)
+        if folder not in self.folders:
+            self.folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        return name in self.folders[folder]
+
+    def first(self, candidates):
+        """The first path that exists, else the first candidate (it is then reported as missing)."""
+        return next((c for c in candidates if c in self), candidates[0])
+
+
+class Reading:
+    """What a reader needs beside its files: the Records it fills in notes and names, the directory listings, the split wanted."""
+
+    def __init__(self, records):
+        self.records, self.here, self.splits = records, Listing(), set()
+
+    def wants(self, part):
+        """Is a record of the file's own split `part` (None: the file has no splits) asked for?"""
+        if part is None:
+            return True
+        part = SPLIT_NAMES.get(part, part)
+        self.splits.add(part)
+        return self.records.split in (None, part)
+
+    def count(self, note, n=1):
+        self.records.notes[note] = self.records.notes.get(note, 0) + n
+
+
+# ---------------------------------------------------------------------------------------------------------- small file tools
+
+def expand(spec):
+    """ "a.json,shards/{00..02}.tar" -> list of existing paths; a missing one is an error."""
+    paths = []
+    for item in [spec] if os.path.exists(spec) else [s.strip() for s in spec.split(",") if s.strip()]:
+        span = re.search(r"\{(\d+)\.\.(\d+)\}", item)
+        numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
+        paths += [item[:span.start()] + str(n).zfill(len(span[1])) + item[span.end():] for n in numbers] if span else [item]
+    if not paths:
+        fail("--data is empty")
+    for path in paths:
+        if not os.path.exists(path):
+            fail(f"--data {path}: no such file")
+    return paths
+
+
+def read_text(path):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            return f.read()
+    except UnicodeDecodeError as e:
+        fail(f"{path}: not UTF-8 text (byte {e.start})")
+    except OSError as e:
+        fail(f"{path}: {e.strerror}")
+
+
+def lines_of(path):
+    """Yields (where, line), newlines taken off, blank lines left out. Splits at newlines only, for captions hold U+2028."""
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path} line {n}", line.rstrip("\r")
+
+
+def read_json(path):
+    """The JSON value in a file; for jsonl (under any extension) an iterator of (where, dict)."""
+    if path.endswith(".jsonl"):
+        return json_lines(path)
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        if e.msg == "Extra data" and text.lstrip()[:1] == "{":      # jsonl under the name .json, as NLVR2 publishes it
+            return json_lines(path)
+        fail(f"{path} line {e.lineno}: not JSON ({e.msg})")
+
+
+def json_lines(path):
+    for where, line in lines_of(path):
+        try:
+            yield where, as_dict(json.loads(line), where)
+        except json.JSONDecodeError as e:
+            fail(f"{where}: not JSON ({e.msg})")
+
+
+def json_records(path, data=None):
+    """Yields (where, dict) of a records file: jsonl, a list, or one lonely object."""
+    data = read_json(path) if data is None else data
+    if isinstance(data, list):
+        return ((f"{path} record {n}", as_dict(r, f"{path} record {n}")) for n, r in enumerate(data))
+    return iter([(f"{path} line 1", data)]) if isinstance(data, dict) else data
+
+
+def as_dict(value, where):
+    return value if isinstance(value, dict) else fail(f"{where}: an object {{...}} expected, found {type(value).__name__}")
+
+
+def get(where, record, key, kind=None):
+    """record[key], or an error naming the place, the key and the keys that are there."""
+    if key not in record or record[key] is None:
+        fail(f"{where}: no key '{key}' (it has: {', '.join(map(str, record)) or 'nothing'})")
+    if kind is not None and not isinstance(record[key], kind):
+        fail(f"{where}: key '{key}' is {type(record[key]).__name__}, not {getattr(kind, '__name__', 'one of the allowed types')}")
+    return record[key]
+
+
+def folders(path, root, *subfolders):
+    """Where the images of an annotation file may lie: under --image_root, or, without one, beside the file as published."""
+    home = os.path.dirname(path)
+    bases = [root] if root else [home, os.path.join(home, "images"), os.path.normpath(os.path.join(home, ".."))]
+    return bases + [os.path.join(b, s) for b in bases for s in subfolders if s]
+
+
+def under(bases, *names):
+    return [os.path.join(b, n) for n in names for b in bases]
+
+
+# ------------------------------------------------------------------------------------------------------------------ readers
+# reader(files, split, ctx) yields (file number, where, record). files: list of (path, image_root or None). A record may carry
+# `split` (open_source filters by it), `image_id` (int or str) and paths under image, image2, feature.
+
+def clean_captions(where, raw, ctx):
+    """`caption` and `paraphrase` of a record as equally long lists of non-empty strings; empty captions are counted."""
+    captions = [raw["caption"]] if isinstance(raw["caption"], str) else get(where, raw, "caption", list)
+    if not all(isinstance(c, str) for c in captions):
+        fail(f"{where}: key 'caption' must be a string or a list of strings")
+    other = raw.get("paraphrase")
+    other = [other] if isinstance(other, str) else other
+    if other is not None and (not isinstance(other, list) or len(other) != len(captions)):
+        fail(f"{where}: key 'paraphrase' must hold one string per caption ({len(captions)}), in the captions' order")
+    keep = [i for i, c in enumerate(captions) if c.strip()]
+    ctx.count("empty_captions", len(captions) - len(keep))
+    return [captions[i].strip() for i in keep], None if other is None else [other[i] for i in keep]
+
+
+def pair(where, raw, image, ctx):
+    """One documented record -> our record. `caption` may be absent (a task that needs it says so); empty is left out."""
+    if not ctx.wants(raw.get("split")):
+        return None
+    record = {"image": image}
+    record.update({k: raw[k] for k in ("image_id", "split", "tags", "boxes", "labels", "label_names") if raw.get(k) is not None})
+    if raw.get("caption") is not None:
+        record["caption"], record["paraphrase"] = clean_captions(where, raw, ctx)
+        if not record["caption"]:
+            ctx.count("no_caption_left")
+            return None
+    if "tags" in record and not (isinstance(record["tags"], list) and all(isinstance(t, str) for t in record["tags"])):
+        fail(f"{where}: key 'tags' must be a list of strings")
+    for box in record.get("boxes", ()):
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)):
+            fail(f"{where}: key 'boxes' must be a list of [x1, y1, x2, y2] in pixels")
+    if "labels" in record and len(record["labels"]) != len(record.get("boxes", ())):
+        fail(f"{where}: {len(record['labels'])} labels for {len(record.get('boxes', ()))} boxes")
+    return record
+
+
+def sniff(path):
+    """(format, data) of a file of image-text pairs: tar, tsv, records, karpathy, coco, instances."""
+    if os.path.isdir(path) or path.endswith(".tar"):
+        return "tar", None
+    if path.endswith((".tsv", ".txt")):
+        return "tsv", None
+    if not path.endswith((".json", ".jsonl")):
+        fail(f"{path}: unknown format (pairs are read from .json, .jsonl, .tsv, .tar or a folder of .tar)")
+    data = read_json(path)
+    if not isinstance(data, dict) or "image" in data:
+        return "records", data
+    images, notes = data.get("images"), data.get("annotations")
+    if isinstance(images, list) and (not images or "sentences" in as_dict(images[0], f"{path} images[0]")):
+        return "karpathy", data
+    if isinstance(images, list) and isinstance(notes, list):
+        return "coco" if any("caption" in n for n in notes[:1]) else "instances", data
+    fail(f"{path}: neither records, Karpathy's nor COCO's json (its keys: {', '.join(data)})")
+
+
+def read_instances(path, data, ctx):
+    """COCO instances -> {image id: tags, boxes (xyxy pixels), labels}. Crowd regions give tags but no boxes."""
+    categories = sorted(get(path, data, "categories", list), key=lambda c: c["id"])
+    names, place = [c["name"] for c in categories], {c["id"]: n for n, c in enumerate(categories)}
+    if ctx.records.label_names not in (None, names):
+        fail(f"{path}: its categories differ from those of the instances file before it")
+    ctx.records.label_names = names
+    joined = {image["id"]: {"tags": set(), "boxes": [], "labels": []} for image in data["images"]}
+    for n, ann in enumerate(data["annotations"]):
+        where = f"{path} annotations[{n}]"
+        target, label = joined.get(get(where, ann, "image_id")), place.get(get(where, ann, "category_id"))
+        if target is None or label is None:
+            fail(f"{where}: image_id {ann['image_id']} or category_id {ann['category_id']} is not in the file")
+        target["tags"].add(label)
+        if not ann.get("iscrowd"):
+            x, y, w, h = get(where, ann, "bbox", list)
+            target["boxes"].append([x, y, x + w, y + h])
+            target["labels"].append(label)
+    for target in joined.values():
+        target["tags"] = [names[t] for t in sorted(target["tags"])]
+    return joined
+
+
+def read_pairs(files, split, ctx):
+    sniffed = [(n, path, root) + sniff(path) for n, (path, root) in enumerate(files)]
+    joined = {}                                                             # COCO image id -> tags, boxes, labels
+    for n, path, root, kind, data in sniffed:
+        if kind == "instances":
+            joined.update(read_instances(path, data, ctx))
+    alone = not any(kind in ("coco", "karpathy") for *_, kind, _ in sniffed)
+    for n, path, root, kind, data in sniffed:
+        if kind != "instances" or alone:
+            for where, record in PAIR_FORMATS[kind](path, root, data, ctx, joined):
+                if record is not None:
+                    yield n, where, record
+
+
+def pairs_records(path, root, data, ctx, joined):
+    bases = folders(path, root)
+    for where, raw in json_records(path, data):
+        image = get(where, raw, "image", str)
+        yield where, pair(where, raw, ctx.here.first(under(bases, image)), ctx)
+
+
+def pairs_karpathy(path, root, data, ctx, joined):
+    bases = folders(path, root)
+    for n, raw in enumerate(data["images"]):
+        where = f"{path} images[{n}]"
+        name = get(where, raw, "filename", str)
+        names = [os.path.join(raw["filepath"], name), name] if raw.get("filepath") else [name]
+        raw = dict(joined.get(raw.get("cocoid"), {}), split=get(where, raw, "split"), image_id=raw.get("cocoid", raw.get("imgid")),
+                   caption=[get(where, s, "raw", str) for s in get(where, raw, "sentences", list)])
+        yield where, pair(where, raw, ctx.here.first(under(bases, *names)), ctx)
+
+
+def pairs_coco(path, root, data, ctx, joined):
+    """COCO captions, or instances alone (then without captions). val2017's images may lie in a folder of that name."""
+    year = os.path.splitext(os.path.basename(path))[0].split("_")[-1]
+    bases, captions = folders(path, root, year), {}
+    for n, ann in enumerate(data["annotations"]):
+        if "caption" in ann:
+            captions.setdefault(get(f"{path} annotations[{n}]", ann, "image_id"), []).append(ann["caption"])
+    for n, raw in enumerate(data["images"]):
+        where = f"{path} images[{n}]"
+        image, key = get(where, raw, "file_name", str), get(where, raw, "id")
+        raw = dict(joined.get(key, {}), image_id=key, **({"caption": captions[key]} if key in captions else {}))
+        yield where, pair(where, raw, ctx.here.first(under(bases, image)), ctx)
+
+
+def pairs_tsv(path, root, data, ctx, joined):
+    """Rows "caption TAB path-or-url". The file of a URL: its last part where no other row has the same, img2dataset's 9-digit
+    row number, or row_crc32(url) as the common CC downloader writes it. Rows without a file are counted as missing."""
+    rows = []
+    for where, line in lines_of(path):
+        cells = line.split("\t")
+        if len(cells) < 2:
+            fail(f"{where}: 'caption TAB path-or-url' expected, found no TAB")
+        rows.append((where, cells[0], cells[1].strip()))
+    last = [u.split("?")[0].rstrip("/").split("/")[-1] for _, _, u in rows]
+    seen, bases = Counter(last), folders(path, root)
+    for n, (where, caption, url) in enumerate(rows):
+        if "://" in url:
+            names = [f"{n:09d}.jpg", f"{n}_{zlib.crc32(url.encode())}"] + ([last[n]] if seen[last[n]] == 1 and last[n] else [])
+        else:
+            names = [url]
+        yield where, pair(where, {"caption": caption}, ctx.here.first(under(bases, *names)), ctx)
+
+
+def pairs_tar(path, root, data, ctx, joined):
+    """img2dataset shards: KEY.jpg + KEY.txt (or the caption of KEY.json). Members are indexed once and read by seek."""
+    shards = [path]
+    if os.path.isdir(path):
+        shards = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".tar"))
+        if not shards:
+            fail(f"{path}: no .tar shards in this folder")
+    for shard in tqdm(shards, desc=f"indexing {path}", disable=len(shards) < 8):
+        samples = {}
+        try:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    folder, name = os.path.split(member.name)
+                    stem, _, kind = name.partition(".")
+                    if member.isfile() and kind:
+                        content = tar.extractfile(member).read() if kind in ("txt", "json") else (member.offset_data, member.size)
+                        samples.setdefault(os.path.join(folder, stem), {})[kind.lower()] = content
+        except (tarfile.TarError, EOFError, OSError) as e:
+            fail(f"{shard}: not a readable tar ({e})")
+        for key, parts in samples.items():
+            where, image = f"{shard} member {key}", next((parts[k] for k in parts if "." + k in IMAGE_TYPES), None)
+            if image is None:
+                ctx.count("missing")
+                continue
+            try:
+                raw = {"caption": parts["txt"].decode()} if "txt" in parts else json.loads(parts.get("json", b"{}"))
+            except ValueError as e:
+                fail(f"{where}: unreadable caption ({e})")
+            yield where, pair(where, {"caption": raw.get("caption")}, (shard,) + image, ctx)
+
+
+PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco, "instances": pairs_coco,
+                "tsv": pairs_tsv, "tar": pairs_tar}
+
+
+def read_vqa(files, split, ctx):
+    """VQA v2: questions joined with annotations by question_id; `answers` is None where there are none (test)."""
+    questions, answers = [], {}
+    for n, (path, root) in enumerate(files):
+        data = as_dict(read_json(path), path)
+        if "questions" in data:
+            questions.append((n, path, root, data))
+        elif "annotations" in data:
+            for k, ann in enumerate(data["annotations"]):
+                where = f"{path} annotations[{k}]"
+                answers[get(where, ann, "question_id")] = [get(where, a, "answer", str) for a in get(where, ann, "answers", list)]
+        else:
+            fail(f"{path}: neither 'questions' nor 'annotations' (its keys: {', '.join(data)})")
+    if not questions:
+        fail(f"{files[0][0]}: VQA needs the questions file too (--data questions.json,annotations.json)")
+    seen = set()
+    for n, path, root, data in questions:
+        subtype = data.get("data_subtype", "").replace("test-dev", "test")      # test-dev asks about test2015's images
+        bases = folders(path, root, subtype)
+        for k, raw in enumerate(data["questions"]):
+            where = f"{path} questions[{k}]"
+            key, image_id = get(where, raw, "question_id", int), get(where, raw, "image_id", int)
+            if key in seen:
+                fail(f"{where}: question_id {key} occurs twice")
+            seen.add(key)
+            if "image" not in raw and not subtype:
+                fail(f"{where}: no key 'image', and the file has no 'data_subtype' to name COCO's image by")
+            image = raw.get("image") or f"COCO_{subtype}_{image_id:012d}.jpg"
+            yield n, where, {"image": ctx.here.first(under(bases, image)), "image_id": image_id, "question_id": key,
+                             "question": get(where, raw, "question", str), "answers": answers.get(key)}
+    ctx.count("without_answers", sum(key not in answers for key in seen))
+    ctx.count("answers_without_question", sum(key not in seen for key in answers))
+
+
+VE_LABELS = ["entailment", "neutral", "contradiction"]
+
+
+def read_ve(files, split, ctx):
+    """SNLI-VE: photo, hypothesis, entailment 0 / neutral 1 / contradiction 2. Rows without a majority ('-') are left out."""
+    ctx.records.label_names = VE_LABELS
+    for n, (path, root) in enumerate(files):
+        bases = folders(path, root)
+        for where, raw in json_records(path):
+            label = get(where, raw, "gold_label", str)
+            if label == "-":
+                ctx.count("without_majority_label")
+                continue
+            if label not in VE_LABELS:
+                fail(f"{where}: gold_label '{label}' is none of {', '.join(VE_LABELS)}, -")
+            photo = raw.get("Flickr30K_ID", raw.get("Flikr30kID"))              # both spellings were published
+            image = raw.get("image") or (f"{photo}.jpg" if photo else get(where, raw, "image"))
+            yield n, where, {"image": ctx.here.first(under(bases, image)), "caption": get(where, raw, "sentence2", str),
+                             "label": VE_LABELS.index(label), "pair_id": raw.get("pairID")}
+
+
+def read_nlvr2(files, split, ctx):
+    """NLVR2: identifier dev-A-B-C is sentence C about dev-A-B-img0.png (left) and -img1.png (right); label 1 = True."""
+    ctx.records.label_names = ["False", "True"]
+    for n, (path, root) in enumerate(files):
+        for where, raw in json_records(path):
+            name = get(where, raw, "identifier", str)
+            kind = name.split("-")[0]                                           # train, dev, test1: also the folders' names
+            subfolders = [kind, os.path.join("images", kind), "images"]
+            if "directory" in raw:                                              # train/ has numbered folders
+                subfolders += [os.path.join(s, str(raw["directory"])) for s in (kind, os.path.join("images", kind))]
+            bases, label = folders(path, root, *subfolders), str(get(where, raw, "label"))
+            if label not in ("True", "False"):
+                fail(f"{where}: label '{label}' is neither True nor False")
+            stem = name.rpartition("-")[0]
+            left, right = raw.get("left_image") or stem + "-img0.png", raw.get("right_image") or stem + "-img1.png"
+            yield n, where, {"image": ctx.here.first(under(bases, left)), "image2": ctx.here.first(under(bases, right)),
+                             "caption": get(where, raw, "sentence", str), "label": int(label == "True"), "identifier": name}
+
+
+def read_sts(files, split, ctx):
+    """Graded sentence pairs 0-5: s1, s2, score, dataset ("STS12", "STSB"), subset ("MSRpar"). Unscored rows are left out."""
+    def score(where, text):
+        try:
+            value = float(text)
+        except ValueError:
+            fail(f"{where}: score '{text}' is not a number")
+        return value if 0 <= value <= 5 else fail(f"{where}: score {value} is not in 0..5")
+
+    for n, (path, _) in enumerate(files):
+        homes = [path]
+        if os.path.isdir(path):                                                 # the folder itself, or a folder of such folders
+            homes = sorted(e.path for e in os.scandir(path) if re.match(r"STS\d+|stsb", e.name)) or [path]
+        found = False
+        for home in homes:
+            inputs = sorted(f for f in os.listdir(home) if f.startswith("STS.input.")) if os.path.isdir(home) else []
+            for name in inputs:                                                 # STS1X-en-test/STS.{input,gs}.NAME.txt
+                pairs = read_text(os.path.join(home, name)).rstrip("\n").split("\n")
+                gold_file = os.path.join(home, name.replace(".input.", ".gs."))
+                gold = read_text(gold_file).rstrip("\n").split("\n")
+                gold += [""] * (len(pairs) - len(gold))                         # the last rows may be unscored: empty lines
+                if len(gold) > len(pairs):
+                    fail(f"{gold_file}: {len(gold)} scores for {len(pairs)} sentence pairs")
+                for k, (text, value) in enumerate(zip(pairs, gold), 1):
+                    where, cells = f"{os.path.join(home, name)} line {k}", text.rstrip("\r").split("\t")
+                    if not value.strip():
+                        ctx.count("unscored")
+                        continue
+                    if len(cells) < 2:
+                        fail(f"{where}: 'sentence TAB sentence' expected")
+                    found = True
+                    yield n, where, {"s1": cells[0], "s2": cells[1], "score": score(f"{gold_file} line {k}", value),
+                                     "dataset": os.path.basename(os.path.normpath(home)).split("-")[0],
+                                     "subset": name[len("STS.input."):-len(".txt")]}
+            tables = [home] if os.path.isfile(home) else []
+            if not inputs and os.path.isdir(home):
+                names = {"val": "sts-dev.csv", None: ""}.get(split, f"sts-{split}.csv")
+                tables = [os.path.join(home, f) for f in sorted(os.listdir(home)) if f == names or (not names and f.endswith(".csv"))]
+            for table in tables:                                                # STS-B: genre, file, year, index, score, s1, s2
+                for where, line in lines_of(table):
+                    cells = line.split("\t")
+                    if len(cells) < 7:
+                        fail(f"{where}: 7 columns separated by TAB expected (genre, file, year, index, score, s1, s2), "
+                             f"found {len(cells)}")
+                    found = True
+                    yield n, where, {"s1": cells[5], "s2": cells[6], "score": score(where, cells[4]),
+                                     "dataset": "STSB", "subset": cells[0]}
+        if not found:
+            fail(f"{path}: no STS data for split '{split}' (STS.input.*.txt with STS.gs.*.txt, or sts-{{train,dev,test}}.csv)")
+
+
+def read_hashing(files, split, ctx):
+    """CSQ/HashNet lists: "path 0 1 0 ...", a multi-hot label vector per image; a folder holds train/database/test.txt.
+    Leading folders of the path (the authors' own disk) are left off until the file is found."""
+    width = None
+    for n, (path, root) in enumerate(files):
+        if os.path.isdir(path):
+            lists = sorted(f[:-4] for f in os.listdir(path) if f.endswith(".txt"))
+            if split is not None and split not in lists:
+                fail(f"{path}: no split '{split}' (it has: {', '.join(lists) or 'no .txt lists'})")
+            lists = [os.path.join(path, s + ".txt") for s in ([split] if split else lists)]
+        else:
+            lists = [path]
+        for file in lists:
+            bases = folders(file, root)
+            for where, line in lines_of(file):
+                name, *labels = line.split()
+                if not labels or any(v not in ("0", "1") for v in labels) or len(labels) != (width or len(labels)):
+                    fail(f"{where}: 'path 0 1 0 ...' with {width or 'some'} labels expected, found {len(labels)}")
+                width, parts = len(labels), name.split("/")
+                ctx.count("without_label", int("1" not in labels))
+                image = ctx.here.first([os.path.join(b, *parts[k:]) for k in range(len(parts)) for b in bases])
+                yield n, where, {"image": image, "labels": [int(v) for v in labels]}
+
+
+def read_classes(files, split, ctx):
+    """ImageFolder: ROOT[/train|val|test]/CLASS/*.jpg. Label numbers are the sorted class names of all splits together."""
+    for n, (path, _) in enumerate(files):
+        if not os.path.isdir(path):
+            fail(f"{path}: an ImageFolder is a directory")
+        def children(p):
+            return sorted(e.name for e in os.scandir(p) if e.is_dir())
+        splits = [s for s in children(path) if SPLIT_NAMES.get(s, s) in ("train", "val", "test")]
+        homes = [(s, os.path.join(path, s)) for s in splits] or [(None, path)]
+        names = sorted({c for _, home in homes for c in children(home)})
+        if not names:
+            fail(f"{path}: no class folders in it")
+        if ctx.records.label_names not in (None, names):
+            fail(f"{path}: its classes differ from those of the folder before it")
+        ctx.records.label_names = names
+        use = [h for h in homes if split is None or h[0] is None or SPLIT_NAMES.get(h[0], h[0]) == split]
+        if not use and split == "test":                                         # ImageNet's habit: val is what is reported
+            use = [h for h in homes if SPLIT_NAMES.get(h[0]) == "val" or h[0] == "val"]
+        if not use:
+            fail(f"{path}: no split '{split}' (it has: {', '.join(splits)})")
+        for _, home in use:
+            for name in children(home):
+                for folder, _, found in sorted(os.walk(os.path.join(home, name))):
+                    for file in sorted(f for f in found if f.lower().endswith(IMAGE_TYPES)):
+                        yield n, os.path.join(folder, file), {"image": os.path.join(folder, file), "class_name": name,
+                                                              "label": names.index(name)}
+
+
+def read_clips(files, split, ctx):
+    """MSR-VTT: videodatainfo.json [+ the 1k-A csv] [+ a folder of VIDEO_ID.npy, (frames, D)]. With the csv: test = its rows,
+    one caption each, train = every other video of the json ("1k-A", 9k where the json is whole); else the json's splits ("full")."""
+    jsons, table, home = [], None, None
+    for n, (path, root) in enumerate(files):
+        home = path if os.path.isdir(path) else home or root
+        if path.endswith(".json"):
+            jsons.append((n, path, as_dict(read_json(path), path)))
+        elif path.endswith(".csv"):
+            rows = list(csv.reader(io.StringIO(read_text(path)), delimiter=";" if ";" in read_text(path).split("\n")[0] else ","))
+            if not rows or not {"video_id", "sentence"} <= set(rows[0]):
+                fail(f"{path} line 1: columns video_id and sentence expected")
+            table = n, path, [dict(zip(rows[0], r)) for r in rows[1:] if r]
+    ctx.records.protocol = "1k-A" if table else "full"
+    ids = {row["video_id"] for row in table[2]} if table else set()
+
+    def clip(path, video, captions, part):
+        feature = os.path.join(home or os.path.join(os.path.dirname(path), "features"), f"{video}.npy")
+        return {"video_id": video, "feature": feature, "caption": captions, "split": part}
+
+    for n, path, data in jsons:
+        captions = {}
+        for k, s in enumerate(get(path, data, "sentences", list)):
+            captions.setdefault(get(f"{path} sentences[{k}]", s, "video_id"), []).append(get(f"{path} sentences[{k}]", s, "caption"))
+        for k, video in enumerate(get(path, data, "videos", list)):
+            where = f"{path} videos[{k}]"
+            key, part = get(where, video, "video_id", str), get(where, video, "split", str)
+            part = SPLIT_NAMES.get(part, part) if not table else "train"        # 9k: the rest of train, val and test
+            texts = [c.strip() for c in captions.get(key, ()) if c.strip()]
+            if key in ids:
+                continue
+            if not texts:
+                ctx.count("no_caption_left")
+                continue
+            yield n, where, clip(path, key, texts, part)
+    if table:
+        for k, row in enumerate(table[2], 2):
+            yield table[0], f"{table[1]} line {k}", clip(table[1], row["video_id"], [row["sentence"].strip()], "test")
+
+
+def read_detection(files, split, ctx):
+    """COCO instances: boxes (xyxy pixels) and labels (place in label_names)."""
+    for path, _ in files:
+        if not path.endswith(".json") or sniff(path)[0] != "instances":
+            fail(f"{path}: detection reads COCO's instances json")
+    return read_pairs(files, split, ctx)
+
+
+SOURCES = {"pairs": read_pairs, "vqa": read_vqa, "ve": read_ve, "nlvr2": read_nlvr2, "sts": read_sts, "hashing": read_hashing,
+           "classes": read_classes, "clips": read_clips, "detection": read_detection}
+SHAPES = {"pairs": "pairs_{}.jsonl", "vqa": "vqa_{}_questions.json,vqa_{}_annotations.json", "ve": "ve_{}.jsonl", "nlvr2": "nlvr2_{}.jsonl",
+          "sts": "sts_{}.csv", "hashing": "hashing/{}.txt", "classes": "classes", "clips": "clips/videodatainfo.json",
+          "detection": "instances_{}.json"}                 # the built-in world's files, by source and split
+
+
+def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(), missing="drop"):
+    """Reads `spec` ("shapes", or files/folders separated by commas) as `source` -> Records.
+
+    split: "train", "val", "test" (hashing: "database" too), or None for everything. Files without splits give all they have.
+    image_root: a folder, or one per item of spec separated by commas. limit: that many records, chosen by `seed`, in file order.
+    need: record keys the views require (see `needs`). missing: "drop" = absent image files are left out and counted, "keep" = kept.
+    Errors: DataError naming file, line and key."""
+    if source not in SOURCES:
+        fail(f"no source '{source}' (there are: {', '.join(SOURCES)})")
+    if spec == "shapes":
+        import shapes                                       # only here: real data needs no drawing code
+        world = str(shapes.ensure())
+        image_root = os.path.join(world, "clips", "features") if source == "clips" else world
+        spec = ",".join(os.path.join(world, f.format(split, split)) for f in SHAPES[source].split(","))
+        if split is None or not all(map(os.path.exists, spec.split(","))):
+            fail(f"shapes has no split '{split}' for {source}")
+    paths = expand(spec)
+    roots = [r.strip() for r in image_root.split(",")] if image_root and not os.path.exists(image_root) else [image_root]
+    for root in filter(None, roots):
+        if not os.path.isdir(root):
+            fail(f"--image_root {root}: no such directory")
+    if len(roots) not in (1, len(paths)):
+        fail(f"--image_root names {len(roots)} folders for {len(paths)} items of --data: give one, or one for each")
+    records = Records(source, split, roots[0] or os.path.dirname(paths[0]))
+    ctx, notes = Reading(records), records.notes
+    ids, seen, first_gone = ImageIds(), set(), None
+    for n, where, record in SOURCES[source](list(zip(paths, roots * len(paths) if len(roots) == 1 else roots)), split, ctx):
+        if not ctx.wants(record.pop("split", None)):
+            continue
+        for key in need:
+            if record.get(key) in (None, [], ""):
+                fail(f"{where}: no key '{key}' (it has: {', '.join(k for k in record if record[k] not in (None, [], ''))})")
+        gone = [record[k] for k in ("image", "image2", "feature") if isinstance(record.get(k), str) and record[k] not in ctx.here]
+        if gone:
+            ctx.count("missing")
+            first_gone = first_gone or (where, gone[0])
+            if missing == "drop":
+                continue
+        record["image_id"] = ids(n, where, record, len(records))
+        if source == "pairs":
+            fresh = {hash((record["image"], c)) for c in record.get("caption", ())}
+            ctx.count("duplicates", len(record.get("caption", ())) - len(fresh - seen))
+            seen |= fresh
+            ctx.count("with_paraphrase", int(bool(record.get("paraphrase"))))
+            ctx.count("with_tags", int(bool(record.get("tags"))))
+            ctx.count("without_caption", int("caption" not in record))
+        records.append(record)
+    if source == "pairs":
+        notes["repeated_images"] = ids.repeats
+    for key in [k for k, v in notes.items() if not v]:
+        del notes[key]
+    if first_gone and missing == "drop":
+        if not len(records):
+            fail(f"{first_gone[0]}: none of the {notes['missing']} image files is there, first {first_gone[1]} "
+                 "(is --image_root right?)")
+        say(f"{spec}: {notes['missing']} of {notes['missing'] + len(records)} records left out, their files are missing "
+            f"(first: {first_gone[1]}, {first_gone[0]})")
+    if not len(records):
+        if ctx.splits:
+            fail(f"{spec}: no split '{split}' (it has: {', '.join(sorted(ctx.splits))})")
+        fail(f"{spec}: no records in it" + (f" ({notes})" if notes else ""))
+    if limit and limit < len(records):
+        records = records.subset(sorted(random.Random(seed).sample(range(len(records)), limit)))
+    return records
+
+
+class ImageIds:
+    """image_id of each record: the file's own int, offset so that files never collide; else a dense int per distinct picture.
+    A picture met before (same path) keeps its id, whatever the record says: an image is never its own negative."""
+
+    def __init__(self):
+        self.by_path, self.by_name, self.repeats = {}, {}, 0
+        self.file, self.own, self.offset, self.next = None, None, 0, 0
+
+    def __call__(self, n, where, record, index):
+        path, own = record.get("image") or record.get("feature") or index, record.get("image_id")
+        if n != self.file:
+            self.file, self.own, self.offset, self.by_name = n, isinstance(own, int), self.next, {}
+        if isinstance(own, int) != self.own or (self.own and own < 0):
+            fail(f"{where}: key 'image_id' is {own!r}: a number >= 0 in every record of a file, or in none")
+        if path in self.by_path:
+            self.repeats += 1
+            return self.by_path[path]
+        if self.own:
+            number = self.offset + own
+        elif own is not None:                                                   # names instead of numbers
+            number = self.by_name.setdefault(own, self.next)
+        else:
+            number = self.next
+        self.next = max(self.next, number + 1)
+        self.by_path[path] = number
+        return number
+
+
+def answer_list(records, n=3192):
+    """The n most frequent normalised answers of VQA records (each annotator counts once; ties by alphabet) -> list of str.
+    The paper's list has 3,192 answers and no published rule."""
+    counts = Counter(normalize_answer(a) for r in records for a in r["answers"] or ())
+    return sorted((a for a in counts if a), key=lambda a: (-counts[a], a))[:n]
+
+
+def tag_list(records, n=None):
+    """The n most frequent tags (ties by alphabet) -> list of str: the vocabulary of the "tags" view."""
+    counts = Counter(t for r in records for t in r.get("tags") or ())
+    return sorted(counts, key=lambda t: (-counts[t], t))[:n]
+
+
+# ------------------------------------------------------------------------------------------------------- VQA's answer wording
+
+def contraction_table():
+    """What people type without its apostrophe -> the word: every form with one apostrophe left out (dont, couldn'tve)."""
+    def words(stems, *endings):
+        return [stem + e for stem in stems.split() for e in endings]
+    full = words("ai are ca could did does do had has have is might must need ought sha should was were wo would", "n't")
+    full += words("could had might should would", "n't've") + words("he it she somebody someone something there they we who you", "'d've")
+    full += words("could might must not should we what where who would they you", "'ve")
+    full += words("he how it someone something there they where who you", "'d")
+    full += words("how it somebody someone something they what who why you y'all", "'ll") + words("there they what why you", "'re")
+    full += words("he how somebody someone that there what when where who why", "'s")
+    full += ["ma'am", "o'clock", "'ow's'at", "'twas", "y'all", "y'all'd've"]
+    table = {w[:i] + w[i + 1:]: w for w in full for i, c in enumerate(w) if c == "'"}
+    return table | {"somebody'd": "somebodyd"}              # the official table has this one the wrong way round
+
+
+NUMBER_WORDS = {"none": "0"} | {w: str(n) for n, w in enumerate("zero one two three four five six seven eight nine ten".split())}
+CONTRACTIONS = contraction_table()
+
+
+def normalize_answer(text):
+    """The official VQA v2 wording of an answer, str -> str: punctuation, lower case, number words, articles, contractions.
+    (Evaluation code of visualqa.org. Its period rule lacks the intended look-behind: only a period before a digit stays.)"""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    out, comma_in_number = text, re.search(r"\d,\d", text)
+    for p in ";/[]\"{}()=+\\_-><@`,?!":
+        glued = not (p + " " in text or " " + p in text or comma_in_number)     # "t-shirt" -> "t shirt", "yes !" -> "yes"
+        out = out.replace(p, " " if glued else "")
+    words = [NUMBER_WORDS.get(w, w) for w in re.sub(r"\.(?!\d)", "", out).lower().split()]
+    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """BERT WordPiece, lower-casing, on a vocab.txt of one token a line. Words like "[MASK]" in a caption are plain text here.
+
+    Attributes: vocab_size, pad_id, unk_id, cls_id, sep_id, mask_id, first_word (ids >= first_word are ordinary tokens)."""
+
+    def __init__(self, path):
+        vocab = read_text(str(path)).split("\n")                            # not splitlines(): U+2028 can be a token
+        self.words = [w.rstrip("\r") for w in (vocab[:-1] if vocab[-1] == "" else vocab)]
+        ids = {}
+        for n, word in enumerate(self.words):
+            if word in ids:
+                fail(f"{path} line {n + 1}: '{word}' stands in line {ids[word] + 1} already")
+            ids[word] = n
+        specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+        absent = [s for s in specials if s not in ids]
+        if absent:
+            fail(f"{path}: not a BERT vocabulary, it lacks {', '.join(absent)}")
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[s] for s in specials)
+        self.vocab_size = len(self.words)
+        self.first_word = 1 + max(n for n, w in enumerate(self.words) if w in specials or re.fullmatch(r"\[unused\d+\]", w))
+        if self.first_word >= self.vocab_size:
+            fail(f"{path}: words must stand after the special and [unusedN] tokens")
+        self.rust = RustTokenizer(tokenizer_models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+        self.rust.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self.rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    def encode(self, text, max_text):
+        """str -> list of at most max_text ids, [CLS] and [SEP] included (max_text >= 2)."""
+        return [self.cls_id] + self.rust.encode(text).ids[:max_text - 2] + [self.sep_id]
+
+    def tokens(self, ids):
+        return [self.words[int(i)] for i in ids]
+
+    def decode(self, ids):
+        """ids -> str: up to the first [SEP], without [CLS] and [PAD], word pieces joined."""
+        words = self.tokens(itertools.takewhile(lambda i: int(i) != self.sep_id, ids))
+        return " ".join(w for w in words if w not in ("[CLS]", "[PAD]")).replace(" ##", "")
+
+
+def get_tokenizer(vocab_path):
+    """vocab.txt path (or "shapes" for the built-in world's) -> Tokenizer."""
+    if vocab_path == "shapes":
+        import shapes
+        vocab_path = shapes.ensure() / "vocab.txt"
+    if not os.path.isfile(vocab_path):
+        fail(f"--vocab {vocab_path}: no such file")
+    return Tokenizer(vocab_path)
+
+
+# ------------------------------------------------------------------------------------------------------------------- images
+
+class BadImage(Exception):
+    """An image file that is absent, truncated, no image, or a decompression bomb."""
+
+
+def load_image(where):
+    """A path, or (tar, offset, size) in bytes -> PIL image, RGB, upright by its EXIF orientation. Raises BadImage.
+    Transparency is dropped, not blended; 16-bit grey is scaled to 8 bits; more than PIL's 89 M pixels are refused."""
+    try:
+        if not isinstance(where, str):
+            with open(where[0], "rb") as f:
+                f.seek(where[1])
+                where = io.BytesIO(f.read(where[2]))
+        with Image.open(where) as image:
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise BadImage(f"{image.width}x{image.height} pixels are too many")
+            image.load()
+            if "exif" in image.info:
+                image = ImageOps.exif_transpose(image)
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as e:
+        reason = "cannot identify the image format" if isinstance(e, UnidentifiedImageError) else getattr(e, "strerror", None) or str(e)
+        raise BadImage(reason or type(e).__name__) from None
+
+
+# Image views: fn(PIL RGB image, size, rng, crop_scale) -> PIL RGB image of size x size pixels.
+
+def resize(image, size, rng=None, crop_scale=None):
+    """The whole picture squeezed to a square (bicubic)."""
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def center(image, size, rng=None, crop_scale=None):
+    """Short side to `size`, then the middle square."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def crop(image, size, rng, crop_scale):
+    """RandomResizedCrop: a share of the area in crop_scale, aspect 3/4 to 4/3, resized to a square (bicubic, Inception's)."""
+    width, height = image.size
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(*crop_scale), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    return center(image, size)
+
+
+def mirror(image, rng):
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+
+
+def affine(image, a, b, c, d, e, f):
+    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=(128, 128, 128))
+
+
+# RandAugment without the operations that change colours (ALBEF's list): fn(image, strength 0..1, sign +-1).
+# Shifts are 10/256 of the side at full strength, so that they mean the same at any resolution.
+RANDAUGMENT = (
+    lambda im, m, s: im,
+    lambda im, m, s: ImageOps.autocontrast(im),
+    lambda im, m, s: ImageOps.equalize(im),
+    lambda im, m, s: ImageEnhance.Brightness(im).enhance(0.1 + 1.8 * m),
+    lambda im, m, s: ImageEnhance.Sharpness(im).enhance(0.1 + 1.8 * m),
+    lambda im, m, s: affine(im, 1, 0.3 * m * s, 0, 0, 1, 0),
+    lambda im, m, s: affine(im, 1, 0, 0, 0.3 * m * s, 1, 0),
+    lambda im, m, s: affine(im, 1, 0, 10 / 256 * im.width * m * s, 0, 1, 0),
+    lambda im, m, s: affine(im, 1, 0, 0, 0, 1, 10 / 256 * im.height * m * s),
+    lambda im, m, s: im.rotate(30 * m * s, fillcolor=(128, 128, 128)),
+)
+
+
+def randaug(image, size, rng, crop_scale):
+    """RandomResizedCrop, then RandAugment(2 operations, magnitude 7 of 10). No flip: left and right are words."""
+    image = crop(image, size, rng, crop_scale)
+    for _ in range(2):
+        image = rng.choice(RANDAUGMENT)(image, 0.7, rng.choice((-1, 1)))
+    return image
+
+
+def flip(image, size, rng, crop_scale):
+    return mirror(crop(image, size, rng, crop_scale), rng)
+
+
+def jitter(image, rng, brightness, contrast, saturation, hue):
+    """Colour jitter in random order; factors 1 +- the strength, hue +- of the circle (torchvision's ColorJitter)."""
+    steps = [(ImageEnhance.Brightness, brightness), (ImageEnhance.Contrast, contrast), (ImageEnhance.Color, saturation), (None, hue)]
+    rng.shuffle(steps)
+    for enhance, strength in steps:
+        if enhance:
+            image = enhance(image).enhance(rng.uniform(1 - strength, 1 + strength))
+        else:
+            h, s, v = image.convert("HSV").split()
+            shift = round(255 * rng.uniform(-strength, strength))
+            image = Image.merge("HSV", (h.point([(i + shift) % 256 for i in range(256)]), s, v)).convert("RGB")
+    return image
+
+
+def grey(image):
+    return image.convert("L").convert("RGB")
+
+
+def blur(image, rng):
+    """Gaussian blur, sigma 0.1-2 pixels at 224 (scaled with the side)."""
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * image.width / 224))
+
+
+def moco(image, size, rng, crop_scale):
+    """MoCo v2's order: crop, colour jitter (.4 .4 .4 .1) p .8, grey p .2, blur p .5, flip."""
+    image = crop(image, size, rng, crop_scale)
+    image = jitter(image, rng, 0.4, 0.4, 0.4, 0.1) if rng.random() < 0.8 else image
+    image = grey(image) if rng.random() < 0.2 else image
+    image = blur(image, rng) if rng.random() < 0.5 else image
+    return mirror(image, rng)
+
+
+def simclr(image, size, rng, crop_scale):
+    """SimCLR's: crop, flip, colour jitter (.8 .8 .8 .2) p .8, colour drop p .2, blur p .5."""
+    image = mirror(crop(image, size, rng, crop_scale), rng)
+    image = jitter(image, rng, 0.8, 0.8, 0.8, 0.2) if rng.random() < 0.8 else image
+    image = grey(image) if rng.random() < 0.2 else image
+    return blur(image, rng) if rng.random() < 0.5 else image
+
+
+IMAGE_VIEWS = {"plain": resize, "resize": resize, "center": center, "crop": crop, "randaug": randaug, "flip": flip, "moco": moco,
+               "simclr": simclr}
+NORMS = {"clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+         "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+
+
+# -------------------------------------------------------------------------------------------------------------------- views
+# Other views: fn(views, key, record, rng, c) -> dict of tensors for the batch. c is the caption drawn for this sample.
+
+def view_caption(views, key, record, rng, c):
+    return views.text(key, record["caption"][c] if isinstance(record["caption"], list) else record["caption"])
+
+
+def view_paraphrase(views, key, record, rng, c):
+    """The paraphrase of the caption drawn; the caption itself, and KEY_is_copy = 1, where there is none."""
+    other = record["paraphrase"][c] if record.get("paraphrase") else ""
+    return views.text(key, other or record["caption"][c]) | {key + "_is_copy": torch.tensor(int(not other))}
+
+
+def view_question(views, key, record, rng, c):
+    return views.text(key, record["question"])
+
+
+def view_answer(views, key, record, rng, c):
+    """One of the ten answers, so that each wording comes as often as annotators gave it. KEY_weight is 1; 0: no answer known."""
+    answers = record["answers"]
+    out = views.text(key, normalize_answer(rng.choice(answers)) if answers else "")
+    return out | {key + "_weight": torch.tensor(float(bool(answers)))}
+
+
+def view_tags(views, key, record, rng, c):
+    """(L,) ids in views.tag_names, padded with -1; L = most tags a record has. Tags outside the list are left out."""
+    ids = [views.tag_ids[t] for t in record.get("tags") or () if t in views.tag_ids]
+    return {key: torch.tensor(ids + [-1] * (views.tag_width - len(ids)))}
+
+
+def view_label(views, key, record, rng, c):
+    return {key: torch.tensor(record["label"])}
+
+
+def view_labels(views, key, record, rng, c):
+    return {key: torch.tensor(record["labels"], dtype=torch.float32)}
+
+
+TEXT_VIEWS = {"caption": view_caption, "paraphrase": view_paraphrase, "question": view_question, "answer": view_answer}
+OTHER_VIEWS = {"tags": view_tags, "label": view_label, "labels": view_labels}
+VIEW_FNS = IMAGE_VIEWS | TEXT_VIEWS | OTHER_VIEWS
+NEEDS = {"caption": "caption", "paraphrase": "caption", "question": "question", "answer": "answers", "tags": "tags", "label": "label",
+         "labels": "labels"}
+
+
+def view_keys(views):
+    """A model's VIEWS[task] -> {batch key: view name}: all but source, norm and the KEY_eval entries."""
+    return {k: v for k, v in views.items() if k not in ("source", "norm") and not k.endswith("_eval")}
+
+
+def needs(views):
+    """The record keys that VIEWS[task] cannot do without, for open_source(need=)."""
+    return tuple(sorted({NEEDS[v] for v in view_keys(views).values() if v in NEEDS}))
+
+
+class Views(Dataset):
+    """Records + VIEWS[task] -> samples, dicts of tensors: image keys (3, S, S) float32; text keys K (max_text,) int64 ids and
+    K_mask (1 = token); image_id, index (place in records), bad (1 = stands in for an unreadable image), all int64 0-d.
+
+    `ds[i, draw]`: every random choice is a function of (seed, i, draw). `ds[i]` = draw 0. train=False: KEY_eval views
+    ("resize" if there is none), caption 0. image_view replaces the training view of every key "image*".
+    tag_names: vocabulary of the "tags" view (default: all tags of these records); give the training one to evaluation."""
+
+    def __init__(self, records, views, tokenizer, image_size, max_text, train=True, seed=0, crop_scale=(0.2, 1.0), image_view=None,
+                 max_bad=0.1, tag_names=None):
+        self.records, self.tokenizer, self.size, self.max_text = records, tokenizer, image_size, max_text
+        self.train, self.seed, self.crop_scale, self.max_bad = train, seed, tuple(crop_scale), max_bad
+        if views.get("source", records.name) != records.name:
+            fail(f"these views are of '{views['source']}', the records are '{records.name}'")
+        self.keys = view_keys(views)
+        for key, name in self.keys.items():
+            image = name in IMAGE_VIEWS
+            if image and train and image_view and key.startswith("image"):
+                name = image_view
+            if not train:
+                name = views.get(key + "_eval", "resize" if image else name)
+            if name not in VIEW_FNS or (image and name not in IMAGE_VIEWS):
+                fail(f"no view '{name}' for '{key}' (there are: {', '.join(IMAGE_VIEWS if image else VIEW_FNS)})")
+            self.keys[key] = name
+        if views.get("norm", "clip") not in NORMS:
+            fail(f"no norm '{views['norm']}' (there are: {', '.join(NORMS)})")
+        if max_text is not None and max_text < 3:
+            fail(f"--max_text {max_text}: [CLS], one token and [SEP] need 3")
+        mean, std = torch.tensor(NORMS[views.get("norm", "clip")]).view(2, 3, 1, 1)
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+        self.tag_names = tag_names
+        if "tags" in self.keys.values():
+            self.tag_names = tag_list(records) if tag_names is None else list(tag_names)
+            self.tag_ids = {t: n for n, t in enumerate(self.tag_names)}
+            self.tag_width = max([1] + [len(r.get("tags") or ()) for r in records])
+        self.seen = self.bad = 0                                            # samples yielded so far, and stand-ins among them
+        self.named = set()                                                  # unreadable files already reported
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, at):
+        sample, trouble = self.sample(*(at if isinstance(at, tuple) else (at,)))
+        self.report(trouble)
+        return sample
+
+    def text(self, key, string):
+        ids = self.tokenizer.encode(string, self.max_text)
+        pad = self.max_text - len(ids)
+        return {key: torch.tensor(ids + [self.tokenizer.pad_id] * pad), key + "_mask": torch.tensor([1] * len(ids) + [0] * pad)}
+
+    def pixels(self, image):
+        """PIL RGB -> (3, H, W) float32, normalised."""
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().mul_(self.scale).add_(self.shift)
+
+    def sample(self, i, draw=0, caption=None, keys=None):
+        """-> (sample, list of "file: reason" for the unreadable images met). caption: which one (default: drawn in training, 0
+        in evaluation). keys: batch keys to make (default: all)."""
+        i, trouble = int(i), []
+        for attempt in range(20):
+            rng = random.Random((attempt << 160) ^ (self.seed << 96) ^ (int(draw) << 40) ^ i)
+            where = i if attempt == 0 else rng.randrange(len(self.records))
+            sample = self.build(where, rng, caption, keys, trouble)
+            if sample is not None:
+                sample["bad"] = torch.tensor(int(bool(trouble)))
+                return sample, trouble
+        raise DataError(f"data.py: 20 unreadable images in a row, the last is {trouble[-1]}")
+
+    def build(self, i, rng, caption, keys, trouble):
+        record, opened = self.records[i], {}
+        c = caption
+        if c is None:
+            c = rng.randrange(len(record["caption"])) if self.train and isinstance(record.get("caption"), list) else 0
+        out = {"image_id": torch.tensor(record["image_id"]), "index": torch.tensor(i)}
+        for key, name in self.keys.items():
+            if keys is not None and key not in keys:
+                continue
+            if name not in IMAGE_VIEWS:
+                out.update(VIEW_FNS[name](self, key, record, rng, c))
+                continue
+            file = record["image2" if key == "image2" and "image2" in record else "image"]
+            if file not in opened:
+                try:
+                    opened[file] = load_image(file)
+                except BadImage as e:
+                    trouble.append(f"{file if isinstance(file, str) else '%s at byte %d (%d bytes)' % tuple(file)}: {e}")
+                    if self.train:
+                        return None
+                    opened[file] = None
+            if opened[file] is None:                                        # evaluation: the mean colour, never another's picture
+                out[key] = torch.zeros(3, self.size, self.size)
+            else:
+                out[key] = self.pixels(IMAGE_VIEWS[name](opened[file], self.size, rng, self.crop_scale))
+        return out
+
+    def report(self, trouble, samples=1, bad=None):
+        """Counts samples and stand-ins, names each unreadable file once, stops when more than max_bad of 100 or more are bad."""
+        self.seen += samples
+        self.bad += bool(trouble) if bad is None else bad
+        for line in trouble:
+            if line not in self.named:
+                self.named.add(line)
+                say(f"unreadable image {line}; {'another record stands in' if self.train else 'evaluated as a grey image'}")
+        if self.train and self.seen >= 100 and self.bad > self.max_bad * self.seen:
+            fail(f"{self.bad} of {self.seen} images were unreadable, more than --max_bad {self.max_bad}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ batches
+
+def collate(samples):
+    """List of sample dicts -> dict of stacked tensors (B, ...)."""
+    return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+
+
+class Plan(Dataset):
+    """plan[t] = the whole batch t, made in one worker: (batch, troubles), or a DataError's message (workers cannot raise it)."""
+
+    def __init__(self, dataset, arguments):
+        self.dataset, self.arguments = dataset, arguments                   # arguments(t) -> list of arguments of Views.sample
+
+    def __getitem__(self, t):
+        try:
+            made = [(self.dataset.sample(*a[:4]), a[4:]) for a in self.arguments(t)]
+        except DataError as e:
+            return str(e)
+        for (sample, _), index in made:
+            if index:
+                sample["index"] = torch.tensor(index[0])
+        return collate([s for (s, _), _ in made]), [line for (_, trouble), _ in made for line in trouble]
+
+    def run(self, steps, workers):
+        """Batches for the numbers in `steps`, in their order, made by `workers` processes (0: by this one)."""
+        if workers:
+            loader = DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=one_thread,
+                                generator=torch.Generator())                # its own generator: the global state stays put
+        for got in loader if workers else map(self.__getitem__, steps):
+            if isinstance(got, str):
+                raise DataError(got)
+            self.dataset.report(got[1], len(got[0]["bad"]), int(got[0]["bad"].sum()))
+            yield got[0]
+
+
+def one_thread(worker):
+    torch.set_num_threads(1)
+
+
+class Stream:
+    """stream(t) -> this rank's (record, draw) pairs of global step t: a new permutation per pass, the last short batch dropped.
+    The global batch of step t depends on (seed, batch_size * world) alone, so resuming is arithmetic."""
+
+    def __init__(self, length, batch_size, seed, rank, world):
+        self.length, self.batch, self.total, self.rank, self.seed = length, batch_size, batch_size * world, rank, seed
+        self.steps, self.now, self.order = length // self.total, None, None
+
+    def __call__(self, t):
+        epoch, step = divmod(t, self.steps)
+        if epoch != self.now:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.now, self.order = epoch, torch.randperm(self.length, generator=generator)
+        first = self.rank * self.batch
+        places = self.order[step * self.total + first:][:self.batch].tolist()
+        return [(i, t * self.total + first + k) for k, i in enumerate(places)]
+
+
+def batches(dataset, batch_size, seed, rank=0, world=1, start=0, workers=0):
+    """Infinite iterator of collated batches of `batch_size` samples of this rank, beginning with global step `start`.
+    The same batches for any number of workers. Errors: a data set smaller than batch_size * world."""
+    if batch_size * world > len(dataset):
+        fail(f"{len(dataset)} records are fewer than one global batch ({batch_size} x {world} ranks): use a smaller --batch_size")
+    return Plan(dataset, Stream(len(dataset), batch_size, seed, rank, world)).run(itertools.count(start), workers)
+
+
+class Chunks:
+    def __init__(self, items, size):
+        self.items, self.size = items, size
+
+    def __call__(self, t):
+        return self.items[t * self.size:(t + 1) * self.size]
+
+
+def unique_images(records):
+    """-> (first: list of the first record of each picture, in order; place: {image_id: its number in that list})."""
+    first, place = [], {}
+    for i, record in enumerate(records):
+        if place.setdefault(record["image_id"], len(first)) == len(first):
+            first.append(i)
+    return first, place
+
+
+def flat_captions(records):
+    """All captions in order -> (list of str, owner (N,) int64: the number of its picture among the unique images)."""
+    _, place = unique_images(records)
+    texts, owner = [], []
+    for record in records:
+        captions = record.get("caption") or []
+        captions = [captions] if isinstance(captions, str) else captions
+        texts += captions
+        owner += [place[record["image_id"]]] * len(captions)
+    return texts, torch.tensor(owner, dtype=torch.long)
+
+
+def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", batch_size=64, rank=0, world=1, workers=0, **options):
+    """Every item of a split once: this rank's share, nothing padded, nothing twice (the last batch may be short).
+
+    what="image": each picture once, `index` = its number among the unique images; "text": each caption, `index` = its number in
+    flat_captions; "sample": each record, `index` = its number. options: more of Views' arguments."""
+    dataset = Views(records, views, tokenizer, image_size, max_text, train=False, **options)
+    texts = [k for k, v in dataset.keys.items() if v in ("caption", "paraphrase")]
+    if what == "image":
+        images = [k for k, v in dataset.keys.items() if v in IMAGE_VIEWS]
+        items = [(i, 0, 0, images, n) for n, i in enumerate(unique_images(records)[0])]
+    elif what == "text":
+        counts = ((i, 1 if isinstance(r.get("caption"), str) else len(r.get("caption") or ())) for i, r in enumerate(records))
+        items = [(i, 0, c, texts, n) for n, (i, c) in enumerate((i, c) for i, k in counts for c in range(k))]
+    elif what == "sample":
+        items = [(i, 0, 0, None) for i in range(len(records))]
+    else:
+        raise ValueError(f"what={what!r}: image, text or sample")
+    items = items[rank::world]
+    return Plan(dataset, Chunks(items, batch_size)).run(range(math.ceil(len(items) / batch_size)), workers)

@@ -1,0 +1,845 @@
+"""CODIS: align image and text through a shared codebook, then fuse them.
+
+Duan, Chen, Tran, Yang, Xu, Zeng, Chilimbi, "Multi-modal Alignment using Representation Codebook", CVPR 2022.
+
+Two encoders embed an image and a sentence as unit vectors z_v, z_t. Each has a slow copy of itself, the teacher. A
+codebook C of unit vectors bridges the two modalities: optimal transport assigns the teachers' features to codewords, and the
+student of one modality must predict the assignment of the *other*. Students are also contrasted with queues of teacher keys,
+across and within modalities, and a fusion transformer learns matching (ITM) and masked words (MLM).
+
+    image ----> ViT ----> tokens ---------> keys, values -------------+
+      |          : EMA      +--> z_v  --+                             v
+      +------> ViT_m -----------> z_v^m |   Eq. 1-3 codebook    fusion layers --> [CLS]  --> Eq. 7 match?
+                                        +-> Eq. 4-5 queues            ^      \\--> masked --> Eq. 8 words
+      +------> BERT_m ----------> z_t^m |                             |
+      |          : EMA      +--> z_t  --+                             |
+    text -----> BERT ---> tokens ------------> queries ---------------+
+
+Shapes: B images, T text tokens, P patches, D width, d = 256 embedding, N global batch, K codewords, M masked tokens, Q queue.
+
+Equations
+    Eq. 1  -> ot_loss()             Eq. 2  -> codebook_loss()      Eq. 3  -> Codis.code_losses()
+    Eq. 4  -> align_probs()         Eq. 5  -> align_loss(), QueueContrast
+    Eq. 6  -> ema_()                Eq. 7  -> itm_loss(), hard_negatives()
+    Eq. 8  -> mlm_loss(), mask_tokens()                            Eq. 9  -> Codis.loss_pretrain()
+    Algorithm 1 -> Codis.loss_pretrain()                           Algorithm 2 -> ipot()
+
+Deviations from the paper
+     1. Algorithm 1 minimises Trace(similarity^T T), which repels; Eq. 1 has <T, 1 - cos>: Eq. 1 it is.
+     2. Eq. 2 prints T_t2p in both lines, Eq. 3 and Algorithm 1 keep each modality to itself; text and Figure 3 "chain"
+        the modalities. `codebook_target="cross"` (default) follows text and figure, "same" follows Eq. 3 and Algorithm 1.
+     3. A plan has total mass 1, so the soft label of a row is T / T.sum(1). H()'s target for the queues is softmaxed.
+     4. Algorithm 2 leaves eps and the number of iterations open: 0.5 and 50, one inner step, as in the authors' own
+        graph optimal transport. It runs in the log domain; sigma has length K (the print says n).
+     5. The sum of Eq. 4 runs over the queue alone, so that p would be no distribution: here over the keys of the global
+        batch and the queue (`batch_keys=False`: the own key and the queue). Keys of one image are all positives.
+     6. Targets: distill * teacher + (1 - distill) * one-hot, 0.4, ramped from 0 over the first epoch (ALBEF's; the
+        paper's alpha is the EMA's). `--distill 1 --batch_keys False` is Algorithm 1.
+     7. MLM replaces 80 % by [MASK], 10 % by a random word, 10 % by themselves "following BERT"; section 3.3.2 speaks only of [MASK]:
+        `mlm_mask_only=True`. Exactly max(1, round(0.15 n)) of a caption's n words are chosen, which keeps shapes static.
+     8. Algorithm 1 has no distillation of MLM. Section 1 says "for each of the image, text and fusion encoders, there is a
+        corresponding encoder that is updated through moving average", whose only use can be that: `mlm_distill=0.4` builds it.
+     9. Teachers run without dropout. The temperature is learnt as its logarithm (as a raw parameter it hits its floor within
+        60 steps at tiny's learning rate), starts at 0.07 and is clamped to [0.001, 0.5] (ALBEF).
+    10. Fine-tuning for retrieval uses the alignment (Eq. 5) and ITM losses, as ALBEF; the paper does not say.
+        VQA, VE and NLVR2 use no teachers. The answer decoder shares the text encoder's embeddings.
+    11. `stem="conv"` (three convolutions instead of one 16x16 patch projection) and `act="relu"` exist for `tiny`.
+
+Run: python models/codis.py      (2 s: shapes, parameters and every loss on a random batch)
+"""
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Config:
+    image_size: int = 256           # pixels a side
+    patch: int = 16                 # pixels a side of a patch
+    stem: str = "patch"             # "patch": one projection (ViT); "conv": three convolutions (tiny)
+    vision_width: int = 768         # D of the image encoder
+    vision_layers: int = 12         # its blocks
+    vision_heads: int = 12          # its attention heads
+    width: int = 768                # D of text and fusion encoder
+    text_layers: int = 6            # BERT's first layers: text only
+    fusion_layers: int = 6          # BERT's last layers: with cross-attention to the image
+    heads: int = 12                 # attention heads of text and fusion encoder
+    mlp_ratio: int = 4              # hidden width of a feed-forward block over D
+    act: str = "gelu"               # "gelu" or "relu"
+    dropout: float = 0.1            # in the text and fusion encoders, as BERT
+    embed_dim: int = 256            # d, of embeddings and codewords
+    max_text: int = 25              # tokens of a caption, [CLS] and [SEP] included
+    positions: int = 512            # position embeddings of the text encoder, as BERT
+    vocab_size: int = 30522         # taken from the vocabulary file
+    pad_id: int = 0                 # [PAD], taken from the vocabulary file
+    cls_id: int = 101               # [CLS], likewise
+    sep_id: int = 102               # [SEP], likewise
+    mask_id: int = 103              # [MASK], likewise
+    first_word: int = 999           # lowest id of an ordinary word, likewise
+    queue_size: int = 65536         # Q, teacher keys kept per modality
+    momentum: float = 0.995         # alpha of Eq. 6
+    temp: float = 0.07              # initial temperature gamma
+    distill: float = 0.4            # weight of the teacher in the targets of Eq. 5
+    batch_keys: bool = True         # the global batch's keys join the queue in Eq. 4
+    intra: bool = True              # image-image and text-text alignment in Eq. 5
+    codebook: bool = True           # the codebook losses, Eq. 3
+    codewords: int = 4000           # K
+    codebook_target: str = "cross"  # whose plan guides whom: "cross" or "same"
+    codebook_features: str = "teacher"  # whose features are transported: "teacher" or "student"
+    ot_eps: float = 0.5             # epsilon of Algorithm 2
+    ot_iters: int = 50              # its outer iterations
+    ot_inner: int = 1               # its inner iterations
+    mlm_prob: float = 0.15          # share of words masked
+    mlm_mask_only: bool = False     # replace every chosen word by [MASK]
+    mlm_distill: float = 0.0        # weight of a fusion teacher in the MLM targets; 0 builds none
+    queue_chunk: int = 8192         # keys scored at a time
+    checkpointing: bool = False     # recompute encoder blocks in backward instead of keeping their activations
+
+
+PRESETS = {
+    "base": dict(),
+    "tiny": dict(image_size=64, stem="conv", vision_width=128, vision_layers=4, vision_heads=4, width=128, text_layers=2,
+                 fusion_layers=1, heads=4, mlp_ratio=4, act="relu", dropout=0.0, embed_dim=128, queue_size=1024, momentum=0.98,
+                 codewords=256, max_text=24,
+                 pretrain=dict(image_view="plain", batch_size=32, steps=2000, lr=1e-3, warmup_steps=100, warmup_lr=1e-5,
+                               min_lr=1e-5, weight_decay=0.02, rerank_k=16)),
+}
+
+# Values without a mark are the paper's section 4.2.1. [A] = ALBEF, whose settings the paper follows without printing them.
+RECIPE = {
+    "pretrain": dict(optimizer="adamw", lr=1e-4, min_lr=1e-5, warmup_lr=1e-5, warmup_steps=1000, schedule="cosine",
+                     weight_decay=0.02, epochs=30, batch_size=512, rerank_k=128),
+}
+
+TASKS = ("pretrain",)
+EVALS = {"pretrain": ("retrieval",)}
+INITS = ("vision", "text")
+VIEWS = {"pretrain": dict(source="pairs", image="randaug", image_eval="resize", norm="clip", text="caption")}
+BACKBONE = ("vision.", "text.", "fusion.")  # `--init` must fill every key that starts so
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks. Keys are named as in timm's ViT and Hugging Face's BERT.
+
+def activation(name):
+    return {"gelu": nn.GELU, "relu": nn.ReLU}[name]()
+
+
+def split_heads(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, S, D) -> (B, heads, S, D/heads)
+
+
+def attend(q, k, v, heads, mask=None, dropout=0.0, maps=None):
+    """Multi-head attention. q: (B, S, D); k, v: (B, L, D); mask: bool, broadcastable to (B, heads, S, L), True = look.
+
+    A list given as `maps` receives the attention probabilities (B, heads, S, L), still in the graph (Grad-CAM).
+    """
+    q, k, v = split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+    if maps is None:
+        x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    else:
+        maps.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1))
+        x = maps[-1] @ v
+    return x.transpose(1, 2).flatten(2)  # (B, S, D)
+
+
+class Attention(nn.Module):
+    """timm's self-attention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.proj(attend(*self.qkv(x).chunk(3, -1), self.heads))
+
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden, act):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = activation(act)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class ViTBlock(nn.Module):
+    """A pre-norm transformer block, timm's names."""
+
+    def __init__(self, width, heads, mlp_ratio, act):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, mlp_ratio * width, act)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        w, p = cfg.vision_width, cfg.patch
+        if cfg.stem == "patch":
+            self.proj = nn.Conv2d(3, w, p, p)
+        else:  # the same stride p in three steps
+            self.proj = nn.Sequential(nn.Conv2d(3, w // 4, p // 4, p // 4), activation(cfg.act),
+                                      nn.Conv2d(w // 4, w // 2, 3, 2, 1), activation(cfg.act), nn.Conv2d(w // 2, w, 3, 2, 1))
+
+    def forward(self, image):
+        return self.proj(image).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, P, D)
+
+
+class ViT(nn.Module):
+    """(B, 3, H, W) -> (B, P+1, D), the class token first. H and W: any multiples of `patch`; position embeddings follow."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        w, self.patch, self.checkpointing = cfg.vision_width, cfg.patch, cfg.checkpointing
+        self.patch_embed = PatchEmbed(cfg)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, w))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (cfg.image_size // cfg.patch) ** 2, w))
+        self.blocks = nn.ModuleList(ViTBlock(w, cfg.vision_heads, cfg.mlp_ratio, cfg.act) for _ in range(cfg.vision_layers))
+        self.norm = nn.LayerNorm(w, eps=1e-6)
+
+    def forward(self, image):
+        x = self.patch_embed(image)                                                  # (B, P, D)
+        pos = resize_pos_embed(self.pos_embed, image.shape[2] // self.patch, image.shape[3] // self.patch)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + pos           # (B, P+1, D)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        return self.norm(x)
+
+
+def resize_pos_embed(pos, height, width):
+    """Interpolates ViT position embeddings (1, 1+h*h, D) bicubically to a grid of height x width; the class token's stays."""
+    if pos.shape[1] == 1 + height * width:
+        return pos
+    side = math.isqrt(pos.shape[1] - 1)
+    grid = pos[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)          # (1, D, h, h)
+    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+    return torch.cat([pos[:, :1], grid.flatten(2).mT.to(pos.dtype)], 1)               # (1, 1+H*W, D)
+
+
+class BertEmbeddings(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(cfg.vocab_size, cfg.width, padding_idx=cfg.pad_id)
+        self.position_embeddings = nn.Embedding(cfg.positions, cfg.width)
+        self.token_type_embeddings = nn.Embedding(2, cfg.width)
+        self.LayerNorm = nn.LayerNorm(cfg.width, eps=1e-12)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, text):
+        x = self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]] + self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(x))                                       # (B, T, D)
+
+
+class QueryKeyValue(nn.Module):
+    def __init__(self, width, context_width):
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(context_width, width)
+        self.value = nn.Linear(context_width, width)
+
+
+class BertOutput(nn.Module):
+    def __init__(self, cfg, width):
+        super().__init__()
+        self.dense = nn.Linear(width, cfg.width)
+        self.LayerNorm = nn.LayerNorm(cfg.width, eps=1e-12)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, residual):
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class BertAttention(nn.Module):
+    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many queries."""
+
+    def __init__(self, cfg, context_width):
+        super().__init__()
+        self.heads, self.p = cfg.heads, cfg.dropout
+        self.self = QueryKeyValue(cfg.width, context_width)
+        self.output = BertOutput(cfg, cfg.width)
+
+    def keys(self, context):
+        return self.self.key(context), self.self.value(context)                      # 2 x (B, L, D)
+
+    def forward(self, x, keys, mask=None, maps=None):
+        dropout = self.p if self.training else 0.0
+        return self.output(attend(self.self.query(x), *keys, self.heads, mask, dropout, maps), x)
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.dense = nn.Linear(cfg.width, cfg.mlp_ratio * cfg.width)
+        self.act = activation(cfg.act)
+
+    def forward(self, x):
+        return self.act(self.dense(x))
+
+
+class BertLayer(nn.Module):
+    """A post-norm BERT layer; with `context_width`, cross-attention stands between self-attention and feed-forward."""
+
+    def __init__(self, cfg, context_width=None):
+        super().__init__()
+        self.attention = BertAttention(cfg, cfg.width)
+        if context_width:
+            self.crossattention = BertAttention(cfg, context_width)
+        self.intermediate = BertIntermediate(cfg)
+        self.output = BertOutput(cfg, cfg.mlp_ratio * cfg.width)
+
+    def self_attend(self, x, mask, at=None):
+        """x: (B, T, D); mask: bool (B, 1, 1 or T, T); at: (B, S) positions to compute, all where None -> (B, T or S, D)."""
+        keys = self.attention.keys(x)
+        return self.attention(x if at is None else pick(x, at), keys, mask)
+
+    def feed(self, x):
+        return self.output(self.intermediate(x), x)
+
+    def forward(self, x, mask, keys=None, context_mask=None, at=None, maps=None):
+        x = self.self_attend(x, mask, at)
+        if keys is not None:
+            x = self.crossattention(x, keys, context_mask, maps)
+        return self.feed(x)
+
+
+def pick(x, at):
+    """x: (B, T, D), at: (B, S) -> (B, S, D), the tokens at these positions."""
+    return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+class BertLayers(nn.Module):
+    def __init__(self, cfg, layers, context_width=None):
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(cfg, context_width) for _ in range(layers))
+
+
+class Bert(nn.Module):
+    """(B, T) ids and mask -> (B, T, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.checkpointing = cfg.checkpointing
+        self.embeddings = BertEmbeddings(cfg)
+        self.encoder = BertLayers(cfg, cfg.text_layers)
+
+    def forward(self, text, text_mask):
+        x, mask = self.embeddings(text), text_mask[:, None, None].bool()             # (B, T, D), (B, 1, 1, T)
+        for layer in self.encoder.layer:
+            x = checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training else layer(x, mask)
+        return x
+
+
+class MLMHead(nn.Module):
+    """BERT's prediction head; the decoder's weight is the word embedding, handed in."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.transform = nn.Sequential()
+        self.transform.dense = nn.Linear(cfg.width, cfg.width)
+        self.transform.act = activation(cfg.act)
+        self.transform.LayerNorm = nn.LayerNorm(cfg.width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+
+    def forward(self, x, word_embeddings):
+        return F.linear(self.transform(x), word_embeddings, self.bias)               # (..., D) -> (..., vocabulary)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and memory
+
+def world():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if world() > 1 else 0
+
+
+@torch.no_grad()
+def gather(x):
+    """(B, ...) of every process -> (N, ...), by rank, without gradient. All processes must have the same B."""
+    if world() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def enqueue_(queue, queue_ids, ptr, keys, ids):
+    """Writes keys (N, d) and their image ids (N,) at `ptr` of a ring (Q, d), around its end; of more than Q keys, the last Q."""
+    size = len(queue)
+    keys, ids = keys[-size:], ids[-size:]
+    slots = (ptr + torch.arange(len(keys), device=ptr.device)) % size
+    queue.index_copy_(0, slots, keys.to(queue.dtype))
+    queue_ids.index_copy_(0, slots, ids)
+
+
+@torch.no_grad()
+def ema_(teacher, student, alpha):
+    """Eq. (6): f_t = alpha f_t + (1 - alpha) f_s, in place, over lists of parameters."""
+    torch._foreach_lerp_(teacher, student, 1 - alpha)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's equations
+
+def ot_loss(plan, cost):
+    """Eq. (1): L_ot = sum_ij T_ij d(z_i, c_j) = <T, D>.  plan, cost: (..., N, K) -> (...)."""
+    return (plan * cost).sum((-2, -1))
+
+
+@torch.no_grad()
+def ipot(cost, eps=0.5, iters=50, inner=1):
+    """Algorithm 2 (IPOT): the plan T of least <T, D> with uniform marginals, T 1 = 1/N, T' 1 = 1/K.
+
+    cost: (..., N, K), d(z_i, c_j) = 1 - cos -> T (..., N, K) float32 of total mass 1. Per iteration, from T = 1 and sigma = 1/K:
+        Q = exp(-D/eps) * T;  repeat inner times: delta = 1/(N Q sigma), sigma = 1/(K Q' delta);  T = diag(delta) Q diag(sigma)
+    Here everything is a logarithm: exp(-D/eps) underflows and Q sigma divides by zero for small eps. Columns sum to 1/K to
+    rounding, rows approach 1/N as iterations go on.
+    """
+    n, k = cost.shape[-2:]
+    with torch.autocast(cost.device.type, enabled=False):
+        step = cost.float() / -eps
+        log_plan = torch.zeros_like(step)
+        log_sigma = step.new_full((*step.shape[:-2], 1, k), -math.log(k))
+        for _ in range(iters):
+            log_plan = log_plan + step                                                      # Q
+            for _ in range(inner):
+                log_delta = -math.log(n) - (log_plan + log_sigma).logsumexp(-1, keepdim=True)    # (..., N, 1)
+                log_sigma = -math.log(k) - (log_plan + log_delta).logsumexp(-2, keepdim=True)    # (..., 1, K)
+            log_plan = log_plan + log_delta + log_sigma
+        return log_plan.exp()
+
+
+def soft_cross_entropy(logits, target):
+    """H of Algorithm 1: -sum_j t_j log softmax(logits)_j, mean over rows. logits, target: (N, K), target without gradient."""
+    return -(target.detach() * logits.float().log_softmax(-1)).sum(-1).mean()
+
+
+def codebook_loss(z, codebook, plan, temp):
+    """Eq. (2): H(SoftMax(Z C / gamma), T), T's rows scaled to sum to one. z: (B, d); codebook: (K, d); plan: (B, K) -> 0-d."""
+    return soft_cross_entropy(z.float() @ codebook.float().T / temp, plan / plan.sum(-1, keepdim=True))
+
+
+def align_probs(z, keys, temp):
+    """Eq. (4): p_j = exp(z.k_j / gamma) / sum_j' exp(z.k_j' / gamma). z: (B, d); keys: (M, d) -> (B, M)."""
+    return (z.float() @ keys.float().T / temp).softmax(-1)
+
+
+def align_loss(z, z_m, ids, keys, key_ids, temp, distill):
+    """Eq. (5), one direction, row by row: H(p, y), y = distill p_teacher + (1 - distill) [same image] / count. Plain form.
+
+    z, z_m: (R, d) student and teacher; ids: (R,); keys: (M, d), key_ids: (M,) -> (R,) float32. A row without a positive among the
+    keys learns from the teacher alone, a row without a negative has loss 0.
+    """
+    same = (ids[:, None] == key_ids).float()                                         # (R, M)
+    count = same.sum(-1, keepdim=True)
+    a = torch.where(count > 0, distill, 1.0)
+    y = a * align_probs(z_m, keys, temp).detach() + (1 - a) * same / count.clamp(min=1)
+    loss = -(y * (z.float() @ keys.float().T / temp).log_softmax(-1)).sum(-1)
+    return loss * (count.squeeze(-1) < len(keys))
+
+
+class QueueContrast(torch.autograd.Function):
+    """align_loss() over several blocks of keys, streamed: memory O(R * chunk) instead of several (R, M) matrices.
+
+    The loss of a row is logsumexp(s) - sum_j y_j s_j with s = z.k/gamma, and sum_j y_j s_j = a E_teacher[s] + (1-a) mean s_pos:
+    running sums per row suffice. Backward scores the keys again: dL/ds = p - y. Gradients go to z and temp; keys are constants.
+
+    z, z_m: (R, d) float32; ids: (R,); temp, distill: 0-d; then blocks keys (M_i, d), key_ids (M_i,), ... -> (R,).
+    """
+
+    @staticmethod
+    def scores(z, z_m, ids, temp, blocks, chunk):
+        for keys, key_ids in zip(blocks[::2], blocks[1::2]):
+            for k, k_ids in zip(keys.split(chunk), key_ids.split(chunk)):
+                s, t = (torch.cat([z, z_m]) @ k.T / temp).chunk(2)                   # (R, chunk) each
+                yield k, s, t, ids[:, None] == k_ids
+
+    @staticmethod
+    def forward(ctx, z, z_m, ids, temp, distill, chunk, *blocks):
+        with torch.autocast(z.device.type, enabled=False):
+            lse = lse_m = z.new_full((len(z),), -torch.inf)
+            expected = pos = z.new_zeros(len(z))
+            count = torch.zeros_like(ids)
+            for _, s, t, same in QueueContrast.scores(z, z_m, ids, temp, blocks, chunk):
+                lse = torch.logaddexp(lse, s.logsumexp(-1))
+                new_m = torch.logaddexp(lse_m, t.logsumexp(-1))
+                expected = expected * (lse_m - new_m).exp() + ((t - new_m[:, None]).exp() * s).sum(-1)
+                lse_m = new_m
+                pos = pos + (s * same).sum(-1)
+                count = count + same.sum(-1)
+            total = sum(len(keys) for keys in blocks[::2])
+            a = torch.where(count > 0, distill, 1.0).to(z.dtype)
+            live = (count < total).to(z.dtype)
+            share = (1 - a) / count.clamp(min=1)                                     # weight of each positive
+            ctx.save_for_backward(z, z_m, ids, temp, lse, lse_m, a, share, live, *blocks)
+            ctx.chunk = chunk
+            return live * (lse - a * expected - share * pos)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, z_m, ids, temp, lse, lse_m, a, share, live, *blocks = ctx.saved_tensors
+        with torch.autocast(z.device.type, enabled=False):
+            grad = (grad * live)[:, None]
+            grad_z, grad_temp = torch.zeros_like(z), torch.zeros_like(temp)
+            for k, s, t, same in QueueContrast.scores(z, z_m, ids, temp, blocks, ctx.chunk):
+                y = a[:, None] * (t - lse_m[:, None]).exp() + share[:, None] * same
+                grad_s = grad * ((s - lse[:, None]).exp() - y)                       # (R, chunk)
+                grad_z = grad_z + grad_s @ k / temp
+                grad_temp = grad_temp - (grad_s * s).sum() / temp
+        return grad_z, None, None, grad_temp, None, None, *[None] * len(blocks)
+
+
+@torch.no_grad()
+def hard_negatives(sim, ids):
+    """For Eq. (7): one index per row, drawn with probability softmax(sim) among columns of another image.
+
+    sim: (B, B), already divided by the temperature; ids: (B,) -> (B,) int64 indices, (B,) bool: the row had a candidate.
+    argmax(log w - log Exp(1)) is a multinomial draw that no saturated softmax can break.
+    """
+    same = ids[:, None] == ids
+    noise = torch.empty_like(sim, dtype=torch.float32).exponential_().log()
+    return (sim.float() - noise).masked_fill(same, -torch.inf).argmax(-1), ~same.all(-1)
+
+
+def itm_loss(logits, labels):
+    """Eq. (7): H(p_itm, y_itm). logits: (R, 2); labels: (R,), 1 = matched, 0 = not, -100 = not counted -> 0-d."""
+    return masked_cross_entropy(logits, labels)
+
+
+def mlm_loss(logits, labels):
+    """Eq. (8): H(p_mlm, y_mlm) at masked places. logits: (B, M, V); labels: (B, M), -100 = no masked token here -> 0-d."""
+    return masked_cross_entropy(logits, labels)
+
+
+def masked_cross_entropy(logits, labels):
+    loss = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    return loss / (labels != -100).sum().clamp(min=1)  # 0, not NaN, where nothing counts
+
+
+@torch.no_grad()
+def mask_tokens(text, maskable, mask_id, first_word, vocab_size, prob=0.15, mask_only=False):
+    """Section 3.3.2: chooses max(1, round(prob n)) of a row's n maskable tokens; 80 % become [MASK], 10 % a random word, 10 % stay.
+
+    text: (B, T) int64; maskable: (B, T) bool -> masked text (B, T), positions (B, M), labels (B, M) with -100 where a row has
+    fewer than M = max(1, round(prob T)) chosen. Shapes depend on T alone. Random words come from first_word..vocab_size-1.
+    """
+    n = maskable.sum(-1, keepdim=True)
+    m = max(1, round(prob * text.shape[1]))
+    chosen = (n * prob).round().clamp(min=1).minimum(n)                              # (B, 1) how many
+    order = torch.rand(text.shape, device=text.device).masked_fill(~maskable, -1.0)
+    positions = order.topk(m, -1).indices                                            # (B, M)
+    live = torch.arange(m, device=text.device) < chosen
+    words = text.gather(1, positions)
+    labels = words.masked_fill(~live, -100)
+    dice = torch.rand(positions.shape, device=text.device)
+    if not mask_only:
+        noise = torch.randint(first_word, vocab_size, positions.shape, device=text.device)
+        words = torch.where(live & (dice >= 0.8) & (dice < 0.9), noise, words)
+    words = words.masked_fill(live & ((dice < 0.8) | mask_only), mask_id)
+    return text.scatter(1, positions, words), positions, labels
+
+
+@torch.no_grad()
+def perplexity(p):
+    """exp of the entropy of the mean row. p: (N, K), rows sum to 1 -> 0-d between 1 (collapsed) and K (every codeword used)."""
+    return torch.special.entr(p.float().mean(0)).sum().exp()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+class Codis(nn.Module):
+    """All tasks of the paper. A batch is a dict: image (B, 3, H, W), text, text_mask (B, T), image_id (B,) and what the task adds."""
+
+    def __init__(self, cfg, task="pretrain", num_labels=0):
+        super().__init__()
+        self.cfg, self.task = cfg, task
+        self.vision = ViT(cfg)
+        self.text = Bert(cfg)
+        self.fusion = BertLayers(cfg, cfg.fusion_layers, cfg.vision_width)
+        if task in ("pretrain", "retrieval"):
+            self.vision_proj = nn.Linear(cfg.vision_width, cfg.embed_dim)
+            self.text_proj = nn.Linear(cfg.width, cfg.embed_dim)
+            self.itm_head = nn.Linear(cfg.width, 2)
+            self.log_temp = nn.Parameter(torch.tensor(math.log(cfg.temp)))
+        if task == "pretrain":
+            self.mlm_head = MLMHead(cfg)
+            if cfg.codebook:
+                self.codebook = nn.Parameter(torch.randn(cfg.codewords, cfg.embed_dim))
+        self.init_weights()
+        self.students = [n for n in ("vision", "text", "vision_proj", "text_proj") if task in ("pretrain", "retrieval")]
+        if task == "pretrain" and cfg.mlm_distill:
+            self.students += ["fusion", "mlm_head"]
+        for name in self.students:  # the teachers
+            self.add_module(name + "_m", deepcopy(getattr(self, name)).requires_grad_(False))
+        if self.students:
+            for name in ("image", "text"):
+                self.register_buffer(f"queue_{name}", F.normalize(torch.randn(cfg.queue_size, cfg.embed_dim), dim=-1))
+            self.register_buffer("queue_ids", torch.full((cfg.queue_size,), -1))
+            self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
+            self.register_buffer("distill", torch.zeros(()))
+
+    def init_weights(self):
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.vision.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.vision.cls_token, std=0.02)
+        if hasattr(self, "codebook"):
+            self.codebook.data = F.normalize(self.codebook.data, dim=-1)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for name in self.students:
+            getattr(self, name + "_m").eval()  # no dropout in a teacher
+        return self
+
+    @property
+    def temp(self):
+        return self.log_temp.exp()
+
+    # -- encoders
+
+    def encode(self, side, x, *mask, teacher=False):
+        """side "vision" or "text" -> tokens (B, S, D) and unit [CLS] embeddings (B, d) float32, of the student or the teacher."""
+        m = "_m" if teacher else ""
+        tokens = getattr(self, side + m)(x, *mask)
+        return tokens, F.normalize(getattr(self, f"{side}_proj{m}")(tokens[:, 0]).float(), dim=-1)
+
+    def encode_image(self, batch):
+        """-> (B, d) unit norm."""
+        return self.encode("vision", batch["image"])[1]
+
+    def encode_text(self, batch):
+        """-> (B, d) unit norm."""
+        return self.encode("text", batch["text"], batch["text_mask"])[1]
+
+    def image_states(self, batch):
+        """What match() needs of an image: `image_tokens` (B, P+1, D); with the embedding `image_emb` (B, d)."""
+        tokens, emb = self.encode("vision", batch["image"])
+        return {"image_tokens": tokens, "image_emb": emb}
+
+    def text_states(self, batch):
+        """What match() needs of a sentence: `text_tokens` (B, T, D) and `text_mask`; with the embedding `text_emb` (B, d)."""
+        tokens, emb = self.encode("text", batch["text"], batch["text_mask"])
+        return {"text_tokens": tokens, "text_emb": emb, "text_mask": batch["text_mask"]}
+
+    def match(self, batch):
+        """(B,) ITM logit of "matched" minus "not". Takes image_states() and text_states(), or a raw batch."""
+        if "image_tokens" not in batch:
+            batch = {**batch, **self.image_states(batch), **self.text_states(batch)}
+        x = self.fuse(batch["text_tokens"], batch["text_mask"], self.image_keys(batch["image_tokens"]), cls_only=True)
+        logits = self.itm_head(x[:, 0]).float()
+        return logits[:, 1] - logits[:, 0]
+
+    # -- fusion
+
+    def image_keys(self, image_tokens, fusion=None):
+        """Cross-attention keys and values of images, layer by layer: they do not depend on the text."""
+        return [layer.crossattention.keys(image_tokens) for layer in (fusion or self.fusion).layer]
+
+    def fuse(self, x, text_mask, keys, fusion=None, cls_only=False):
+        """x: (B, T, D) -> (B, T, D), or (B, 1, D) with `cls_only`: the last layer then computes nothing that nobody reads."""
+        mask, layers = text_mask[:, None, None].bool(), (fusion or self.fusion).layer
+        for n, layer in enumerate(layers):
+            at = torch.zeros_like(text_mask[:, :1]) if cls_only and n + 1 == len(layers) else None
+            x = layer(x, mask, keys[n], at=at)
+        return x
+
+    def fuse_pretrain(self, clean, masked, text_mask, positions, keys, negative_image, negative_text):
+        """The four fusions of a training step, exact and without waste -> [CLS] (3B, D) and masked places (B, M, D).
+
+        [CLS] rows: the pairs, then (image i, negative_text i), then (negative_image i, text i). What is not done twice:
+        self-attention of the first layer, the same for all uses of a sentence; keys of an image, which three sentences query
+        together as one long row; in the last layer everything but [CLS] and the masked places.
+
+        clean, masked: (B, T, D); positions: (B, M), or None without MLM; keys: image_keys(); negative_*: (B,) indices.
+        """
+        b, layers = len(clean), self.fusion.layer
+        mask = text_mask[:, None, None].bool()                                       # (B, 1, 1, T)
+        masks = torch.cat([mask, mask[negative_text], mask])                         # (3B, 1, 1, T)
+        cls = torch.zeros_like(text_mask[:, :1])
+        x = clean                                                                    # (B or 3B, T, D)
+        for n, layer in enumerate(layers):
+            last = n + 1 == len(layers)
+            if n == 0:
+                x = layer.self_attend(x, mask, cls if last else None)
+                x = torch.cat([x, x[negative_text], x])                              # (3B, T or 1, D)
+            else:
+                x = layer.self_attend(x, masks, cls.repeat(3, 1) if last else None)
+            if masked is not None:
+                masked = layer.self_attend(masked, mask, positions if last else None)   # (B, T or M, D)
+            queries = [x[:b], x[b:2 * b]] + ([masked] if masked is not None else [])
+            sizes = [q.shape[1] for q in queries]
+            k, v = keys[n]
+            own = layer.crossattention(torch.cat(queries, 1), (k, v))                # (B, 2 T + T, D), one row an image
+            other = layer.crossattention(x[2 * b:], (k[negative_image], v[negative_image]))
+            positive, negative, *rest = own.split(sizes, 1)
+            x = layer.feed(torch.cat([positive, negative, other]))
+            masked = layer.feed(rest[0]) if rest else None
+        return x[:, 0], masked
+
+    # -- losses
+
+    def forward(self, batch):
+        return getattr(self, "loss_" + self.task)(batch)
+
+    def contrast(self, image_emb, text_emb, image_m, text_m, ids, all_image_m, all_text_m, all_ids):
+        """Eq. (5): the mean of each direction, i2t and t2t against text keys, t2i and i2i against image keys."""
+        losses, b = {}, len(ids)
+        for name, queries, teachers, keys, queue in (
+                ("2t", (image_emb, text_emb), (image_m, text_m), all_text_m, self.queue_text),
+                ("2i", (text_emb, image_emb), (text_m, image_m), all_image_m, self.queue_image)):
+            rows = 2 if self.cfg.intra else 1
+            blocks = ((keys, all_ids) if self.cfg.batch_keys else ()) + (queue, self.queue_ids)
+            loss = QueueContrast.apply(torch.cat(queries[:rows]), torch.cat(teachers[:rows]), ids.repeat(rows), self.temp,
+                                       self.distill, self.cfg.queue_chunk, *blocks)
+            cross, same = ("i", "t") if name == "2t" else ("t", "i")
+            for letter, part in zip((cross, same), loss.split(b)):
+                losses[letter + name] = part.mean()
+        return losses
+
+    def code_losses(self, image_emb, text_emb, all_image, all_text):
+        """Eq. (3): L_ot of both modalities, L_tp and L_ip. The plan is that of the global batch; this process's rows count."""
+        c = self.codebook
+        features = torch.stack([all_image, all_text]).float()                        # (2, N, d)
+        plan = ipot(1 - features @ c.detach().T, self.cfg.ot_eps, self.cfg.ot_iters, self.cfg.ot_inner)   # (2, N, K)
+        b = len(image_emb)
+        mine = slice(rank() * b, rank() * b + b)
+        plan, features = plan[:, mine], features[:, mine]
+        ot = ot_loss(plan, 1 - features @ c.T) * world()                             # DDP's mean is then the global <T, D>
+        for_text, for_image = plan if self.cfg.codebook_target == "cross" else plan.flip(0)
+        return {"ot": ot.sum(), "tp": codebook_loss(text_emb, c, for_text, self.temp),
+                "ip": codebook_loss(image_emb, c, for_image, self.temp)}
+
+    def pair_step(self, batch):
+        """What pre-training and retrieval share: embeddings, teachers, Eq. 5 and the hard negatives of Eq. 7."""
+        with torch.no_grad():
+            _, image_m = self.encode("vision", batch["image"], teacher=True)
+            _, text_m = self.encode("text", batch["text"], batch["text_mask"], teacher=True)
+            all_image_m, all_text_m = gather(torch.stack([image_m, text_m], 1)).unbind(1)   # (N, d) each
+            all_ids = gather(batch["image_id"])
+        image_tokens, image_emb = self.encode("vision", batch["image"])
+        return image_tokens, image_emb, (image_m, text_m), (all_image_m, all_text_m, all_ids)
+
+    def match_loss(self, cls, image_ok, text_ok):
+        """Eq. (7) from the (3B, D) rows of fuse_pretrain(); a row whose batch holds no other image does not count."""
+        b = len(image_ok)
+        labels = torch.ones(3 * b, dtype=torch.long, device=cls.device)
+        labels[b:] = torch.cat([torch.where(text_ok, 0, -100), torch.where(image_ok, 0, -100)])
+        return itm_loss(self.itm_head(cls), labels)
+
+    def negatives(self, image_emb, text_emb, ids):
+        with torch.no_grad():
+            sim = image_emb @ text_emb.T / self.temp                                  # (B, B), this process's batch
+        return hard_negatives(sim.T, ids), hard_negatives(sim, ids)                   # an image per text, a text per image
+
+    def loss_pretrain(self, batch):
+        """Eq. (9): L = L_mlm + L_itm + L_ica + L_code, as Algorithm 1 goes."""
+        cfg, text, text_mask, ids = self.cfg, batch["text"], batch["text_mask"], batch["image_id"]
+        image_tokens, image_emb, mine_m, all_m = self.pair_step(batch)
+        masked, positions, labels = self.mask_text(text, text_mask)
+        tokens = self.text(torch.cat([text, masked]), text_mask.repeat(2, 1))          # (2B, T, D)
+        clean, masked_tokens = tokens.chunk(2)
+        text_emb = F.normalize(self.text_proj(clean[:, 0]).float(), dim=-1)
+
+        align = self.contrast(image_emb, text_emb, *mine_m, ids, *all_m)              # Eq. 5
+        code = {}
+        if cfg.codebook:                                                              # Eq. 3
+            features = all_m[:2] if cfg.codebook_features == "teacher" else gather(torch.stack([image_emb, text_emb], 1)).unbind(1)
+            code = self.code_losses(image_emb, text_emb, *features)
+        (neg_image, image_ok), (neg_text, text_ok) = self.negatives(image_emb, text_emb, ids)
+        cls, words = self.fuse_pretrain(clean, masked_tokens, text_mask, positions, self.image_keys(image_tokens), neg_image, neg_text)
+        itm = self.match_loss(cls, image_ok, text_ok)                                 # Eq. 7
+        logits = self.mlm_head(words, self.text.embeddings.word_embeddings.weight)    # (B, M, V)
+        mlm = mlm_loss(logits, labels)                                                # Eq. 8
+        if cfg.mlm_distill:
+            mlm = mlm + self.distill / cfg.distill * cfg.mlm_distill * (self.mlm_teacher(batch, masked, positions, labels, logits) - mlm)
+
+        losses = {"mlm": mlm, "itm": itm, **align, **code}
+        logs = {name: loss.detach() for name, loss in losses.items()} | {"temp": self.temp.detach()}
+        if cfg.codebook:
+            logs["codebook_ppl"] = perplexity(align_probs(torch.cat([image_emb, text_emb]), self.codebook, self.temp))
+        return {"loss": sum(losses.values()), "logs": logs, "keys": all_m}
+
+    def mask_text(self, text, text_mask):
+        cfg = self.cfg
+        maskable = text_mask.bool() & (text != cfg.cls_id) & (text != cfg.sep_id)
+        return mask_tokens(text, maskable, cfg.mask_id, cfg.first_word, cfg.vocab_size, cfg.mlm_prob, cfg.mlm_mask_only)
+
+    def mlm_teacher(self, batch, masked, positions, labels, logits):
+        """ALBEF's soft MLM loss: cross-entropy against the momentum fusion encoder's word distribution, at masked places."""
+        with torch.no_grad():
+            x = self.text_m(masked, batch["text_mask"])
+            x = self.fuse(x, batch["text_mask"], self.image_keys(self.vision_m(batch["image"]), self.fusion_m), self.fusion_m)
+            target = self.mlm_head_m(pick(x, positions), self.text_m.embeddings.word_embeddings.weight).float().softmax(-1)
+        live = labels != -100
+        return -((target * logits.float().log_softmax(-1)).sum(-1) * live).sum() / live.sum().clamp(min=1)
+
+    # -- hooks of the training loop
+
+    def after_backward(self, out):
+        """Algorithm 1's update_queue. Only now: the graph of Eq. 5 read the queues."""
+        if "keys" in out:
+            image_m, text_m, ids = out["keys"]
+            enqueue_(self.queue_image, self.queue_ids, self.ptr, image_m, ids)
+            enqueue_(self.queue_text, self.queue_ids, self.ptr, text_m, ids)
+            self.ptr.add_(len(ids)).remainder_(len(self.queue_ids))
+
+    @torch.no_grad()
+    def after_step(self, step, total_steps, epoch_steps=None):
+        """Eq. (6), codewords back to unit norm, the temperature's clamp, the ramp of the teacher's weight over one epoch."""
+        if not self.students:
+            return
+        for name in self.students:
+            ema_(list(getattr(self, name + "_m").parameters()), list(getattr(self, name).parameters()), self.cfg.momentum)
+        self.log_temp.clamp_(math.log(0.001), math.log(0.5))
+        if hasattr(self, "codebook"):
+            self.codebook.div_(self.codebook.norm(dim=-1, keepdim=True))
+        self.distill.fill_(self.cfg.distill * min(1.0, step / (epoch_steps or total_steps)))
+
+    def param_groups(self, cfg):
+        """Weight decay on matrices only: not on biases, norms, the temperature, or the codebook, whose length is fixed."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        plain = [p for n, p in named if p.ndim < 2 or n == "codebook"]
+        return [{"params": [p for n, p in named if not (p.ndim < 2 or n == "codebook")], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
+                {"params": plain, "lr": cfg.lr, "weight_decay": 0.0}]
+
+
+Model = Codis
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if not isinstance(v, dict)}, vocab_size=200, mask_id=4, cls_id=2, sep_id=3, first_word=5)
+    batch = {"image": torch.randn(4, 3, 64, 64), "text": torch.randint(5, 200, (4, cfg.max_text)),
+             "text_mask": torch.ones(4, cfg.max_text, dtype=torch.long), "image_id": torch.arange(4)}
+    for task in TASKS:
+        model = Codis(cfg, task).train()
+        out = model(batch)
+        out["loss"].backward()
+        print(task, f"{sum(p.numel() for p in model.parameters()):,} parameters", {k: round(v.item(), 3) for k, v in out["logs"].items()})

@@ -25,6 +25,7 @@ Nothing here reads or moves a global random state: a sample is a function of (re
 """
 import argparse
 import array
+import copy
 import csv
 import io
 import itertools
@@ -76,11 +77,11 @@ class Records:
 
     `image` (and `image2`, `feature`) is a path that opens as it is, or (tar path, offset, size) in bytes. `image_id` is an int,
     the same for two records of one picture. Attributes: name (the source), split, root, notes (dict of counts),
-    label_names (list or None: what the ints in `labels`/`label` stand for), protocol (str or None)."""
+    label_names (list or None: what the ints in `labels`/`label` stand for), protocol (str or None), splits (those in the files)."""
 
     def __init__(self, name, split, root=None):
         self.name, self.split, self.root = name, split, root
-        self.notes, self.label_names, self.protocol = {}, None, None
+        self.notes, self.label_names, self.protocol, self.splits = {}, None, None, []
         self._blob, self._ends = bytearray(), array.array("q", [0])
 
     def append(self, record):
@@ -89,8 +90,8 @@ class Records:
 
     def subset(self, indices):
         """The records at `indices`, in that order, as new Records with the same attributes."""
-        out = Records(self.name, self.split, self.root)
-        out.notes, out.label_names, out.protocol = dict(self.notes), self.label_names, self.protocol
+        out = copy.copy(self)
+        out.notes, out._blob, out._ends = dict(self.notes), bytearray(), array.array("q", [0])
         for i in indices:
             out.append(self[i])
         return out
@@ -687,6 +688,7 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
             ctx.count("with_tags", int(bool(record.get("tags"))))
             ctx.count("without_caption", int("caption" not in record))
         records.append(record)
+    records.splits = sorted(ctx.splits)
     if source == "pairs":
         notes["repeated_images"] = ids.repeats
     for key in [k for k, v in notes.items() if not v]:
@@ -745,6 +747,16 @@ def tag_list(records, n=None):
     """The n most frequent tags (ties by alphabet) -> list of str: the vocabulary of the "tags" view."""
     counts = Counter(t for r in records for t in r.get("tags") or ())
     return sorted(counts, key=lambda t: (-counts[t], t))[:n]
+
+
+def stats(records, answers=3192):
+    """What a model or an evaluation must know of the training records -> dict: num_labels, answers, majority, where there are such."""
+    if records.name == "vqa":
+        return {"answers": answer_list(records, answers)}
+    if "label" in records[0]:
+        labels = Counter(r["label"] for r in records)
+        return {"num_labels": max(len(records.label_names or ()), max(labels) + 1), "label_names": records.label_names}
+    return {}
 
 
 # ------------------------------------------------------------------------------------------------------- VQA's answer wording
@@ -1244,3 +1256,88 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
         raise ValueError(f"what={what!r}: image, text or sample")
     items = items[rank::world]
     return Plan(dataset, Chunks(items, batch_size)).run(range(math.ceil(len(items) / batch_size)), workers)
+
+
+# -------------------------------------------------------------------------------------------------------------------- check
+
+def guess_source(spec):
+    """The source of a file or folder, from its name and first record."""
+    path = expand(spec)[0]
+    if os.path.isdir(path):
+        names = os.listdir(path)
+        if any(re.match(r"STS|stsb|sts-", n) for n in names):
+            return "sts"
+        if any(n.endswith(".txt") for n in names):
+            return "hashing"
+        return "pairs" if any(n.endswith(".tar") for n in names) else "classes"
+    if path.endswith((".txt", ".csv")):
+        return "hashing" if path.endswith(".txt") else "sts"
+    if not path.endswith((".json", ".jsonl")):
+        return "pairs"
+    data = read_json(path)
+    head = data if isinstance(data, dict) else next(iter(data), None) if isinstance(data, list) else next(data, (None, None))[1]
+    keys = {"questions": "vqa", "videos": "clips", "gold_label": "ve", "identifier": "nlvr2"}
+    return next((source for key, source in keys.items() if isinstance(head, dict) and key in head), "pairs")
+
+
+def trouble_with(where):
+    """None, "missing", or why an image or a feature file cannot be read."""
+    if isinstance(where, str) and not os.path.exists(where):
+        return "missing"
+    try:
+        if isinstance(where, str) and where.endswith(".npy"):
+            shape = np.load(where, mmap_mode="r").shape
+            return None if len(shape) == 2 else f"shape {shape}, not (frames, D)"
+        load_image(where)
+    except (BadImage, OSError, ValueError) as e:
+        return str(e)
+
+
+def check(spec, image_root=None, split=None, source=None):
+    """Prints what is in the files of `spec` and opens every image -> number of missing and corrupt ones."""
+    source = source or guess_source(spec)
+    first = open_source(source, spec, split, image_root, missing="keep")
+    parts, table, listed = [split] if split else first.splits or [None], {}, []
+    for part in parts:
+        records = open_source(source, spec, part, image_root, missing="keep")
+        files = list({r[k]: None for r in records for k in ("image", "image2", "feature") if k in r})
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:       # PIL decodes outside the interpreter's lock
+            results = list(tqdm(pool.map(trouble_with, files), total=len(files), desc=f"opening {part or ''}", leave=False))
+        troubles = [(f, t) for f, t in zip(files, results) if t]
+        texts = [len(r["caption"]) for r in records if isinstance(r.get("caption"), list)]
+        rows = {"records": len(records), "images": len(files)}
+        if texts:
+            rows |= {"captions": sum(texts), "captions an image": f"{min(texts)} to {max(texts)}, mean {np.mean(texts):.2f}"}
+        rows |= {"missing files": sum(t == "missing" for _, t in troubles), "corrupt files": sum(t != "missing" for _, t in troubles)}
+        rows |= {"duplicate captions": records.notes.get("duplicates", 0)} if source == "pairs" else {}
+        rows |= {k.replace("_", " "): v for k, v in records.notes.items() if k not in ("missing", "duplicates")}
+        table[part or "all"] = rows
+        listed += troubles
+    print(f"{source}: {spec}" + (f" ({first.protocol})" if first.protocol else ""))
+    if first.label_names:
+        print(f"labels: {len(first.label_names)} ({', '.join(first.label_names[:6])}{', ...' if len(first.label_names) > 6 else ''})")
+    keys = list(dict.fromkeys(k for rows in table.values() for k in rows))
+    widths = {part: max([len(part)] + [len(str(v)) for v in rows.values()]) for part, rows in table.items()}
+    for key, cells in [("", {p: p for p in table})] + [(k, {p: str(rows.get(k, 0)) for p, rows in table.items()}) for k in keys]:
+        print(f"  {key:<24}" + "  ".join(cells[p].rjust(widths[p]) for p in table))
+    for file, reason in listed[:10]:
+        print(f"  {file if isinstance(file, str) else f'{file[0]} at byte {file[1]}'}: {reason}")
+    if len(listed) > 10:
+        print(f"  ... and {len(listed) - 10} more")
+    return len(listed)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    one = tasks.add_parser("check", help="count what is in a data set and open every image; exit status 1 if any is missing or corrupt")
+    one.add_argument("path", help='files or folders separated by commas, or "shapes"')
+    one.add_argument("--image_root", help="the folder the images lie in")
+    one.add_argument("--split", help="only this split (default: each)")
+    one.add_argument("--source", choices=SOURCES, help="what the records are (default: guessed from the files)")
+    args = parser.parse_args(argv)
+    return int(check(args.path, args.image_root, args.split, args.source) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

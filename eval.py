@@ -103,12 +103,28 @@ def load_weights(model, path):
         model.tie_weights()
 
 
+def find_run(path):
+    """The directory of a run's final weights: `path` itself, or its last stage. SystemExit if there is no config.json."""
+    stages = sorted(Path(path).glob("stage-*/config.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+    found = [p for p in (Path(path) / "config.json", *reversed(stages)) if p.is_file()]
+    if not found:
+        raise SystemExit(f"{path}: no run here (no config.json)")
+    return found[0].parent
+
+
+def find_run(path):
+    """The directory that holds the run: `path`, or the last of its stage-1, stage-2, ... SystemExit when there is none."""
+    path = Path(path)
+    stages = sorted(path.glob("stage-*/config.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+    if not (path / "config.json").is_file() and not stages:
+        raise SystemExit(f"{path}: no run here (no config.json)")
+    return path if (path / "config.json").is_file() else stages[-1].parent
+
+
 def load_run(path, device="cpu"):
     """A run directory -> (model in eval mode on `device`, info). info is config.json {model, preset, task, config, loop, stats,
     step, ...} and `path`. SystemExit, one line, for a directory that is no run, an unknown model or field, damaged weights."""
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        raise SystemExit(f"{path}: no run here (no config.json)")
+    path = find_run(path)
     try:
         info = json.loads((path / "config.json").read_text())
         name, task, config = info["model"], info["task"], info["config"]
@@ -233,25 +249,26 @@ class Eval:
 
     def __init__(self, model, info, task, opts, rank, world):
         self.model, self.info, self.task, self.opts, self.rank, self.world = model, info, task, opts, rank, world
-        self.device, self.cfg, loop = next(model.parameters()).device, model.cfg, info.get("loop", {})
+        self.device, self.cfg, self.loop = next(model.parameters()).device, model.cfg, info.get("loop", {})
         module = sys.modules[type(model).__module__]
         self.views = module.VIEWS[task if task in module.VIEWS else info["task"]]
-        self.spec = opts.data or loop.get("data") or "shapes"
-        self.root = opts.image_root if opts.data else opts.image_root or loop.get("image_root")
-        vocab = opts.vocab or loop.get("vocab") or shapes.ensure() / "vocab.txt"
+        self.spec = opts.data or self.loop.get("eval_data") or self.loop.get("data") or "shapes"
+        self.root = opts.image_root or (None if opts.data else self.loop.get("eval_root") or self.loop.get("image_root")) or None
+        vocab = opts.vocab or result_path(self, "vocab.txt")
+        vocab = vocab if vocab and Path(vocab).is_file() else self.loop.get("vocab") or vocab or "shapes"
         self.tokenizer = data.get_tokenizer(vocab)
         if self.tokenizer.vocab_size != self.cfg.vocab_size:
             raise SystemExit(f"{vocab}: {self.tokenizer.vocab_size} tokens, the run has {self.cfg.vocab_size}; name its --vocab")
         self.bad, self.protocol = set(), {}
 
     def setting(self, name, default):
-        """An option: the command line's, else the run's."""
+        """An option: the command line's, else the run's, else the default (a run writes 0 or "" for "not set")."""
         value = getattr(self.opts, name)
-        return self.info.get("loop", {}).get(name, default) if value is None else value
+        return (self.loop.get(name) or default) if value is None else value
 
     def open(self, need=()):
         """The records of the split (test; without one, val), with what the checkpoint was trained on in the protocol."""
-        loop, split = self.info.get("loop", {}), self.opts.split or "test"
+        split = self.opts.split or "test"
         read = lambda split: data.open_source(self.views["source"], self.spec, split, self.root, limit=self.opts.limit, need=need)
         try:
             records = read(split)
@@ -259,7 +276,7 @@ class Eval:
             if self.opts.split or "no split" not in str(e):
                 raise
             records, split = read("val"), "val"
-        seen, start = loop.get("data") or "shapes", f", from {loop['init']}" if loop.get("init") else ""
+        seen, start = self.loop.get("data") or "shapes", f", from {self.loop['init']}" if self.loop.get("init") else ""
         how = "pre-trained only" if self.info["task"] == "pretrain" else f"fine-tuned ({self.info['task']})"
         self.protocol.update(data=self.spec, split=split, records=len(records), limit=self.opts.limit, protocol=
                              f"{'in domain' if seen == self.spec else 'zero-shot'}, {how}, trained on {seen}{start}")
@@ -269,9 +286,8 @@ class Eval:
         """This rank's batches, on the device: images, flattened captions ("text") or whole records ("sample")."""
         for batch in data.iter_eval(records, views or self.views, self.tokenizer, self.cfg.image_size, self.cfg.max_text,
                                     what=what, batch_size=self.opts.batch_size, rank=self.rank, world=self.world,
-                                    workers=self.setting("workers", 0)):
-            if "bad" in batch:
-                self.bad.update(batch["index"][batch["bad"].bool()].tolist())
+                                    workers=max(0, self.setting("workers", 0))):
+            self.bad.update(batch["index"][batch["bad"].bool()].tolist())
             yield {k: v.to(self.device) for k, v in batch.items()}
 
     def progress(self, batches, total, text):
@@ -313,21 +329,23 @@ class Eval:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tasks: Eval -> {"rows": table, "metrics": the numbers that count, ...}
 
-def match_scores(ev, records, m, keys=None):
-    """match() of pairs. keys: sorted unique (P,) int64, image * M + caption; None = all N * M. -> (P,) float32 on every rank.
+def match_scores(ev, records, order, keys=None):
+    """match() of pairs -> (P,) float32 on every rank. order: (M,) which of flat_captions() is caption m; keys: sorted unique (P,)
+    int64, image * M + m; None = all N * M.
 
     Each rank scores all pairs of its own images; the captions' states are kept, the images' live for one batch only
     (5,000 images of 577 tokens would be 9 GB), a pair asked for in both directions is scored once.
     """
+    m, n = len(order), len(data.unique_images(records)[0])
     texts = ev.collect(records, "text", m, lambda b: ev.states("text", b), "texts")
-    out = torch.zeros(len(records) * m if keys is None else len(keys))
-    for batch in ev.progress(ev.batches(records, "image"), len(records), "matching"):
+    out = torch.zeros(n * m if keys is None else len(keys))
+    for batch in ev.progress(ev.batches(records, "image"), n, "matching"):
         images, ends = ev.states("image", batch), torch.stack([batch["index"], batch["index"] + 1]).cpu() * m    # (2, B)
         lo, hi = ends if keys is None else torch.searchsorted(keys, ends)
         where = torch.cat([torch.arange(a, b) for a, b in zip(lo.tolist(), hi.tolist())])  # (p,) into keys
         local = torch.repeat_interleave(torch.arange(len(lo)), hi - lo)                     # (p,) into the batch
         for w, i in zip(where.split(ev.opts.pairs), local.split(ev.opts.pairs)):
-            caption = (w if keys is None else keys[w]) % m
+            caption = order[(w if keys is None else keys[w]) % m]
             pair = {k: v[i.to(v.device)] for k, v in images.items()} | {k: v[caption].to(ev.device) for k, v in texts.items()}
             out[w] = ev.model.match(pair).float().cpu()
     if ev.world > 1:                                             # every pair was scored on one rank: the others add 0
@@ -340,16 +358,16 @@ def retrieval(ev):
     """Image->text and text->image over the whole split, in its order; 5,000 images also as five folds of 1,000. The dual
     encoder's scores, then its k best put in the order of match(); a model without encoders has every pair scored by match()."""
     records = ev.open(need=("caption",))
-    captions, owner = data.flat_captions(records)
-    n, m, rule, k = len(records), len(captions), ev.setting("rerank", "itm"), ev.setting("rerank_k", 128)
+    owner, order = data.flat_captions(records)[1].sort(stable=True)                         # captions in the images' order
+    n, m, rule, k = int(owner[-1]) + 1, len(owner), ev.setting("rerank", "itm"), ev.setting("rerank_k", 128)
     if callable(getattr(ev.model, "encode_image", None)):
         base, rerank = "dual encoder", rule != "none" and k > 0 and callable(getattr(ev.model, "match", None))
         image_emb = ev.collect(records, "image", n, lambda b: {"e": ev.model.encode_image(b).float()}, "images")["e"]
         text_emb = ev.collect(records, "text", m, lambda b: {"e": ev.model.encode_text(b).float()}, "texts")["e"]
-        sim = image_emb.to(ev.device) @ text_emb.to(ev.device).T                            # (N, M) float32: 0.5 GB for COCO 5K
+        sim = image_emb.to(ev.device) @ text_emb[order].to(ev.device).T                     # (N, M) float32: 0.5 GB for COCO 5K
     else:
         base, rerank = f"match, all {n * m:,} pairs", False
-        sim = match_scores(ev, records, m).view(n, m)
+        sim = match_scores(ev, records, order).view(n, m)
     owner, how = owner.to(sim.device), f"re-ranked, {rule}, k={k}" if rerank else base
 
     folds = ev.opts.folds or (5 if n == 5000 else 1)
@@ -366,7 +384,7 @@ def retrieval(ev):
         pairs = {(a, b): (torch.arange(a, b)[:, None] * m + cut[a] + i.cpu(),               # keys image * M + caption
                           (a + t.cpu()) * m + torch.arange(cut[a], cut[b])[:, None]) for (a, b), (i, t) in tops.items()}
         keys = torch.cat([p.flatten() for both in pairs.values() for p in both]).unique()
-        scores = match_scores(ev, records, m, keys)
+        scores = match_scores(ev, records, order, keys)
         if rule == "sum":
             scores += sim.flatten()[keys.to(sim.device)].cpu()
         scores = {span: [scores[torch.searchsorted(keys, p)].to(sim.device) for p in both] for span, both in pairs.items()}
@@ -378,7 +396,8 @@ def retrieval(ev):
             found[how] = [summary(*reranked(*spans[span], *tops[span], *scores[span])) for span in part]
         metrics = metrics or average(found[how])
         if ev.spec == "shapes" and part == [(0, n)] and ev.opts.limit is None:
-            found["oracle ceiling"] = [{key: 100 * v for key, v in shapes.oracle_recall(records.root, records.split).items()}]
+            oracle = shapes.oracle_recall(records.root, records.split)                      # reads captions without a fault
+            found["oracle ceiling"] = [{key: 100 * oracle[key] for key in ("i2t_r1", "t2i_r1")}]
         rows += [{"images": name, "scores": row, **average(results)} for row, results in found.items()]
     counts = owner.bincount()
     ev.protocol.update(images=n, captions=m, captions_per_image=[int(counts.min()), int(counts.max())],
@@ -511,66 +530,59 @@ def draw_maps(picture, text, words, sentence, path, width=192, columns=6):
     sheet.save(path)
 
 
+def seen_by(views):
+    """The views of one picture and one caption, for gradcam(); a center crop shows less than the picture, which the caller must know."""
+    kept = {k: v for k, v in views.items() if k in ("image", "image_eval", "norm")}
+    return {**kept, "source": "pairs", "text": "caption"}, kept.get("image_eval", "resize") == "center"
+
+
 def gradcam(ev):
     """One PNG for --image and --text: where the model looks for each word and for the sentence."""
     if not (ev.opts.image and ev.opts.text):
         raise SystemExit('gradcam: name a picture and a text: --image a.jpg --text "..." (--task pointing measures a split)')
     try:
-        picture = Image.open(ev.opts.image).convert("RGB")
-    except OSError as e:
+        picture = data.load_image(ev.opts.image)
+    except data.BadImage as e:
         raise SystemExit(f"--image {ev.opts.image}: {e}")
-    if ev.views.get("image_eval", ev.views["image"]) == "center":                           # the model sees the middle square
-        side = min(picture.size)
-        x, y = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((x, y, x + side, y + side))
-    record = {"image": os.path.abspath(ev.opts.image), "image_id": 0, "caption": [ev.opts.text]}
-    views = {k: v for k, v in ev.views.items() if k in ("source", "image", "image_eval", "norm")} | {"text": "caption"}
-    words, sentence = next(attention_maps(ev, next(ev.batches([record], "sample", views))))
+    ev.views, middle = seen_by(ev.views)
+    records = data.Records("pairs", None)
+    records.append({"image": ev.opts.image, "image_id": 0, "caption": [ev.opts.text]})
+    words, sentence = next(attention_maps(ev, next(ev.batches(records, "sample"))))
+    if middle:
+        picture = data.center(picture, min(picture.size))
     out = Path(ev.opts.out) if ev.opts.out else result_path(ev, "gradcam.png")
     draw_maps(picture, ev.opts.text, words, sentence, out)
-    ev.protocol = {"image": ev.opts.image, "text": ev.opts.text, "block": ev.opts.block, "png": str(out)}
+    ev.protocol.update(image=ev.opts.image, text=ev.opts.text, block=ev.opts.block)
     return {"rows": [{"file": str(out), "words": len(words), "grid": "x".join(map(str, sentence.shape))}], "metrics": {}}
 
 
 def pointing(ev):
     """On data with boxes: the share of a word's map that lies inside the boxes of the object it names, beside the boxes' share of
     the picture (what a uniform map gets). The words are those that equal a label's name; the caption is each record's first."""
-    if ev.views.get("image_eval", ev.views["image"]) == "center":
+    ev.views, middle = seen_by(ev.views)
+    if middle:
         raise SystemExit("pointing: boxes and a center crop do not go together")
-    records = ev.open(need=("caption", "boxes", "labels"))
-    ev.views = {k: v for k, v in ev.views.items() if k in ("source", "image", "image_eval", "norm")} | {"text": "caption"}
-    found = []                                                                              # (inside, uniform, peak) per word
+    records, found = ev.open(need=("caption", "boxes", "labels")), []                       # (inside, uniform, peak) per word
     for batch in ev.progress(ev.batches(records, "sample"), len(records), "pointing"):
-        for i, (words, _) in zip(batch["index"].tolist(), attention_maps(ev, batch)):
-            boxes = boxes_by_name(records[i])
+        for i, bad, (words, _) in zip(batch["index"].tolist(), batch["bad"].tolist(), attention_maps(ev, batch)):
+            record, boxes = records[i], defaultdict(list)
+            names = record.get("label_names") or [records.label_names[label] for label in record["labels"]]
+            for name, box in zip(names, record["boxes"]):
+                boxes[name].append(box)
             for word, m in words:
-                if word in boxes and m.clamp(min=0).sum() > 0:
-                    cover, m = box_cover(boxes[word], picture_size(records[i]), m.shape), m.clamp(min=0).double().numpy()
+                if word in boxes and not bad and m.clamp(min=0).sum() > 0:
+                    m = m.clamp(min=0).double().numpy()
+                    cover = box_cover(boxes[word], data.load_image(record["image"]).size, m.shape)
                     found.append(((m * cover).sum() / m.sum(), cover.mean(), float(cover.flat[m.argmax()] >= 0.5)))
-    pieces = [found]
     if ev.world > 1:
         pieces = [None] * ev.world
         dist.all_gather_object(pieces, found)
-    found = np.array([f for piece in pieces for f in piece]).reshape(-1, 3)
-    if not len(found):
+        found = sum(pieces, [])
+    if not found:
         raise SystemExit("pointing: no caption names a labeled object in one word")
-    inside, uniform, peak = (100 * found.mean(0)).tolist()
-    metrics = {"inside": inside, "uniform": uniform, "ratio": inside / uniform, "peak": peak}
-    return {"rows": [{"words": len(found), "inside the box": inside, "uniform": uniform, "ratio": f"{inside / uniform:.2f}",
-                      "peak in the box": peak}], "metrics": metrics}
-
-
-def boxes_by_name(record):
-    """{name of one word: its boxes, xyxy} of a record."""
-    boxes = defaultdict(list)
-    for box, label in zip(record["boxes"], record["labels"]):
-        boxes[str(record["label_names"][label])].append(box)
-    return boxes
-
-
-def picture_size(record):
-    with Image.open(record["image"]) as picture:
-        return picture.size
+    inside, uniform, peak = (100 * np.mean(found, 0)).tolist()
+    row = {"inside the box": inside, "uniform": uniform, "ratio": round(inside / uniform, 2), "peak in the box": peak}
+    return {"rows": [{"words": len(found), **row}], "metrics": row}
 
 
 # name -> (function, what the model must have: any of these sets of methods)
@@ -642,7 +654,7 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
             out.write_text(json.dumps(result, indent=1, default=str))
         print(f"\n{task}: " + "; ".join(f"{k} {v}" for k, v in ev.protocol.items() if v is not None))
         if ev.bad:
-            print(f"{len(ev.bad)} images could not be read and were replaced")
+            print(f"{len(ev.bad)} images could not be read and were taken as grey ones")
         print(table(result["rows"]) + (f"\n-> {out}" if out else ""), flush=True)
     return result
 

@@ -23,6 +23,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def ranks(sim, owner, chunk=1024):
 def shortlist(sim, k):
     """The k (at most the gallery) best captions of each image, the k best images of each caption: (N, k), (M, k) int64."""
     n, m = sim.shape
-    return sim.topk(min(k, m), dim=1).indices, sim.topk(min(k, n), dim=0).indices.T
+    return sim.topk(min(k, m), dim=1).indices, sim.topk(min(k, n), dim=0).indices.T.contiguous()
 
 
 def reranked(sim, owner, top_i, top_t, val_i, val_t):
@@ -254,8 +255,8 @@ class Eval:
         self.views = module.VIEWS[task if task in module.VIEWS else info["task"]]
         self.spec = opts.data or self.loop.get("eval_data") or self.loop.get("data") or "shapes"
         self.root = opts.image_root or (None if opts.data else self.loop.get("eval_root") or self.loop.get("image_root")) or None
-        vocab = opts.vocab or result_path(self, "vocab.txt")
-        vocab = vocab if vocab and Path(vocab).is_file() else self.loop.get("vocab") or vocab or "shapes"
+        own = result_path(self, "vocab.txt")                                                # a run keeps a copy of its own
+        vocab = opts.vocab or (own if own and own.is_file() else self.loop.get("vocab") or "shapes")
         self.tokenizer = data.get_tokenizer(vocab)
         if self.tokenizer.vocab_size != self.cfg.vocab_size:
             raise SystemExit(f"{vocab}: {self.tokenizer.vocab_size} tokens, the run has {self.cfg.vocab_size}; name its --vocab")
@@ -278,8 +279,9 @@ class Eval:
             records, split = read("val"), "val"
         seen, start = self.loop.get("data") or "shapes", f", from {self.loop['init']}" if self.loop.get("init") else ""
         how = "pre-trained only" if self.info["task"] == "pretrain" else f"fine-tuned ({self.info['task']})"
-        self.protocol.update(data=self.spec, split=split, records=len(records), limit=self.opts.limit, protocol=
-                             f"{'in domain' if seen == self.spec else 'zero-shot'}, {how}, trained on {seen}{start}")
+        known = set(seen.split(",")) & set(self.spec.split(","))
+        self.protocol.update(data=self.spec, split=split, records=len(records), limit=self.opts.limit,
+                             protocol=f"{'in domain' if known else 'zero-shot'}, {how}, trained on {seen}{start}")
         return records
 
     def batches(self, records, what, views=None):
@@ -291,7 +293,8 @@ class Eval:
             yield {k: v.to(self.device) for k, v in batch.items()}
 
     def progress(self, batches, total, text):
-        return tqdm(batches, text, math.ceil(total / self.world / self.opts.batch_size), leave=False, disable=self.rank > 0)
+        steps = math.ceil(total / self.world / self.opts.batch_size)
+        return tqdm(batches, text, steps, leave=False, delay=2, disable=self.rank > 0)
 
     def gather(self, index, parts, total):
         """Rows computed on all ranks, in the data's order and each once. index: (m,) of this rank's rows; parts: {name: (m, ...)}
@@ -438,8 +441,8 @@ def vqa(ev):
         kinds = defaultdict(list)
         for q, r in truth.items():
             kinds[r.get("answer_type") or "all"].append(score[q])
-        rows.append({"answers": name, "questions": len(truth), "overall": np.mean(list(score.values())),
-                     **{kind: np.mean(v) for kind, v in sorted(kinds.items()) if kind != "all"}})
+        rows.append({"answers": name, "questions": len(truth), "overall": sum(score.values()) / len(score),
+                     **{kind: sum(v) / len(v) for kind, v in sorted(kinds.items()) if kind != "all"}})
     return {"rows": rows, "metrics": {"accuracy": rows[1]["overall"], "baseline": rows[0]["overall"]}}
 
 
@@ -531,7 +534,7 @@ def draw_maps(picture, text, words, sentence, path, width=192, columns=6):
 
 
 def seen_by(views):
-    """The views of one picture and one caption, for gradcam(); a center crop shows less than the picture, which the caller must know."""
+    """-> (the views of a picture and a caption, for gradcam(); does a center crop show the model less than the picture?)"""
     kept = {k: v for k, v in views.items() if k in ("image", "image_eval", "norm")}
     return {**kept, "source": "pairs", "text": "caption"}, kept.get("image_eval", "resize") == "center"
 
@@ -652,7 +655,7 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
         out = result_path(ev, f"eval-{task}.json")
         if out:
             out.write_text(json.dumps(result, indent=1, default=str))
-        print(f"\n{task}: " + "; ".join(f"{k} {v}" for k, v in ev.protocol.items() if v is not None))
+        print("\n" + textwrap.fill(f"{task}: " + "; ".join(f"{k} {v}" for k, v in ev.protocol.items() if v is not None), 120))
         if ev.bad:
             print(f"{len(ev.bad)} images could not be read and were taken as grey ones")
         print(table(result["rows"]) + (f"\n-> {out}" if out else ""), flush=True)

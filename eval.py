@@ -332,15 +332,14 @@ class Eval:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tasks: Eval -> {"rows": table, "metrics": the numbers that count, ...}
 
-def match_scores(ev, records, order, keys=None):
-    """match() of pairs -> (P,) float32 on every rank. order: (M,) which of flat_captions() is caption m; keys: sorted unique (P,)
-    int64, image * M + m; None = all N * M.
+def match_scores(ev, records, texts, keys=None):
+    """match() of pairs -> (P,) float32 on every rank. texts: {name: (M, ...)} states of all captions; keys: (P,) int64, sorted
+    and unique, image * M + caption; None = all N * M.
 
     Each rank scores all pairs of its own images; the captions' states are kept, the images' live for one batch only
     (5,000 images of 577 tokens would be 9 GB), a pair asked for in both directions is scored once.
     """
-    m, n = len(order), len(data.unique_images(records)[0])
-    texts = ev.collect(records, "text", m, lambda b: ev.states("text", b), "texts")
+    m, n = len(next(iter(texts.values()))), len(data.unique_images(records)[0])
     out = torch.zeros(n * m if keys is None else len(keys))
     for batch in ev.progress(ev.batches(records, "image"), n, "matching"):
         images, ends = ev.states("image", batch), torch.stack([batch["index"], batch["index"] + 1]).cpu() * m    # (2, B)
@@ -348,7 +347,7 @@ def match_scores(ev, records, order, keys=None):
         where = torch.cat([torch.arange(a, b) for a, b in zip(lo.tolist(), hi.tolist())])  # (p,) into keys
         local = torch.repeat_interleave(torch.arange(len(lo)), hi - lo)                     # (p,) into the batch
         for w, i in zip(where.split(ev.opts.pairs), local.split(ev.opts.pairs)):
-            caption = order[(w if keys is None else keys[w]) % m]
+            caption = (w if keys is None else keys[w]) % m
             pair = {k: v[i.to(v.device)] for k, v in images.items()} | {k: v[caption].to(ev.device) for k, v in texts.items()}
             out[w] = ev.model.match(pair).float().cpu()
     if ev.world > 1:                                             # every pair was scored on one rank: the others add 0
@@ -363,14 +362,21 @@ def retrieval(ev):
     records = ev.open(need=("caption",))
     owner, order = data.flat_captions(records)[1].sort(stable=True)                         # captions in the images' order
     n, m, rule, k = int(owner[-1]) + 1, len(owner), ev.setting("rerank", "itm"), ev.setting("rerank_k", 128)
-    if callable(getattr(ev.model, "encode_image", None)):
-        base, rerank = "dual encoder", rule != "none" and k > 0 and callable(getattr(ev.model, "match", None))
+    dual = callable(getattr(ev.model, "encode_image", None))
+    rerank = dual and rule != "none" and k > 0 and callable(getattr(ev.model, "match", None))
+    texts = {}
+    if rerank or not dual:
+        texts = ev.collect(records, "text", m, lambda b: ev.states("text", b), "texts")
+    if dual:
+        base = "dual encoder"
         image_emb = ev.collect(records, "image", n, lambda b: {"e": ev.model.encode_image(b).float()}, "images")["e"]
-        text_emb = ev.collect(records, "text", m, lambda b: {"e": ev.model.encode_text(b).float()}, "texts")["e"]
-        sim = image_emb.to(ev.device) @ text_emb[order].to(ev.device).T                     # (N, M) float32: 0.5 GB for COCO 5K
+        if "text_emb" not in texts:                                                         # states may come with the embedding
+            texts["text_emb"] = ev.collect(records, "text", m, lambda b: {"e": ev.model.encode_text(b)}, "texts")["e"]
+    texts = {name: t[order] for name, t in texts.items()}
+    if dual:
+        sim = image_emb.to(ev.device) @ texts.pop("text_emb").float().to(ev.device).T       # (N, M) float32: 0.5 GB for COCO 5K
     else:
-        base, rerank = f"match, all {n * m:,} pairs", False
-        sim = match_scores(ev, records, order).view(n, m)
+        base, sim = f"match, all {n * m:,} pairs", match_scores(ev, records, texts).view(n, m)
     owner, how = owner.to(sim.device), f"re-ranked, {rule}, k={k}" if rerank else base
 
     folds = ev.opts.folds or (5 if n == 5000 else 1)
@@ -387,7 +393,7 @@ def retrieval(ev):
         pairs = {(a, b): (torch.arange(a, b)[:, None] * m + cut[a] + i.cpu(),               # keys image * M + caption
                           (a + t.cpu()) * m + torch.arange(cut[a], cut[b])[:, None]) for (a, b), (i, t) in tops.items()}
         keys = torch.cat([p.flatten() for both in pairs.values() for p in both]).unique()
-        scores = match_scores(ev, records, order, keys)
+        scores = match_scores(ev, records, texts, keys)
         if rule == "sum":
             scores += sim.flatten()[keys.to(sim.device)].cpu()
         scores = {span: [scores[torch.searchsorted(keys, p)].to(sim.device) for p in both] for span, both in pairs.items()}

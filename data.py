@@ -1,7 +1,7 @@
 """data.py: every data set, every official file format, transforms, tokenizer.
 
-    files --open_source()--> Records (list-like of plain dicts) --Views--> sample dict of tensors --batches()--> batch
-                                                                                   `--iter_eval()--> batches of a whole split, once
+    files --open_source()--> Records (list-like of plain dicts) --Views--> sample: dict of tensors --batches()--> training batches
+                                                                                                   --iter_eval()--> a split, once
 
 A *source* names what a record means (`pairs`, `vqa`, `ve`, `nlvr2`, `sts`, `hashing`, `classes`, `clips`, `detection`); the file
 format is recognised from the files. The spec is "shapes" (the built-in world, written by shapes.py in these same formats) or a
@@ -77,7 +77,7 @@ class Records:
 
     `image` (and `image2`, `feature`) is a path that opens as it is, or (tar path, offset, size) in bytes. `image_id` is an int,
     the same for two records of one picture. Attributes: name (the source), split, root, notes (dict of counts),
-    label_names (list or None: what the ints in `labels`/`label` stand for), protocol (str or None), splits (those in the files)."""
+    label_names (list or None: what the ints in `labels`/`label` mean), protocol (str or None), splits (those in the files)."""
 
     def __init__(self, name, split, root=None):
         self.name, self.split, self.root = name, split, root
@@ -336,7 +336,8 @@ def pairs_karpathy(path, root, data, ctx, joined):
         where = f"{path} images[{n}]"
         name = get(where, raw, "filename", str)
         names = [os.path.join(raw["filepath"], name), name] if raw.get("filepath") else [name]
-        raw = dict(joined.get(raw.get("cocoid"), {}), split=get(where, raw, "split"), image_id=raw.get("cocoid", raw.get("imgid")),
+        raw = dict(joined.get(raw.get("cocoid"), {}), split=get(where, raw, "split"),
+                   image_id=raw.get("cocoid", raw.get("imgid")),
                    caption=[get(where, s, "raw", str) for s in get(where, raw, "sentences", list)])
         yield where, pair(where, raw, ctx.here.first(under(bases, *names)), ctx)
 
@@ -483,55 +484,60 @@ def read_nlvr2(files, split, ctx):
                              "caption": get(where, raw, "sentence", str), "label": int(label == "True"), "identifier": name}
 
 
+def sts_parts(path):
+    """Yields (csv file or SentEval folder, its split or None) under a path; folders of such folders are walked."""
+    if os.path.isfile(path):
+        yield path, None
+        return
+    if any(name.startswith("STS.input.") for name in os.listdir(path)):
+        yield path, "train" if os.path.normpath(path).endswith("train") else "test"
+    for name in sorted(os.listdir(path)):
+        table = re.fullmatch(r"sts-(train|dev|test)\.csv", name)
+        if table:
+            yield os.path.join(path, name), SPLIT_NAMES.get(table[1], table[1])
+        elif re.match(r"STS\d+-|stsbenchmark", name) and os.path.isdir(os.path.join(path, name)):
+            yield from sts_parts(os.path.join(path, name))
+
+
+def sts_rows(home):
+    """Yields (where, dataset, subset, score as text, s1, s2) of STS.input.X.txt + STS.gs.X.txt, or of STS-B's table."""
+    if os.path.isfile(home):                                                    # genre, file, year, index, score, s1, s2
+        for where, line in lines_of(home):
+            cells = line.split("\t")
+            if len(cells) < 7:
+                fail(f"{where}: 7 columns between TABs expected (genre, file, year, index, score, s1, s2), found {len(cells)}")
+            yield where, "STSB", cells[0], cells[4], cells[5], cells[6]
+        return
+    for name in sorted(f for f in os.listdir(home) if f.startswith("STS.input.")):
+        pairs = read_text(os.path.join(home, name)).rstrip("\n").split("\n")
+        gold = read_text(os.path.join(home, name.replace(".input.", ".gs."))).removesuffix("\n").split("\n")
+        gold += [""] * (len(pairs) - len(gold))                                 # trailing empty lines = unscored rows
+        for n, (line, score) in enumerate(zip(pairs, gold), 1):
+            where, cells = f"{os.path.join(home, name)} line {n}", line.rstrip("\r").split("\t")
+            if len(cells) < 2 or len(gold) > len(pairs):
+                fail(f"{where}: 'sentence TAB sentence' expected, one for each of the {len(gold)} lines of its .gs. file")
+            dataset = os.path.basename(os.path.normpath(home)).split("-")[0]
+            yield where, dataset, name[len("STS.input."):-len(".txt")], score, cells[0], cells[1]
+
+
 def read_sts(files, split, ctx):
     """Graded sentence pairs 0-5: s1, s2, score, dataset ("STS12", "STSB"), subset ("MSRpar"). Unscored rows are left out."""
-    def score(where, text):
-        try:
-            value = float(text)
-        except ValueError:
-            fail(f"{where}: score '{text}' is not a number")
-        return value if 0 <= value <= 5 else fail(f"{where}: score {value} is not in 0..5")
-
     for n, (path, _) in enumerate(files):
-        homes = [path]
-        if os.path.isdir(path):                                                 # the folder itself, or a folder of such folders
-            homes = sorted(e.path for e in os.scandir(path) if re.match(r"STS\d+|stsb", e.name)) or [path]
-        found = False
-        for home in homes:
-            inputs = sorted(f for f in os.listdir(home) if f.startswith("STS.input.")) if os.path.isdir(home) else []
-            for name in inputs:                                                 # STS1X-en-test/STS.{input,gs}.NAME.txt
-                pairs = read_text(os.path.join(home, name)).rstrip("\n").split("\n")
-                gold_file = os.path.join(home, name.replace(".input.", ".gs."))
-                gold = read_text(gold_file).rstrip("\n").split("\n")
-                gold += [""] * (len(pairs) - len(gold))                         # the last rows may be unscored: empty lines
-                if len(gold) > len(pairs):
-                    fail(f"{gold_file}: {len(gold)} scores for {len(pairs)} sentence pairs")
-                for k, (text, value) in enumerate(zip(pairs, gold), 1):
-                    where, cells = f"{os.path.join(home, name)} line {k}", text.rstrip("\r").split("\t")
-                    if not value.strip():
-                        ctx.count("unscored")
-                        continue
-                    if len(cells) < 2:
-                        fail(f"{where}: 'sentence TAB sentence' expected")
-                    found = True
-                    yield n, where, {"s1": cells[0], "s2": cells[1], "score": score(f"{gold_file} line {k}", value),
-                                     "dataset": os.path.basename(os.path.normpath(home)).split("-")[0],
-                                     "subset": name[len("STS.input."):-len(".txt")]}
-            tables = [home] if os.path.isfile(home) else []
-            if not inputs and os.path.isdir(home):
-                names = {"val": "sts-dev.csv", None: ""}.get(split, f"sts-{split}.csv")
-                tables = [os.path.join(home, f) for f in sorted(os.listdir(home)) if f == names or (not names and f.endswith(".csv"))]
-            for table in tables:                                                # STS-B: genre, file, year, index, score, s1, s2
-                for where, line in lines_of(table):
-                    cells = line.split("\t")
-                    if len(cells) < 7:
-                        fail(f"{where}: 7 columns separated by TAB expected (genre, file, year, index, score, s1, s2), "
-                             f"found {len(cells)}")
-                    found = True
-                    yield n, where, {"s1": cells[5], "s2": cells[6], "score": score(where, cells[4]),
-                                     "dataset": "STSB", "subset": cells[0]}
-        if not found:
-            fail(f"{path}: no STS data for split '{split}' (STS.input.*.txt with STS.gs.*.txt, or sts-{{train,dev,test}}.csv)")
+        parts = list(sts_parts(path))
+        if not parts:
+            fail(f"{path}: no STS data in it (STS.input.*.txt with STS.gs.*.txt, or sts-{{train,dev,test}}.csv)")
+        for home, part in parts:
+            for where, dataset, subset, score, s1, s2 in sts_rows(home) if ctx.wants(part) else ():
+                if not score.strip():
+                    ctx.count("unscored")
+                    continue
+                try:
+                    value = float(score)
+                except ValueError:
+                    fail(f"{where}: score '{score}' is not a number")
+                if not 0 <= value <= 5:
+                    fail(f"{where}: score {value} is not in 0 to 5")
+                yield n, where, {"s1": s1, "s2": s2, "score": value, "dataset": dataset, "subset": subset, "split": part}
 
 
 def read_hashing(files, split, ctx):
@@ -587,8 +593,8 @@ def read_classes(files, split, ctx):
 
 
 def read_clips(files, split, ctx):
-    """MSR-VTT: videodatainfo.json [+ the 1k-A csv] [+ a folder of VIDEO_ID.npy, (frames, D)]. With the csv: test = its rows,
-    one caption each, train = every other video of the json ("1k-A", 9k where the json is whole); else the json's splits ("full")."""
+    """MSR-VTT: videodatainfo.json [+ the 1k-A csv] [+ a folder of VIDEO_ID.npy, (frames, D)]. Protocol "1k-A" with the csv:
+    test = its rows, one caption each, train = every other video (9k of the whole json); else "full": the json's splits."""
     jsons, table, home = [], None, None
     for n, (path, root) in enumerate(files):
         home = path if os.path.isdir(path) else home or root
@@ -609,7 +615,8 @@ def read_clips(files, split, ctx):
     for n, path, data in jsons:
         captions = {}
         for k, s in enumerate(get(path, data, "sentences", list)):
-            captions.setdefault(get(f"{path} sentences[{k}]", s, "video_id"), []).append(get(f"{path} sentences[{k}]", s, "caption"))
+            where = f"{path} sentences[{k}]"
+            captions.setdefault(get(where, s, "video_id"), []).append(get(where, s, "caption", str))
         for k, video in enumerate(get(path, data, "videos", list)):
             where = f"{path} videos[{k}]"
             key, part = get(where, video, "video_id", str), get(where, video, "split", str)
@@ -636,9 +643,9 @@ def read_detection(files, split, ctx):
 
 SOURCES = {"pairs": read_pairs, "vqa": read_vqa, "ve": read_ve, "nlvr2": read_nlvr2, "sts": read_sts, "hashing": read_hashing,
            "classes": read_classes, "clips": read_clips, "detection": read_detection}
-SHAPES = {"pairs": "pairs_{}.jsonl", "vqa": "vqa_{}_questions.json,vqa_{}_annotations.json", "ve": "ve_{}.jsonl", "nlvr2": "nlvr2_{}.jsonl",
-          "sts": "sts_{}.csv", "hashing": "hashing/{}.txt", "classes": "classes", "clips": "clips/videodatainfo.json",
-          "detection": "instances_{}.json"}                 # the built-in world's files, by source and split
+SHAPES = {"pairs": "pairs_{}.jsonl", "vqa": "vqa_{}_questions.json,vqa_{}_annotations.json", "ve": "ve_{}.jsonl",
+          "nlvr2": "nlvr2_{}.jsonl", "sts": "sts_{}.csv", "hashing": "hashing/{}.txt", "classes": "classes",
+          "clips": "clips/videodatainfo.json", "detection": "instances_{}.json"}     # the built-in world's files
 
 
 def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(), missing="drop"):
@@ -646,7 +653,7 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
 
     split: "train", "val", "test" (hashing: "database" too), or None for everything. Files without splits give all they have.
     image_root: a folder, or one per item of spec separated by commas. limit: that many records, chosen by `seed`, in file order.
-    need: record keys the views require (see `needs`). missing: "drop" = absent image files are left out and counted, "keep" = kept.
+    need: record keys the views require (see `needs`). missing: absent image files are "drop" = left out and counted, "keep" = kept.
     Errors: DataError naming file, line and key."""
     if source not in SOURCES:
         fail(f"no source '{source}' (there are: {', '.join(SOURCES)})")
@@ -654,8 +661,10 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
         import shapes                                       # only here: real data needs no drawing code
         world = str(shapes.ensure())
         image_root = os.path.join(world, "clips", "features") if source == "clips" else world
-        spec = ",".join(os.path.join(world, f.format(split, split)) for f in SHAPES[source].split(","))
-        if split is None or not all(map(os.path.exists, spec.split(","))):
+        names = [f.format(s) for s in ([split] if split else ("train", "val", "database", "test")) for f in
+                 SHAPES[source].split(",")]
+        spec = ",".join(dict.fromkeys(p for p in (os.path.join(world, f) for f in names) if os.path.exists(p)))
+        if not spec:
             fail(f"shapes has no split '{split}' for {source}")
     paths = expand(spec)
     roots = [r.strip() for r in image_root.split(",")] if image_root and not os.path.exists(image_root) else [image_root]
@@ -750,7 +759,7 @@ def tag_list(records, n=None):
 
 
 def stats(records, answers=3192):
-    """What a model or an evaluation must know of the training records -> dict: num_labels, answers, majority, where there are such."""
+    """What a model must know of the training records -> dict: answers (vqa), num_labels and label_names (where there is a label)."""
     if records.name == "vqa":
         return {"answers": answer_list(records, answers)}
     if "label" in records[0]:
@@ -766,10 +775,12 @@ def contraction_table():
     def words(stems, *endings):
         return [stem + e for stem in stems.split() for e in endings]
     full = words("ai are ca could did does do had has have is might must need ought sha should was were wo would", "n't")
-    full += words("could had might should would", "n't've") + words("he it she somebody someone something there they we who you", "'d've")
+    full += words("could had might should would", "n't've")
+    full += words("he it she somebody someone something there they we who you", "'d've")
     full += words("could might must not should we what where who would they you", "'ve")
     full += words("he how it someone something there they where who you", "'d")
-    full += words("how it somebody someone something they what who why you y'all", "'ll") + words("there they what why you", "'re")
+    full += words("how it somebody someone something they what who why you y'all", "'ll")
+    full += words("there they what why you", "'re")
     full += words("he how somebody someone that there what when where who why", "'s")
     full += ["ma'am", "o'clock", "'ow's'at", "'twas", "y'all", "y'all'd've"]
     table = {w[:i] + w[i + 1:]: w for w in full for i, c in enumerate(w) if c == "'"}
@@ -869,8 +880,8 @@ def load_image(where):
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as e:
-        reason = "cannot identify the image format" if isinstance(e, UnidentifiedImageError) else getattr(e, "strerror", None) or str(e)
-        raise BadImage(reason or type(e).__name__) from None
+        known = "no image format PIL knows" if isinstance(e, UnidentifiedImageError) else getattr(e, "strerror", None)
+        raise BadImage(known or str(e) or type(e).__name__) from None
 
 
 # Image views: fn(PIL RGB image, size, rng, crop_scale) -> PIL RGB image of size x size pixels.
@@ -937,11 +948,11 @@ def flip(image, size, rng, crop_scale):
 
 def jitter(image, rng, brightness, contrast, saturation, hue):
     """Colour jitter in random order; factors 1 +- the strength, hue +- of the circle (torchvision's ColorJitter)."""
-    steps = [(ImageEnhance.Brightness, brightness), (ImageEnhance.Contrast, contrast), (ImageEnhance.Color, saturation), (None, hue)]
+    steps = [("Brightness", brightness), ("Contrast", contrast), ("Color", saturation), ("hue", hue)]
     rng.shuffle(steps)
-    for enhance, strength in steps:
-        if enhance:
-            image = enhance(image).enhance(rng.uniform(1 - strength, 1 + strength))
+    for name, strength in steps:
+        if name != "hue":
+            image = getattr(ImageEnhance, name)(image).enhance(rng.uniform(1 - strength, 1 + strength))
         else:
             h, s, v = image.convert("HSV").split()
             shift = round(255 * rng.uniform(-strength, strength))
@@ -1022,8 +1033,8 @@ def view_labels(views, key, record, rng, c):
 TEXT_VIEWS = {"caption": view_caption, "paraphrase": view_paraphrase, "question": view_question, "answer": view_answer}
 OTHER_VIEWS = {"tags": view_tags, "label": view_label, "labels": view_labels}
 VIEW_FNS = IMAGE_VIEWS | TEXT_VIEWS | OTHER_VIEWS
-NEEDS = {"caption": "caption", "paraphrase": "caption", "question": "question", "answer": "answers", "tags": "tags", "label": "label",
-         "labels": "labels"}
+NEEDS = {"caption": "caption", "paraphrase": "caption", "question": "question", "answer": "answers", "tags": "tags",
+         "label": "label", "labels": "labels"}
 
 
 def view_keys(views):
@@ -1044,8 +1055,8 @@ class Views(Dataset):
     ("resize" if there is none), caption 0. image_view replaces the training view of every key "image*".
     tag_names: vocabulary of the "tags" view (default: all tags of these records); give the training one to evaluation."""
 
-    def __init__(self, records, views, tokenizer, image_size, max_text, train=True, seed=0, crop_scale=(0.2, 1.0), image_view=None,
-                 max_bad=0.1, tag_names=None):
+    def __init__(self, records, views, tokenizer, image_size, max_text, train=True, seed=0, crop_scale=(0.2, 1.0),
+                 image_view=None, max_bad=0.1, tag_names=None):
         self.records, self.tokenizer, self.size, self.max_text = records, tokenizer, image_size, max_text
         self.train, self.seed, self.crop_scale, self.max_bad = train, seed, tuple(crop_scale), max_bad
         if views.get("source", records.name) != records.name:
@@ -1237,7 +1248,8 @@ def flat_captions(records):
     return texts, torch.tensor(owner, dtype=torch.long)
 
 
-def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", batch_size=64, rank=0, world=1, workers=0, **options):
+def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", batch_size=64, rank=0, world=1, workers=0,
+              **options):
     """Every item of a split once: this rank's share, nothing padded, nothing twice (the last batch may be short).
 
     what="image": each picture once, `index` = its number among the unique images; "text": each caption, `index` = its number in
@@ -1262,6 +1274,8 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
 
 def guess_source(spec):
     """The source of a file or folder, from its name and first record."""
+    if spec == "shapes":
+        return "pairs"
     path = expand(spec)[0]
     if os.path.isdir(path):
         names = os.listdir(path)
@@ -1308,14 +1322,15 @@ def check(spec, image_root=None, split=None, source=None):
         rows = {"records": len(records), "images": len(files)}
         if texts:
             rows |= {"captions": sum(texts), "captions an image": f"{min(texts)} to {max(texts)}, mean {np.mean(texts):.2f}"}
-        rows |= {"missing files": sum(t == "missing" for _, t in troubles), "corrupt files": sum(t != "missing" for _, t in troubles)}
+        missing = sum(t == "missing" for _, t in troubles)
+        rows |= {"missing files": missing, "corrupt files": len(troubles) - missing}
         rows |= {"duplicate captions": records.notes.get("duplicates", 0)} if source == "pairs" else {}
         rows |= {k.replace("_", " "): v for k, v in records.notes.items() if k not in ("missing", "duplicates")}
         table[part or "all"] = rows
         listed += troubles
     print(f"{source}: {spec}" + (f" ({first.protocol})" if first.protocol else ""))
     if first.label_names:
-        print(f"labels: {len(first.label_names)} ({', '.join(first.label_names[:6])}{', ...' if len(first.label_names) > 6 else ''})")
+        print(f"labels: {len(first.label_names)} ({', '.join(first.label_names[:6] + ['...'] * (len(first.label_names) > 6))})")
     keys = list(dict.fromkeys(k for rows in table.values() for k in rows))
     widths = {part: max([len(part)] + [len(str(v)) for v in rows.values()]) for part, rows in table.items()}
     for key, cells in [("", {p: p for p in table})] + [(k, {p: str(rows.get(k, 0)) for p, rows in table.items()}) for k in keys]:
@@ -1330,7 +1345,7 @@ def check(spec, image_root=None, split=None, source=None):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
-    one = tasks.add_parser("check", help="count what is in a data set and open every image; exit status 1 if any is missing or corrupt")
+    one = tasks.add_parser("check", help="count what is in a data set, open every image (exit status 1 if any is missing or corrupt)")
     one.add_argument("path", help='files or folders separated by commas, or "shapes"')
     one.add_argument("--image_root", help="the folder the images lie in")
     one.add_argument("--split", help="only this split (default: each)")

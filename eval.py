@@ -554,13 +554,15 @@ def gradcam(ev):
     except data.BadImage as e:
         raise SystemExit(f"--image {ev.opts.image}: {e}")
     ev.views, middle = seen_by(ev.views)
+    rank, ev.rank, ev.world = ev.rank, 0, 1                                                 # one picture: every process looks at it
     records = data.Records("pairs", None)
     records.append({"image": ev.opts.image, "image_id": 0, "caption": [ev.opts.text]})
     words, sentence = next(attention_maps(ev, next(ev.batches(records, "sample"))))
     if middle:
         picture = data.center(picture, min(picture.size))
     out = Path(ev.opts.out) if ev.opts.out else result_path(ev, "gradcam.png")
-    draw_maps(picture, ev.opts.text, words, sentence, out)
+    if rank == 0:
+        draw_maps(picture, ev.opts.text, words, sentence, out)
     ev.protocol.update(image=ev.opts.image, text=ev.opts.text, block=ev.opts.block)
     return {"rows": [{"file": str(out), "words": len(words), "grid": "x".join(map(str, sentence.shape))}], "metrics": {}}
 

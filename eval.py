@@ -554,7 +554,7 @@ def gradcam(ev):
     except data.BadImage as e:
         raise SystemExit(f"--image {ev.opts.image}: {e}")
     ev.views, middle = seen_by(ev.views)
-    rank, ev.rank, ev.world = ev.rank, 0, 1                                                 # one picture: each process looks at it
+    rank, ev.rank, ev.world = ev.rank, 0, 1                     # one picture: every process looks at it
     records = data.Records("pairs", None)
     records.append({"image": ev.opts.image, "image_id": 0, "caption": [ev.opts.text]})
     words, sentence = next(attention_maps(ev, next(ev.batches(records, "sample"))))

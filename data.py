@@ -382,7 +382,7 @@ def pairs_tar(path, root, data, ctx, joined):
         shards = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".tar"))
         if not shards:
             fail(f"{path}: no .tar shards in this folder")
-    for shard in tqdm(shards, desc=f"indexing {path}", disable=len(shards) < 8):
+    for shard in tqdm(shards, desc=f"indexing {path}", disable=len(shards) < 8 or None):
         samples = {}
         try:
             with tarfile.open(shard) as tar:
@@ -653,7 +653,7 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
 
     split: "train", "val", "test" (hashing: "database" too), or None for everything. Files without splits give all they have.
     image_root: a folder, or one per item of spec separated by commas. limit: that many records, chosen by `seed`, in file order.
-    need: record keys the views require (see `needs`). missing: absent image files are "drop" = left out and counted, "keep" = kept.
+    need: record keys the views require (see `needs`). missing: records of absent files are left out ("drop") or kept ("keep").
     Errors: DataError naming file, line and key."""
     if source not in SOURCES:
         fail(f"no source '{source}' (there are: {', '.join(SOURCES)})")
@@ -697,7 +697,7 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
             ctx.count("with_tags", int(bool(record.get("tags"))))
             ctx.count("without_caption", int("caption" not in record))
         records.append(record)
-    records.splits = sorted(ctx.splits)
+    records.splits = sorted(ctx.splits, key=lambda s: (s != "train", s == "test", s))
     if source == "pairs":
         notes["repeated_images"] = ids.repeats
     for key in [k for k, v in notes.items() if not v]:
@@ -759,7 +759,7 @@ def tag_list(records, n=None):
 
 
 def stats(records, answers=3192):
-    """What a model must know of the training records -> dict: answers (vqa), num_labels and label_names (where there is a label)."""
+    """What a model must know of the training records -> dict: answers (vqa); num_labels, label_names (where there is a label)."""
     if records.name == "vqa":
         return {"answers": answer_list(records, answers)}
     if "label" in records[0]:
@@ -1316,8 +1316,8 @@ def check(spec, image_root=None, split=None, source=None):
         records = open_source(source, spec, part, image_root, missing="keep")
         files = list({r[k]: None for r in records for k in ("image", "image2", "feature") if k in r})
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:       # PIL decodes outside the interpreter's lock
-            results = list(tqdm(pool.map(trouble_with, files), total=len(files), desc=f"opening {part or ''}", leave=False))
-        troubles = [(f, t) for f, t in zip(files, results) if t]
+            bar = tqdm(pool.map(trouble_with, files), f"opening {part or ''}", len(files), leave=False, disable=None)
+            troubles = [(f, t) for f, t in zip(files, bar) if t]
         texts = [len(r["caption"]) for r in records if isinstance(r.get("caption"), list)]
         rows = {"records": len(records), "images": len(files)}
         if texts:
@@ -1345,7 +1345,7 @@ def check(spec, image_root=None, split=None, source=None):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
-    one = tasks.add_parser("check", help="count what is in a data set, open every image (exit status 1 if any is missing or corrupt)")
+    one = tasks.add_parser("check", help="count records, open every image; exit status 1 if one is missing or corrupt")
     one.add_argument("path", help='files or folders separated by commas, or "shapes"')
     one.add_argument("--image_root", help="the folder the images lie in")
     one.add_argument("--split", help="only this split (default: each)")

@@ -1,0 +1,765 @@
+"""data.py: every official format on small files written here, every bad input, streams, views, and the cuts in ../shared/data."""
+import io
+import json
+import pickle
+import random
+import sys
+import tarfile
+import zlib
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+import data  # noqa: E402
+
+torch.set_num_threads(1)
+SHARED = HERE.parent / "shared" / "data"
+WORDS = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] a red blue circle square yes no what is it two ##s , ? left of".split()
+PAIRS = dict(source="pairs", image="randaug", image_eval="resize", norm="half", text="caption")
+
+
+def picture(path, size=(24, 16), color=None, **save):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seed = random.Random(path.name)
+    Image.new("RGB", size, color or tuple(seed.randrange(256) for _ in range(3))).save(path, **save)
+    return path
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
+
+
+def lines(path, rows):
+    return write(path, "".join(json.dumps(r) + "\n" for r in rows))
+
+
+@pytest.fixture
+def tok(tmp_path):
+    return data.get_tokenizer(write(tmp_path / "vocab.txt", "\n".join(WORDS) + "\n"))
+
+
+@pytest.fixture
+def world(tmp_path):
+    """40 pictures, each with its own colour, two captions and two paraphrases: a records file."""
+    rows = []
+    for n in range(40):
+        image = Image.new("RGB", (24, 16), (n * 6, 255 - n * 6, 7))
+        image.paste((255, 255, 255), (18, 4, 22, 10))
+        (tmp_path / "im").mkdir(exist_ok=True)
+        image.save(tmp_path / "im" / f"{n}.png")
+        rows.append({"image": f"im/{n}.png", "image_id": 100 + n, "caption": ["a red circle", "a blue square"],
+                     "paraphrase": ["red circle", "blue square"], "tags": ["red"] if n % 2 else ["circle", "red"]})
+    return lines(tmp_path / "pairs.jsonl", rows)
+
+
+@contextmanager
+def refused(*parts):
+    """The block must end in one clear DataError line that holds all parts."""
+    with pytest.raises(data.DataError) as caught:
+        yield
+    message = str(caught.value)
+    assert message.startswith("data.py: ") and "\n" not in message and all(part in message for part in parts), message
+
+
+# ------------------------------------------------------------------------------------------------------------- pairs, formats
+
+def test_records_jsonl_json_and_single(tmp_path, world):
+    r = data.open_source("pairs", world, "train", need=("caption", "tags"))
+    assert len(r) == 40 and r.name == "pairs" and r.split == "train" and r.notes["with_paraphrase"] == 40
+    assert r[3]["image"] == str(tmp_path / "im/3.png") and r[3]["image_id"] == 103 and r[-1]["image_id"] == 139
+    assert r[0]["caption"] == ["a red circle", "a blue square"] and r[0]["paraphrase"] == ["red circle", "blue square"]
+    rows = [{"image": "im/0.png", "caption": "one"}, {"image": "im/1.png", "caption": ["two"], "split": "val"}]
+    r = data.open_source("pairs", write(tmp_path / "l.json", rows), None)
+    assert [x["image_id"] for x in r] == [0, 1] and r[0]["caption"] == ["one"] and r.splits == ["val"]
+    assert len(data.open_source("pairs", write(tmp_path / "one.json", rows[0]), "train")) == 1
+    assert len(data.open_source("pairs", lines(tmp_path / "really_jsonl.json", rows), "val")) == 2     # no split: belongs to all
+    assert [len(data.open_source("pairs", world, "train", limit=n)) for n in (7, 400)] == [7, 40]
+    picked = [[x["image_id"] for x in data.open_source("pairs", world, "train", limit=7, seed=s)] for s in (1, 1, 2)]
+    assert picked[0] == picked[1] != picked[2] and picked[0] == sorted(picked[0])
+
+
+def test_karpathy(tmp_path):
+    images = [{"filename": f"{n}.jpg", "filepath": "val2014", "imgid": n, "split": s,
+               "sentences": [{"raw": f"caption {n} {k} ."} for k in range(5 + n)]}
+              for n, s in enumerate(["train", "restval", "val", "test"])]
+    for n in range(4):
+        picture(tmp_path / "root" / "val2014" / f"{n}.jpg")
+    spec = write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    got = {s: data.open_source("pairs", spec, s, image_root=str(tmp_path / "root")) for s in ("train", "val", "test", None)}
+    assert [len(got[s]) for s in got] == [2, 1, 1, 4]
+    assert got["train"][1]["image_id"] == 1 and got["train"].splits == ["train", "val", "test"]
+    assert got["test"][0]["caption"] == [f"caption 3 {k} ." for k in range(8)]
+    spec = write(tmp_path / "d2.json", {"images": images[:1], "dataset": "x"})
+    with refused("no split 'test'", "it has: train"):
+        data.open_source("pairs", spec, "test", image_root=str(tmp_path / "root"))
+    del images[0]["sentences"][1]["raw"]
+    with refused("images[0]", "no key 'raw'"):
+        data.open_source("pairs", write(tmp_path / "d3.json", {"images": images}), "train", image_root=str(tmp_path / "root"))
+
+
+def coco(tmp_path):
+    for n in (9, 5):
+        picture(tmp_path / "val2017" / f"{n:012d}.jpg")
+    images = [{"id": n, "file_name": f"{n:012d}.jpg", "width": 24, "height": 16} for n in (9, 5)]
+    captions = [{"image_id": 5, "id": 1, "caption": "five"}, {"image_id": 9, "id": 2, "caption": "nine\n"},
+                {"image_id": 5, "id": 3, "caption": "cinq"}]
+    boxes = [{"image_id": 5, "id": 1, "category_id": 18, "bbox": [1, 2, 3, 4], "iscrowd": 0, "area": 12},
+             {"image_id": 5, "id": 2, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 1, "area": 81},
+             {"image_id": 5, "id": 3, "category_id": 18, "bbox": [5, 5, 1, 1], "iscrowd": 0, "area": 1}]
+    categories = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}]
+    return (write(tmp_path / "annotations/captions_val2017.json", {"images": images, "annotations": captions}),
+            write(tmp_path / "annotations/instances_val2017.json", {"images": images, "annotations": boxes, "categories": categories}))
+
+
+def test_coco_captions_and_instances(tmp_path):
+    captions, instances = coco(tmp_path)
+    r = data.open_source("pairs", captions, "test")                         # images found in ../val2017, as published
+    assert [x["image_id"] for x in r] == [9, 5] and r[1]["caption"] == ["five", "cinq"] and r[0]["caption"] == ["nine"]
+    r = data.open_source("pairs", f"{captions},{instances}", "train", image_root=str(tmp_path / "val2017"), need=("caption",))
+    assert len(r) == 2 and r.label_names == ["person", "dog"] and r.notes["with_tags"] == 1
+    assert r[1]["tags"] == ["person", "dog"]                                # the crowd gives its tag, but no box
+    assert r[1]["boxes"] == [[1, 2, 4, 6], [5, 5, 6, 6]] and r[1]["labels"] == [1, 1]
+    assert r[0]["tags"] == [] and data.tag_list(r) == ["dog", "person"]
+    r = data.open_source("detection", instances, "train")
+    assert len(r) == 2 and r[1]["labels"] == [1, 1] and "caption" not in r[1]
+    with refused("no key 'caption'"):
+        data.open_source("pairs", instances, "train", need=("caption",))
+    bad = json.loads(Path(instances).read_text())
+    bad["annotations"][0]["category_id"] = 77
+    with refused("annotations[0]", "category_id 77"):
+        data.open_source("pairs", write(tmp_path / "instances_bad.json", bad), "train", image_root=str(tmp_path / "val2017"))
+    with refused("detection reads COCO's instances"):
+        data.open_source("detection", captions, "train")
+
+
+def test_tsv(tmp_path, capsys):
+    root = tmp_path / "images"
+    urls = ["sub/0.jpg", "http://x.org/a/own.jpg?w=3", "http://x.org/same.jpg", "http://y.org/same.jpg", "http://z.org/gone.jpg",
+            "http://z.org/crc"]
+    for name in ("sub/0.jpg", "own.jpg", "same.jpg", "000000003.jpg"):
+        picture(root / name)
+    (root / f"5_{zlib.crc32(urls[5].encode())}").write_bytes((root / "own.jpg").read_bytes())
+    spec = write(tmp_path / "cc.tsv", "".join(f"caption {n}\t{u}\n" for n, u in enumerate(urls)))
+    r = data.open_source("pairs", spec, "train", image_root=str(root))
+    # two rows end in same.jpg: neither may take that file, row 3 has its numbered one
+    assert [x["caption"][0][-1] for x in r] == ["0", "1", "3", "5"] and r.notes["missing"] == 2
+    assert r[1]["image"].endswith("own.jpg") and r[2]["image"].endswith("000000003.jpg")
+    assert "2 of 6 records left out" in capsys.readouterr().err
+    with refused("cc2.tsv line 2", "no TAB"):
+        data.open_source("pairs", write(tmp_path / "cc2.tsv", "a\tb\nc d\n"), "train", image_root=str(root))
+
+
+def shard(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def test_tar_shards(tmp_path, tok):
+    jpg = [picture(tmp_path / f"{n}.jpg", color=(80 * n, 0, 0)).read_bytes() for n in range(4)]
+    shard(tmp_path / "cc" / "00000.tar", [("000000000.jpg", jpg[0]), ("000000000.txt", b"a red circle"), ("000000000.json", b"{}"),
+                                          ("000000001.json", b'{"caption": "failed download"}'), ("000000001.txt", b"gone")])
+    shard(tmp_path / "cc" / "00001.tar", [("000010000.jpg", jpg[1]), ("000010000.json", b'{"caption": "two"}'),
+                                          ("000010001.jpg", jpg[2]), ("000010001.txt", b"  ")])
+    shard(tmp_path / "cc" / "00002.tar", [("a/x.jpg", jpg[3]), ("a/x.txt", "caf\u00e9".encode())])
+    for spec in (f"{tmp_path}/cc/{{00000..00002}}.tar", str(tmp_path / "cc")):
+        r = data.open_source("pairs", spec, "train", need=("caption",))
+        assert [x["caption"] for x in r] == [["a red circle"], ["two"], ["caf\u00e9"]]
+        assert r.notes == {"missing": 1, "empty_captions": 1, "no_caption_left": 1} and len({x["image_id"] for x in r}) == 3
+        assert [data.load_image(x["image"]).getpixel((2, 2))[0] // 50 for x in r] == [0, 1, 4]
+    assert len(data.open_source("pairs", f"{tmp_path}/cc/00001.tar", "val")) == 1
+    ds = data.Views(r, PAIRS, tok, 16, 6)
+    assert ds[0, 1]["image"].shape == (3, 16, 16)
+    broken = Path(shard(tmp_path / "b" / "0.tar", [("1.jpg", jpg[0] * 40)]))
+    broken.write_bytes(broken.read_bytes()[:700])
+    with refused("0.tar", "not a readable tar"):
+        data.open_source("pairs", str(broken), "train")
+    with refused("00000.tar", "no such file"):
+        data.open_source("pairs", f"{tmp_path}/nope/{{00000..00001}}.tar", "train")
+    with refused("no .tar shards"):
+        (tmp_path / "empty").mkdir()
+        data.open_source("pairs", str(tmp_path / "empty"), "train")
+
+
+def test_several_files_and_ids(tmp_path):
+    for name in "abcd":
+        picture(tmp_path / "r1" / f"{name}.jpg"), picture(tmp_path / "r2" / f"{name}.jpg")
+    one = lines(tmp_path / "1.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 7}, {"image": "b.jpg", "caption": "x", "image_id": 0}])
+    two = lines(tmp_path / "2.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 7}, {"image": "b.jpg", "caption": "x", "image_id": 0}])
+    both = f"{tmp_path}/r1,{tmp_path}/r2"
+    r = data.open_source("pairs", f"{one},{two}", "train", image_root=both)
+    assert [x["image_id"] for x in r][:2] == [7, 0] and len({x["image_id"] for x in r}) == 4
+    assert r[2]["image"] == str(tmp_path / "r2" / "a.jpg")
+    r = data.open_source("pairs", f"{one},{two}", "train", image_root=str(tmp_path / "r1"))    # the same pictures: the same ids
+    assert [x["image_id"] for x in r] == [7, 0, 7, 0] and r.notes == {"duplicates": 2, "repeated_images": 2}
+    rows = [{"image": f"{c}.jpg", "caption": "x"} for c in "abca"]
+    r = data.open_source("pairs", lines(tmp_path / "3.jsonl", rows), "train", image_root=str(tmp_path / "r1"))
+    assert [x["image_id"] for x in r] == [0, 1, 2, 0]
+    names = [dict(row, image_id=i) for row, i in zip(rows, ("p", "q", "p", "p"))]               # names instead of numbers
+    r = data.open_source("pairs", lines(tmp_path / "4.jsonl", names), "train", image_root=str(tmp_path / "r1"))
+    assert [x["image_id"] for x in r] == [0, 1, 0, 0]
+    names[1]["image_id"] = 3
+    with refused("5.jsonl line 2", "image_id"):
+        data.open_source("pairs", lines(tmp_path / "5.jsonl", names), "train", image_root=str(tmp_path / "r1"))
+    with refused("line 1", "'image_id' is -1"):
+        data.open_source("pairs", lines(tmp_path / "6.jsonl", [dict(rows[0], image_id=-1)]), "train", image_root=str(tmp_path / "r1"))
+    with refused("--image_root names 2 folders for 1"):
+        data.open_source("pairs", one, "train", image_root=both)
+
+
+# ------------------------------------------------------------------------------------------------------------- other sources
+
+def vqa_files(tmp_path, **extra):
+    picture(tmp_path / "images" / "COCO_val2014_000000000042.jpg"), picture(tmp_path / "images" / "own.png")
+    questions = [{"image_id": 42, "question": "What is it?", "question_id": 420}, {"image_id": 42, "question": "red?", "question_id": 421},
+                 {"image_id": 7, "question": "blue?", "question_id": 70, "image": "own.png"}]
+    answers = [{"question_id": q, "image_id": 42, "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(words)]}
+               for q, words in ((420, ["Yes."] * 7 + ["two"] * 3), (421, ["no"] * 10), (70, ["2"] * 10))]
+    return (write(tmp_path / "q.json", {"data_subtype": "val2014", "questions": questions, **extra}),
+            write(tmp_path / "a.json", {"data_subtype": "val2014", "annotations": answers}))
+
+
+def test_vqa(tmp_path, tok):
+    questions, answers = vqa_files(tmp_path)
+    r = data.open_source("vqa", f"{questions},{answers}", "train")          # images/ beside the files is found
+    assert [x["question_id"] for x in r] == [420, 421, 70] and [x["image_id"] for x in r] == [42, 42, 7]
+    assert r[0]["image"].endswith("COCO_val2014_000000000042.jpg") and r[0]["answers"] == ["Yes."] * 7 + ["two"] * 3
+    assert data.answer_list(r) == ["2", "no", "yes"] and data.answer_list(r, 2) == ["2", "no"]
+    assert data.stats(r)["answers"] == ["2", "no", "yes"]
+    ds = data.Views(r, dict(source="vqa", image="plain", text="question", answer="answer"), tok, 16, 8)
+    seen = Counter(tok.decode(ds[0, d]["answer"]) for d in range(400))
+    assert set(seen) == {"yes", "[UNK]"} and 0.62 < seen["yes"] / 400 < 0.78            # "two" -> "2", not in this vocabulary
+    s = ds[0, 1]
+    assert s["answer_mask"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0] and s["answer_weight"] == 1.0 and tok.decode(s["text"]) == "what is it ?"
+    r = data.open_source("vqa", questions, "test", image_root=str(tmp_path / "images"))
+    assert r[0]["answers"] is None and r.notes["without_answers"] == 3
+    ds = data.Views(r, dict(source="vqa", image="plain", text="question", answer="answer"), tok, 16, 8, train=False)
+    assert ds[0]["answer_weight"] == 0.0
+    assert len(list(data.iter_eval(r, dict(source="vqa", image="plain", text="question"), tok, 16, 8, "sample"))[0]["index"]) == 3
+    with refused("needs the questions file"):
+        data.open_source("vqa", answers, "train")
+    with refused("no key 'answers'"):
+        data.open_source("vqa", questions, "train", image_root=str(tmp_path / "images"), need=("answers",))
+    whole = json.loads(Path(questions).read_text())
+    with refused("questions[3]", "420 occurs twice"):
+        data.open_source("vqa", write(tmp_path / "q2.json", dict(whole, questions=whole["questions"] + whole["questions"][:1])), "test",
+                         image_root=str(tmp_path / "images"))
+    del whole["data_subtype"], whole["questions"][1:]
+    with refused("questions[0]", "no key 'image'", "data_subtype"):
+        data.open_source("vqa", write(tmp_path / "q3.json", whole), "test")
+    with refused("neither 'questions' nor 'annotations'"):
+        data.open_source("vqa", write(tmp_path / "q4.json", {"images": []}), "test")
+
+
+def test_ve(tmp_path, tok):
+    picture(tmp_path / "1.jpg"), picture(tmp_path / "x.png")
+    rows = [{"Flickr30K_ID": "1", "gold_label": g, "sentence2": "it is red", "pairID": f"1#{k}"}
+            for k, g in enumerate(["entailment", "-", "contradiction"])] + [{"image": "x.png", "gold_label": "neutral", "sentence2": "blue"}]
+    r = data.open_source("ve", lines(tmp_path / "ve.jsonl", rows), "val", need=("caption", "label"))
+    assert [x["label"] for x in r] == [0, 2, 1] and r.notes == {"without_majority_label": 1} and r[0]["image_id"] == r[1]["image_id"]
+    assert r.label_names == ["entailment", "neutral", "contradiction"] and data.stats(r)["num_labels"] == 3
+    views = dict(source="ve", image="plain", text="caption", label="label")
+    ds = data.Views(r, views, tok, 16, 8)
+    assert ds[1, 0]["label"] == 2 and tok.decode(ds[2, 0]["text"]) == "blue"
+    assert data.flat_captions(r)[0] == ["it is red", "it is red", "blue"] and data.flat_captions(r)[1].tolist() == [0, 0, 1]
+    assert sum(len(b["index"]) for b in data.iter_eval(r, views, tok, 16, 8, "text")) == 3
+    with refused("b.jsonl line 1", "gold_label 'maybe'"):
+        data.open_source("ve", lines(tmp_path / "b.jsonl", [dict(rows[0], gold_label="maybe")]), "val")
+    with refused("c.jsonl line 1", "no key 'sentence2'", "it has: Flickr30K_ID, gold_label"):
+        data.open_source("ve", lines(tmp_path / "c.jsonl", [{"Flickr30K_ID": "1", "gold_label": "neutral"}]), "val")
+
+
+def test_nlvr2(tmp_path, tok):
+    for name in ("dev/dev-850-0-img0.png", "dev/dev-850-0-img1.png", "images/train/63/train-9-1-img0.png", "images/train/63/train-9-1-img1.png",
+                 "l.png", "r.png"):
+        picture(tmp_path / name, color=(255, 255, 255) if "img1" in name else (0, 0, 0))
+    rows = [{"identifier": "dev-850-0-3", "sentence": "left is red", "label": "True"},
+            {"identifier": "train-9-1-0", "directory": 63, "sentence": "red", "label": "False"},
+            {"identifier": "x-1-1-1", "sentence": "blue", "label": "True", "left_image": "l.png", "right_image": "r.png"}]
+    r = data.open_source("nlvr2", lines(tmp_path / "dev.json", rows), "val")
+    assert [x["label"] for x in r] == [1, 0, 1] and r.notes == {}
+    ds = data.Views(r, dict(source="nlvr2", image="plain", image2="plain", norm="half", text="caption", label="label"), tok, 16, 8)
+    s = ds[0, 0]
+    assert s["image"].max() == -1 and s["image2"].min() == 1                # left is image 0, right is image 1
+    with refused("line 1", "label 'yes'"):
+        data.open_source("nlvr2", lines(tmp_path / "e.jsonl", [dict(rows[0], label="yes")]), "val")
+
+
+def test_sts(tmp_path):
+    home = tmp_path / "STS12-en-test"
+    write(home / "STS.input.MSRvid.txt", "a\tb\nc\td\ne\tf\n"), write(home / "STS.gs.MSRvid.txt", "4.4\n\n0\n")
+    write(home / "STS.input.OnWN.txt", "g\th\ni\tj\n"), write(home / "STS.gs.OnWN.txt", "1.0\n\n")
+    write(tmp_path / "STS12-en-train" / "STS.input.X.txt", "a\tb\n"), write(tmp_path / "STS12-en-train" / "STS.gs.X.txt", "1\n")
+    row = "main-captions\tMSRvid\t2012test\t0000\t{}\t\"A man, with\tA man.\n"
+    for part, scores in (("dev", "5.000"), ("test", "2.5"), ("train", "0")):
+        write(tmp_path / "stsbenchmark" / f"sts-{part}.csv", row.format(scores))
+    r = data.open_source("sts", str(home), "test")
+    assert [(x["s1"], x["score"], x["dataset"], x["subset"]) for x in r] == [("a", 4.4, "STS12", "MSRvid"), ("e", 0.0, "STS12", "MSRvid"),
+                                                                             ("g", 1.0, "STS12", "OnWN")] and r.notes == {"unscored": 2}
+    r = data.open_source("sts", str(tmp_path), "test")                      # the train folders of STS12 are not test data
+    assert [x["dataset"] for x in r] == ["STS12"] * 3 + ["STSB"] and r[3]["s1"] == '"A man, with'
+    assert [x["score"] for x in data.open_source("sts", str(tmp_path), "val")] == [5.0]
+    assert len(data.open_source("sts", str(tmp_path / "stsbenchmark" / "sts-dev.csv"), "test")) == 1    # a file named: whatever split
+    with refused("no split 'val'", "it has: test"):
+        data.open_source("sts", str(home), "val")
+    with refused("s.csv line 2", "7 columns", "found 2"):
+        data.open_source("sts", write(tmp_path / "s.csv", row.format("1") + "a\tb\n"), "test")
+    with refused("t.csv line 1", "score 'x' is not a number"):
+        data.open_source("sts", write(tmp_path / "t.csv", row.format("x")), "test")
+    with refused("score 7.0 is not in 0 to 5"):
+        data.open_source("sts", write(tmp_path / "u.csv", row.format("7")), "test")
+    with refused("no STS data"):
+        (tmp_path / "void").mkdir()
+        data.open_source("sts", str(tmp_path / "void"), "test")
+    write(home / "STS.gs.OnWN.txt", "1\n2\n3\n4\n")
+    with refused("STS.input.OnWN.txt line 1"):
+        data.open_source("sts", str(home), "test")
+
+
+def test_hashing(tmp_path, tok):
+    picture(tmp_path / "coco" / "val2014" / "a.jpg"), picture(tmp_path / "coco" / "b.jpg")
+    test = write(tmp_path / "lists" / "test.txt", "data/coco/val2014/a.jpg 0 1 1\nb.jpg 0 0 0 \n")
+    write(tmp_path / "lists" / "database.txt", "b.jpg 1 0 0\n")
+    root = str(tmp_path / "coco")
+    r = data.open_source("hashing", test, "test", image_root=root)          # the authors' "data/coco/" is left off
+    assert r[0]["labels"] == [0, 1, 1] and r[0]["image"].endswith("coco/val2014/a.jpg") and r.notes == {"without_label": 1}
+    ds = data.Views(r, dict(source="hashing", image="center", labels="labels"), None, 16, None)
+    assert ds[0, 0]["labels"].tolist() == [0.0, 1.0, 1.0]
+    assert len(data.open_source("hashing", str(tmp_path / "lists"), "database", image_root=root)) == 1
+    with refused("no split 'train'", "database, test"):
+        data.open_source("hashing", str(tmp_path / "lists"), "train", image_root=root)
+    with refused("line 2", "3 labels expected, found 2"):
+        data.open_source("hashing", write(tmp_path / "w.txt", "b.jpg 1 0 0\nb.jpg 1 0\n"), "test", image_root=root)
+
+
+def test_classes(tmp_path, tok):
+    for name in ("train/cat/1.jpg", "train/ant/2.PNG", "train/ant/deep/0.jpg", "val/cat/3.jpg"):
+        picture(tmp_path / "in" / name)
+    write(tmp_path / "in" / "train" / "cat" / "notes.txt", "no picture")
+    train, val, test = (data.open_source("classes", str(tmp_path / "in"), s) for s in ("train", "val", "test"))
+    assert [(x["class_name"], x["label"]) for x in train] == [("ant", 0), ("ant", 0), ("cat", 1)]
+    assert val[0]["label"] == 1 and len(test) == 1 and val.label_names == ["ant", "cat"]      # not 0, though val has no ant
+    flat = data.open_source("classes", str(tmp_path / "in" / "train"), "test")
+    assert len(flat) == 3 and data.stats(flat) == {"num_labels": 2, "label_names": ["ant", "cat"]}
+    with refused("no class folders"):
+        data.open_source("classes", str(tmp_path / "in" / "val" / "cat"), "train")
+
+
+def test_clips(tmp_path):
+    videos = [{"video_id": f"video{n}", "split": s} for n, s in enumerate(["train", "validate", "test", "test"])]
+    sentences = [{"caption": f"c{n}{k}", "video_id": f"video{n}", "sen_id": k} for n in range(4) for k in range(3)]
+    spec = write(tmp_path / "videodatainfo.json", {"info": {}, "videos": videos, "sentences": sentences})
+    for n in range(4):
+        (tmp_path / "features").mkdir(exist_ok=True)
+        np.save(tmp_path / "features" / f"video{n}.npy", np.zeros((5, 8), np.float32))
+    r = data.open_source("clips", spec, "test", need=("caption",))
+    assert [x["video_id"] for x in r] == ["video2", "video3"] and r[0]["caption"] == ["c20", "c21", "c22"] and r.protocol == "full"
+    assert len(data.open_source("clips", spec, "val", image_root=str(tmp_path / "features"))) == 1
+    assert np.load(r[0]["feature"]).shape == (5, 8) and len({x["image_id"] for x in r}) == 2
+    for mark in ",;":
+        table = write(tmp_path / "1ka.csv", f"key{mark}vid_key{mark}video_id{mark}sentence\nret0{mark}msr3{mark}video3{mark}a cat\n")
+        spec2 = f"{spec},{table},{tmp_path / 'features'}"
+        test, train = data.open_source("clips", spec2, "test"), data.open_source("clips", spec2, "train")
+        assert [(x["video_id"], x["caption"]) for x in test] == [("video3", ["a cat"])] and test.protocol == "1k-A"
+        assert [x["video_id"] for x in train] == ["video0", "video1", "video2"]
+    assert data.main(["check", spec]) == 0
+    (tmp_path / "features" / "video0.npy").write_bytes(b"xx")
+    assert data.main(["check", spec]) == 1
+    with refused("line 1", "video_id and sentence"):
+        data.open_source("clips", f"{spec},{write(tmp_path / 'x.csv', 'a,b')}", "test")
+
+
+# ------------------------------------------------------------------------------------------------------------------ bad input
+
+def test_bad_records(tmp_path, world, capsys):
+    good = {"image": "im/0.png", "caption": "a"}
+    bad = tmp_path / "bad.jsonl"
+    with refused("--data missing.json: no such file"):
+        data.open_source("pairs", "missing.json", "train")
+    with refused("--data is empty"):
+        data.open_source("pairs", ",", "train")
+    with refused("no source 'nope'", "pairs, vqa"):
+        data.open_source("nope", world, "train")
+    with refused("--image_root /nowhere: no such directory"):
+        data.open_source("pairs", world, "train", image_root="/nowhere")
+    for row, *parts in (({"image": "im/0.png", "text": "a"}, "line 2", "no key 'caption'", "it has: image"),
+                        ({"file": "im/0.png", "caption": "a"}, "line 2", "no key 'image'", "it has: file, caption"),
+                        ({"image": 3, "caption": "a"}, "line 2", "'image' is int"),
+                        ({"image": "im/0.png", "caption": 5}, "line 2", "'caption' is int"),
+                        ({"image": "im/0.png", "caption": ["a", 5]}, "line 2", "'caption' must be"),
+                        (dict(good, paraphrase=["a", "b"]), "line 2", "'paraphrase'", "(1)"),
+                        (dict(good, tags="red"), "line 2", "'tags'"),
+                        (dict(good, boxes=[[1, 2, 3]]), "line 2", "'boxes'"),
+                        (dict(good, boxes=[[1, 2, 3, 4]], labels=[1, 2]), "line 2", "2 labels for 1 boxes"),
+                        (["im/0.png", "a"], "line 2", "object", "list")):
+        with refused("bad.jsonl", *parts):
+            data.open_source("pairs", lines(bad, [good, row]), "train", need=("caption",))
+    with refused("record 1", "no key 'image'"):
+        data.open_source("pairs", write(tmp_path / "bad.json", [good, {}]), "train")
+    with refused("bad.jsonl line 2: not JSON"):
+        data.open_source("pairs", write(bad, json.dumps(good) + '\n{"image": "im'), "train")         # a half-written file
+    with refused("b2.json line 1: not JSON"):
+        data.open_source("pairs", write(tmp_path / "b2.json", '[{"image": }]'), "train")
+    with refused("neither records, Karpathy's nor COCO's", "foo"):
+        data.open_source("pairs", write(tmp_path / "b3.json", {"foo": 1}), "train")
+    with refused("unknown format"):
+        data.open_source("pairs", write(tmp_path / "b.xml", "<a/>"), "train")
+    with refused("no records"):
+        data.open_source("pairs", write(bad, ""), "train")
+    with refused("no split 'test'", "it has: train, val"):
+        data.open_source("pairs", lines(bad, [dict(good, split="train"), dict(good, split="val")]), "test")
+    bad.write_bytes(b'{"image": "\xff\xfe"}\n')
+    with refused("not UTF-8"):
+        data.open_source("pairs", str(bad), "train")
+    with refused("none of the 2 image files is there", "no/0.png", "--image_root right?"):
+        data.open_source("pairs", lines(bad, [dict(good, image="no/0.png"), dict(good, image="no/1.png")]), "train")
+    capsys.readouterr()
+    r = data.open_source("pairs", lines(bad, [good, dict(good, image="no/1.png")]), "train")
+    err = capsys.readouterr().err
+    assert len(r) == 1 and r.notes["missing"] == 1 and "1 of 2 records left out" in err and "bad.jsonl line 2" in err
+
+
+def test_empty_captions_are_counted(tmp_path, world):
+    rows = [{"image": "im/0.png", "caption": ["a", " ", "b"], "paraphrase": ["A", "x", "B"]}, {"image": "im/1.png", "caption": ["", "\n"]},
+            {"image": "im/2.png", "caption": "", "split": "test"}, {"image": "im/3.png"}]
+    r = data.open_source("pairs", lines(tmp_path / "e.jsonl", rows), "train")
+    assert r.notes == {"empty_captions": 3, "no_caption_left": 1, "with_paraphrase": 1, "without_caption": 1}
+    assert r[0]["caption"] == ["a", "b"] and r[0]["paraphrase"] == ["A", "B"] and "caption" not in r[1]
+
+
+def test_vocabulary(tmp_path, tok):
+    assert (tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id, tok.first_word, tok.vocab_size) == (0, 2, 3, 4, 5, 6, len(WORDS))
+    ids = tok.encode("A Red circles, [MASK] zebra?", 20)
+    assert tok.tokens(ids) == "[CLS] a red circle ##s , [UNK] [UNK] [UNK] [UNK] ? [SEP]".split()      # "[MASK]" in a caption is text
+    assert tok.decode(ids) == "a red circles , [UNK] [UNK] [UNK] [UNK] ?" and tok.mask_id not in ids
+    assert tok.encode("a red circle", 4) == [3, 6, 7, 4] and tok.encode("", 9) == [3, 4]
+    with refused("vocab2.txt", "lacks [SEP], [MASK]"):
+        data.get_tokenizer(write(tmp_path / "vocab2.txt", "[PAD]\n[UNK]\n[CLS]\na\n"))
+    with refused("line 23", "'red' stands in line 8 already"):
+        data.get_tokenizer(write(tmp_path / "vocab3.txt", "\n".join(WORDS + ["red"])))
+    with refused("words must stand after"):
+        data.get_tokenizer(write(tmp_path / "vocab4.txt", "\n".join(WORDS[6:] + WORDS[:6])))
+    with refused("--vocab nope.txt: no such file"):
+        data.get_tokenizer("nope.txt")
+
+
+def test_normalize_answer():
+    for text, wanted in {"Two": "2", "a dog": "dog", "The  dog": "dog", "none": "0", "dont": "don't", "couldn'tve": "couldn't've",
+                         "t-shirt": "t shirt", "yes!": "yes", "yes !": "yes", "1,000": "1000", "1,000 - 2": "1000 2", "3.5": "3.5",
+                         "St. John": "st john", "it's": "it's", "black/white": "black white", "black / white": "black white",
+                         "yall'll": "y'all'll", "twas": "'twas", "hes": "he's", "shell": "shell", "ten\n": "10", "an": "", "": "",
+                         "man (left)": "man left", "p.m.": "pm", "somebody'd": "somebodyd", "its": "its"}.items():
+        assert data.normalize_answer(text) == wanted, text
+    assert len(data.CONTRACTIONS) == 114
+
+
+# --------------------------------------------------------------------------------------------------------------------- images
+
+def test_image_modes(tmp_path):
+    base = Image.new("RGB", (8, 6), (200, 100, 50))
+    for mode, name in (("RGBA", "a.png"), ("P", "b.png"), ("L", "c.png"), ("CMYK", "d.jpg"), ("1", "e.png"), ("LA", "f.png")):
+        base.convert(mode).save(tmp_path / name)
+        image = data.load_image(str(tmp_path / name))
+        assert image.mode == "RGB" and image.size == (8, 6)
+        if mode in ("RGBA", "P", "CMYK"):
+            assert max(abs(a - b) for a, b in zip(image.getpixel((3, 3)), (200, 100, 50))) < 40
+    Image.fromarray(np.full((6, 8), 40000, np.uint16)).save(tmp_path / "g.png")               # 16 bit: scaled, not clipped to white
+    assert data.load_image(str(tmp_path / "g.png")).getpixel((0, 0)) == (156, 156, 156)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    base.save(tmp_path / "h.jpg", exif=exif)
+    assert data.load_image(str(tmp_path / "h.jpg")).size == (6, 8)
+
+
+def truncated(path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:-800])
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_images(tmp_path, monkeypatch):
+    write(tmp_path / "text.jpg", "no picture"), write(tmp_path / "void.jpg", "")
+    Image.new("RGB", (40, 40)).save(tmp_path / "p.png")
+    (tmp_path / "q.png").write_bytes((tmp_path / "p.png").read_bytes()[:60])
+    for name, reason in (("text.jpg", "no image format"), ("void.jpg", "no image format"), ("none.jpg", "No such file"), ("q.png", "."),
+                         (truncated(tmp_path / "t.jpg").name, "truncated")):
+        with pytest.raises(data.BadImage, match=reason):
+            data.load_image(str(tmp_path / name))
+    for limit in (1500, 700):                                               # PIL warns of the first, refuses the second
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(data.BadImage, match="too many|decompression bomb"):
+            data.load_image(str(tmp_path / "p.png"))
+
+
+def test_image_views():
+    wide = Image.new("RGB", (60, 30))
+    wide.paste((255, 0, 0), (0, 0, 30, 30))                                 # left half red, right half black
+    for name, view in data.IMAGE_VIEWS.items():
+        for d in range(12):
+            out = view(wide, 20, random.Random(d), (0.2, 1.0))
+            assert out.size == (20, 20) and out.mode == "RGB", name
+        assert view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes() == view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes()
+    left = [data.randaug(wide, 20, random.Random(d), (0.9, 1.0)) for d in range(200)]
+    assert all(im.getpixel((4, 10))[0] >= im.getpixel((15, 10))[0] for im in left)                    # randaug never mirrors
+    flips = [data.flip(wide, 20, random.Random(d), (0.9, 1.0)).getpixel((2, 10))[0] > 128 for d in range(200)]
+    assert 70 < sum(flips) < 130
+    assert data.center(wide, 20).getpixel((2, 2))[0] > 200 and data.center(wide, 20).getpixel((17, 2))[0] < 50
+    side = [range_shown(data.crop, d) for d in range(300)]
+    assert min(side) > 0.15 and max(side) <= 1.0 and np.mean(side) < 0.8
+
+
+def range_shown(view, d):
+    """Share of a gradient picture's range that a crop shows."""
+    ramp = Image.fromarray(np.repeat(np.arange(250, dtype=np.uint8)[None, :, None], 250, 0).repeat(3, 2))
+    pixels = np.asarray(view(ramp, 32, random.Random(d), (0.2, 1.0)))[..., 0]
+    return (float(pixels.max()) - float(pixels.min())) / 249
+
+
+# ---------------------------------------------------------------------------------------------------------------------- views
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_samples(world, tok):
+    r = data.open_source("pairs", world, "train")
+    ds = data.Views(r, PAIRS, tok, 16, 8)
+    s = ds[4, 9]
+    assert s["image"].shape == (3, 16, 16) and s["image"].dtype == torch.float32 and s["image"].is_contiguous()
+    assert s["text"].shape == s["text_mask"].shape == (8,) and s["text"].dtype == s["text_mask"].dtype == torch.int64
+    assert (s["image_id"], s["index"], s["bad"]) == (104, 4, 0) and s["image_id"].dtype == s["bad"].dtype == torch.int64
+    assert s["text_mask"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0] and s["text"][5:].tolist() == [0, 0, 0]
+    plain = data.Views(r, dict(PAIRS, image="plain"), tok, 16, 8)[4, 9]["image"]
+    assert torch.allclose(plain[:, 3, 3], torch.tensor([24, 231, 7]) / 127.5 - 1, atol=1e-5)          # norm "half": x / 127.5 - 1
+    clip = data.Views(r, dict(PAIRS, image="plain", norm="clip"), tok, 16, 8)[4, 9]["image"]
+    assert abs(clip[0, 0, 0] - (24 / 255 - 0.48145466) / 0.26862954) < 1e-5
+    ds = data.Views(r, dict(PAIRS, image2="flip", text2="paraphrase", tags="tags"), tok, 16, 8)
+    both = Counter()
+    for d in range(60):
+        s = ds[0, d]
+        both[tok.decode(s["text"]), tok.decode(s["text2"]), int(s["text2_is_copy"])] += 1
+    assert set(both) == {("a red circle", "red circle", 0), ("a blue square", "blue square", 0)}      # always that caption's paraphrase
+    assert ds.tag_names == ["red", "circle"] and ds[0]["tags"].tolist() == [1, 0] and ds[1]["tags"].tolist() == [0, -1]
+    given = data.Views(r, dict(tags="tags"), tok, 16, 8, tag_names=["circle"])
+    assert given[0]["tags"].tolist() == [0, -1] and given[1]["tags"].tolist() == [-1, -1]
+    assert not torch.equal(s["image"], s["image2"])
+    forced = data.Views(r, dict(PAIRS, image="randaug"), tok, 16, 8, image_view="plain")
+    assert torch.equal(forced[4, 1]["image"], plain)
+    evaluation = data.Views(r, dict(PAIRS, text2="paraphrase"), tok, 16, 8, train=False)
+    assert same(evaluation[4], evaluation[4, 77]) and tok.decode(evaluation[4]["text"]) == "a red circle"
+    assert torch.equal(evaluation[4]["image"], plain)
+    assert data.needs(dict(PAIRS, tags="tags")) == ("caption", "tags")
+    for wrong in (dict(PAIRS, image="nope"), dict(PAIRS, norm="nope"), dict(PAIRS, source="vqa"), dict(PAIRS, text="nope")):
+        with refused("nope" if wrong["source"] == "pairs" else "'vqa'"):
+            data.Views(r, wrong, tok, 16, 8)
+    with refused("no view 'tags' for 'image'"):
+        data.Views(r, dict(PAIRS, image_eval="tags"), tok, 16, 8, train=False)
+    with refused("--max_text 2"):
+        data.Views(r, PAIRS, tok, 16, 2)
+
+
+def test_missing_paraphrase_says_so(tmp_path, world, tok):
+    r = data.open_source("pairs", lines(tmp_path / "n.jsonl", [{"image": "im/0.png", "caption": ["a red circle"]}]), "train")
+    s = data.Views(r, dict(text="caption", star="paraphrase"), tok, 16, 8)[0, 1]
+    assert s["star_is_copy"] == 1 and torch.equal(s["text"], s["star"])
+
+
+def test_randomness_is_local(world, tok):
+    r = data.open_source("pairs", world, "train", limit=30)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    for name in data.IMAGE_VIEWS:
+        ds = data.Views(r, dict(PAIRS, image=name), tok, 16, 8, seed=5)
+        a = ds[3, 12]
+        random.random(), torch.rand(3)
+        assert same(a, ds[3, 12])
+        random.setstate(before[0]), torch.set_rng_state(before[2])
+    for workers in (0, 1):
+        next(data.batches(ds, 4, seed=0, workers=workers))
+    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all() and torch.equal(torch.get_rng_state(), before[2])
+    ds = data.Views(r, PAIRS, tok, 16, 8, seed=5)
+    assert not same(ds[3, 12], ds[3, 13]) and not same(ds[3, 12], data.Views(r, PAIRS, tok, 16, 8, seed=6)[3, 12])
+
+
+# -------------------------------------------------------------------------------------------------------------------- streams
+
+def take(it, n):
+    return [next(it) for _ in range(n)]
+
+
+def test_stream(world, tok):
+    r = data.open_source("pairs", world, "train", limit=39)
+    ds = data.Views(r, PAIRS, tok, 16, 8)
+    whole = take(data.batches(ds, 6, seed=3), 15)
+    assert all(b["image"].shape == (6, 3, 16, 16) and b["text"].shape == (6, 8) for b in whole)
+    passes = [torch.cat([b["index"] for b in whole[k:k + 6]]).tolist() for k in (0, 6)]
+    assert all(len(set(p)) == 36 for p in passes) and passes[0] != passes[1]            # a permutation each, 3 left over dropped
+    for workers in (0, 1, 2):                                                           # resuming is arithmetic, workers or none
+        for t, b in enumerate(take(data.batches(ds, 6, seed=3, start=4, workers=workers), 5)):
+            assert same(b, whole[4 + t])
+    ranks = [take(data.batches(ds, 3, seed=3, rank=k, world=2), 15) for k in range(2)]
+    for t in range(15):                                                                 # the ranks' shares make up the same batch
+        assert all(torch.equal(torch.cat([ranks[0][t][k], ranks[1][t][k]]), whole[t][k]) for k in whole[t])
+    assert not same(next(data.batches(ds, 6, seed=4)), whole[0])
+    with refused("39 records are fewer than one global batch (20 x 2 ranks)", "--batch_size"):
+        data.batches(ds, 20, seed=0, world=2)
+
+
+def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
+    for n in (3, 17):
+        truncated(tmp_path / "bad.jpg").rename(tmp_path / "im" / f"{n}.png")
+    r = data.open_source("pairs", world, "train")
+    streams = []
+    for workers in (0, 2):
+        capsys.readouterr()
+        ds = data.Views(r, PAIRS, tok, 16, 8)
+        streams.append(take(data.batches(ds, 8, seed=1, workers=workers), 10))
+        err = capsys.readouterr().err
+        assert ds.seen == 80 and ds.bad == 4 and err.count("im/3.png") == err.count("im/17.png") == 1 and "stands in" in err
+    assert all(same(a, b) for a, b in zip(*streams))                                    # the same stand-ins
+    stand_ins = [(i.item(), x.item()) for b in streams[0] for i, x, bad in zip(b["index"], b["image_id"], b["bad"]) if bad]
+    assert len(stand_ins) == 4 and all(i not in (3, 17) and x == 100 + i for i, x in stand_ins)       # a whole other record
+    capsys.readouterr()
+    for b in data.iter_eval(r, PAIRS, tok, 16, 8, "image", batch_size=40):              # evaluation keeps its place, as grey
+        assert b["index"].tolist() == list(range(40)) and b["bad"].nonzero().flatten().tolist() == [3, 17]
+        assert b["image"][3].abs().max() == 0
+    assert "evaluated as a grey image" in capsys.readouterr().err
+    for workers in (0, 1):
+        with refused("of 104 images were unreadable", "--max_bad 0.01"):
+            take(data.batches(data.Views(r, PAIRS, tok, 16, 8, max_bad=0.01), 8, seed=1, workers=workers), 15)
+    for n in range(40):
+        write(tmp_path / "im" / f"{n}.png", "no picture")
+    for workers in (0, 1):                                                              # a worker's error is one line too
+        with refused("20 unreadable images in a row"):
+            next(data.batches(data.Views(r, PAIRS, tok, 16, 8), 8, seed=1, workers=workers))
+
+
+def test_iter_eval(tmp_path, world, tok):
+    rows = [{"image": f"im/{n}.png", "caption": [f"a red circle {k}" for k in range(c)]} for n, c in enumerate([5, 1, 7, 6, 5])]
+    rows.append({"image": "im/1.png", "caption": "a blue square"})                      # a picture met before: one image, its caption too
+    r = data.open_source("pairs", lines(tmp_path / "ragged.jsonl", rows), "test")
+    texts, owner = data.flat_captions(r)
+    assert len(texts) == 25 and owner.tolist() == [0] * 5 + [1] + [2] * 7 + [3] * 6 + [4] * 5 + [1]
+    for what, n in (("image", 5), ("text", 25), ("sample", 6)):
+        for world_size, workers in ((1, 0), (3, 0), (1, 2), (7, 0)):
+            got = {}
+            for rank in range(world_size):
+                for b in data.iter_eval(r, PAIRS, tok, 16, 8, what, batch_size=2, rank=rank, world=world_size, workers=workers):
+                    assert 1 <= len(b["index"]) <= 2
+                    for k, i in enumerate(b["index"].tolist()):
+                        assert i not in got                                             # nothing twice
+                        got[i] = {key: v[k] for key, v in b.items()}
+            assert sorted(got) == list(range(n))                                        # and nothing missing
+        assert ("image" in got[0], "text" in got[0]) == {"image": (1, 0), "text": (0, 1), "sample": (1, 1)}[what]
+        if what == "text":
+            assert all(got[i]["text"].tolist()[:5] == tok.encode(t, 8)[:5] for i, t in enumerate(texts))
+            assert tok.decode(got[24]["text"]) == "a blue square"
+    with pytest.raises(ValueError):
+        next(data.iter_eval(r, PAIRS, tok, 16, 8, "nothing"))
+
+
+def test_records_and_plans_are_picklable(world, tok):
+    """Workers are spawned, not forked, on macOS."""
+    r = data.open_source("pairs", world, "train")
+    again = pickle.loads(pickle.dumps(r))
+    assert list(again) == list(r) and again.notes == r.notes
+    plan = data.Plan(data.Views(r, PAIRS, tok, 16, 8), data.Stream(len(r), 4, 0, 0, 1))
+    assert same(plan[3][0], pickle.loads(pickle.dumps(plan))[3][0])
+    with pytest.raises(IndexError):
+        r[40]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- check
+
+def test_check(tmp_path, world, capsys):
+    assert data.main(["check", world]) == 0
+    out = capsys.readouterr().out
+    for row in ("records 40", "images 40", "captions 80", "captions an image 2 to 2, mean 2.00", "missing files 0", "corrupt files 0",
+                "duplicate captions 0", "with paraphrase 40"):
+        assert row in " ".join(out.split()), row
+    truncated(tmp_path / "im" / "3.jpg").rename(tmp_path / "im" / "3.png")
+    (tmp_path / "im" / "9.png").unlink()
+    assert data.main(["check", world]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "missing files 1" in out and "corrupt files 1" in out and "im/3.png: " in out and "im/9.png: missing" in out
+    with refused("no such file"):
+        data.main(["check", "nope.json"])
+    with refused("it has: train"):
+        data.main(["check", lines(tmp_path / "s.jsonl", [{"image": "im/0.png", "caption": "a", "split": "train"}]), "--split", "val"])
+
+
+# ----------------------------------------------------------------------------------------------------- the cuts of real data sets
+
+real = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+
+
+@real
+def test_real_flickr8k():
+    spec, root = str(SHARED / "flickr8k/dataset_flickr8k.json"), str(SHARED / "flickr8k/images")
+    tok = data.get_tokenizer(str(SHARED / "bert-base-uncased-vocab.txt"))
+    assert (tok.vocab_size, tok.first_word, tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id) == (30522, 999, 0, 100, 101, 102, 103)
+    assert tok.encode("Unaffable cats\u2019 caf\u00e9!", 20) == [101, 14477, 20961, 3468, 8870, 1521, 7668, 999, 102]
+    train, val = (data.open_source("pairs", spec, s, image_root=root, need=("caption",)) for s in ("train", "val"))
+    assert (len(train), len(val), len(data.flat_captions(val)[0])) == (4500, 500, 2500)
+    with refused("no split 'test'", "it has: train, val"):
+        data.open_source("pairs", spec, "test")
+    b = next(data.batches(data.Views(train, dict(PAIRS, norm="clip"), tok, 64, 30), 16, seed=0))
+    assert b["image"].shape == (16, 3, 64, 64) and b["bad"].sum() == 0 and (b["text_mask"].sum(1) > 4).all()
+
+
+@real
+def test_real_coco_vqa_ve_nlvr2():
+    home = SHARED / "coco/annotations"
+    r = data.open_source("pairs", f"{home}/captions_val2017.json,{home}/instances_val2017.json", "val")
+    assert len(r) == 80 and len(data.flat_captions(r)[0]) == 400 and r.notes == {"with_tags": 78} and len(r.label_names) == 80
+    assert all(data.trouble_with(x["image"]) is None for x in r.subset(range(5)))
+    r = data.open_source("detection", f"{home}/instances_val2017.json", "val")
+    x1, y1, x2, y2 = np.array([b for x in r for b in x["boxes"]]).T
+    assert (x2 > x1).all() and (y2 > y1).all()
+    home = SHARED / "vqa"
+    r = data.open_source("vqa", f"{home}/v2_OpenEnded_mscoco_train2014_questions.json,{home}/v2_mscoco_train2014_annotations.json", "train",
+                         need=("answers",))
+    assert len(r) == 82 and len({x["image_id"] for x in r}) == 50 and all(len(x["answers"]) == 10 for x in r) and r.notes == {}
+    root = str(SHARED / "flickr8k/images")
+    sizes = [len(data.open_source("ve", str(SHARED / f"snli_ve/snli_ve_{s}.jsonl"), s, image_root=root)) for s in ("dev", "test")]
+    assert sizes == [2178, 2650]
+    r = data.open_source("nlvr2", str(SHARED / "nlvr2/dev.json"), "val")
+    assert len(r) == 8 and r.notes == {} and all(x["image"].endswith("img0.png") and x["image2"].endswith("img1.png") for x in r)
+
+
+@real
+def test_real_text_lists_and_clips():
+    sizes = {s: len(data.open_source("sts", str(SHARED / f"sts/{s}-en-test"), "test")) for s in ("STS12", "STS13", "STS14", "STS15")}
+    assert sizes == {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000}        # the published counts
+    assert len(data.open_source("sts", str(SHARED / "sts"), "val")) == 1500
+    for name, labels in (("coco", 80), ("nus_wide", 21)):
+        r = data.open_source("hashing", str(SHARED / f"hashing/{name}_test.txt"), "test", missing="keep")
+        assert len(r) == 300 and len(r[0]["labels"]) == labels and r.notes["missing"] == 300
+    clips = str(SHARED / "msrvtt/test_videodatainfo.json")
+    r = data.open_source("clips", clips, "test", missing="keep")
+    assert len(r) == 60 and all(len(x["caption"]) == 20 for x in r)
+    r = data.open_source("clips", f"{clips},{SHARED}/msrvtt/MSRVTT_JSFUSION_test.csv", "test", missing="keep")
+    assert len(r) == 1000 and r.protocol == "1k-A"
+    r = data.open_source("pairs", str(SHARED / "cc/Validation_GCC-1.1.0-Validation.tsv"), "train", missing="keep")
+    assert len(r) == 500 and r.notes["missing"] == 500
+
+
+@real
+def test_real_truncated_jpegs():
+    bad = [p.name for p in sorted((SHARED / "voc").rglob("*.jpg")) if data.trouble_with(str(p))]
+    assert bad == ["000001.jpg", "2007_000027.jpg"]

@@ -158,28 +158,28 @@ def expand(spec):
     return paths
 
 
-def read_text(path):
+def text_lines(path):
+    """Yields the lines of a UTF-8 file without their ends. Splits at newlines only: captions and vocabularies hold U+2028."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            return f.read()
+        with open(path, encoding="utf-8-sig", newline="\n") as f:
+            for line in f:
+                yield line.rstrip("\r\n")
     except UnicodeDecodeError as e:
-        fail(f"{path}: not UTF-8 text (byte {e.start})")
+        fail(f"{path}: not UTF-8 text ({e.reason})")
     except OSError as e:
         fail(f"{path}: {e.strerror}")
 
 
 def lines_of(path):
-    """Yields (where, line), newlines taken off, blank lines left out. Splits at newlines only, for captions hold U+2028."""
-    for n, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield f"{path} line {n}", line.rstrip("\r")
+    """Yields (where, line) for the lines that are not blank."""
+    return ((f"{path} line {n}", line) for n, line in enumerate(text_lines(path), 1) if line.strip())
 
 
 def read_json(path):
     """The JSON value in a file; for jsonl (under any extension) an iterator of (where, dict)."""
     if path.endswith(".jsonl"):
         return json_lines(path)
-    text = read_text(path)
+    text = "\n".join(text_lines(path))
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
@@ -509,13 +509,14 @@ def sts_rows(home):
             yield where, "STSB", cells[0], cells[4], cells[5], cells[6]
         return
     for name in sorted(f for f in os.listdir(home) if f.startswith("STS.input.")):
-        pairs = read_text(os.path.join(home, name)).rstrip("\n").split("\n")
-        gold = read_text(os.path.join(home, name.replace(".input.", ".gs."))).removesuffix("\n").split("\n")
-        gold += [""] * (len(pairs) - len(gold))                                 # trailing empty lines = unscored rows
+        file = os.path.join(home, name)
+        pairs, gold = list(text_lines(file)), list(text_lines(os.path.join(home, name.replace(".input.", ".gs."))))
+        if len(pairs) != len(gold):                                             # an unscored row is an empty line in gs
+            fail(f"{file}: {len(pairs)} sentence pairs, but {len(gold)} scores in its .gs. file")
         for n, (line, score) in enumerate(zip(pairs, gold), 1):
-            where, cells = f"{os.path.join(home, name)} line {n}", line.rstrip("\r").split("\t")
-            if len(cells) < 2 or len(gold) > len(pairs):
-                fail(f"{where}: 'sentence TAB sentence' expected, one for each of the {len(gold)} lines of its .gs. file")
+            where, cells = f"{file} line {n}", line.split("\t")
+            if len(cells) < 2:
+                fail(f"{where}: 'sentence TAB sentence' expected")
             dataset = os.path.basename(os.path.normpath(home)).split("-")[0]
             yield where, dataset, name[len("STS.input."):-len(".txt")], score, cells[0], cells[1]
 
@@ -601,7 +602,8 @@ def read_clips(files, split, ctx):
         if path.endswith(".json"):
             jsons.append((n, path, as_dict(read_json(path), path)))
         elif path.endswith(".csv"):
-            rows = list(csv.reader(io.StringIO(read_text(path)), delimiter=";" if ";" in read_text(path).split("\n")[0] else ","))
+            lines = list(text_lines(path))
+            rows = list(csv.reader(lines, delimiter=";" if lines and ";" in lines[0] else ","))
             if not rows or not {"video_id", "sentence"} <= set(rows[0]):
                 fail(f"{path} line 1: columns video_id and sentence expected")
             table = n, path, [dict(zip(rows[0], r)) for r in rows[1:] if r]
@@ -811,9 +813,7 @@ class Tokenizer:
     Attributes: vocab_size, pad_id, unk_id, cls_id, sep_id, mask_id, first_word (ids >= first_word are ordinary tokens)."""
 
     def __init__(self, path):
-        vocab = read_text(str(path)).split("\n")                            # not splitlines(): U+2028 can be a token
-        self.words = [w.rstrip("\r") for w in (vocab[:-1] if vocab[-1] == "" else vocab)]
-        ids = {}
+        self.words, ids = list(text_lines(path)), {}
         for n, word in enumerate(self.words):
             if word in ids:
                 fail(f"{path} line {n + 1}: '{word}' stands in line {ids[word] + 1} already")
@@ -1106,14 +1106,14 @@ class Views(Dataset):
         """-> (sample, list of "file: reason" for the unreadable images met). caption: which one (default: drawn in training, 0
         in evaluation). keys: batch keys to make (default: all)."""
         i, trouble = int(i), []
-        for attempt in range(20):
+        for attempt in range(100):
             rng = random.Random((attempt << 160) ^ (self.seed << 96) ^ (int(draw) << 40) ^ i)
             where = i if attempt == 0 else rng.randrange(len(self.records))
             sample = self.build(where, rng, caption, keys, trouble)
             if sample is not None:
                 sample["bad"] = torch.tensor(int(bool(trouble)))
                 return sample, trouble
-        raise DataError(f"data.py: 20 unreadable images in a row, the last is {trouble[-1]}")
+        fail(f"100 unreadable images in a row, the last is {trouble[-1]}")
 
     def build(self, i, rng, caption, keys, trouble):
         record, opened = self.records[i], {}

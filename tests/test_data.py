@@ -198,7 +198,7 @@ def test_several_files_and_ids(tmp_path):
     for name in "abcd":
         picture(tmp_path / "r1" / f"{name}.jpg"), picture(tmp_path / "r2" / f"{name}.jpg")
     one = lines(tmp_path / "1.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 7}, {"image": "b.jpg", "caption": "x", "image_id": 0}])
-    two = lines(tmp_path / "2.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 7}, {"image": "b.jpg", "caption": "x", "image_id": 0}])
+    two = lines(tmp_path / "2.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 6}, {"image": "b.jpg", "caption": "x", "image_id": 0}])
     both = f"{tmp_path}/r1,{tmp_path}/r2"
     r = data.open_source("pairs", f"{one},{two}", "train", image_root=both)
     assert [x["image_id"] for x in r][:2] == [7, 0] and len({x["image_id"] for x in r}) == 4
@@ -324,8 +324,8 @@ def test_sts(tmp_path):
     with refused("no STS data"):
         (tmp_path / "void").mkdir()
         data.open_source("sts", str(tmp_path / "void"), "test")
-    write(home / "STS.gs.OnWN.txt", "1\n2\n3\n4\n")
-    with refused("STS.input.OnWN.txt line 1"):
+    write(home / "STS.gs.OnWN.txt", "1\n")
+    with refused("STS.input.OnWN.txt: 2 sentence pairs, but 1 scores"):
         data.open_source("sts", str(home), "test")
 
 
@@ -642,10 +642,13 @@ def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
     for workers in (0, 1):
         with refused("of 104 images were unreadable", "--max_bad 0.01"):
             take(data.batches(data.Views(r, PAIRS, tok, 16, 8, max_bad=0.01), 8, seed=1, workers=workers), 15)
-    for n in range(40):
+    for n in range(39):
         write(tmp_path / "im" / f"{n}.png", "no picture")
+    ds = data.Views(r, PAIRS, tok, 16, 8, seed=6)
+    assert [int(ds[0, d]["index"]) for d in range(3)] == [39, 39, 39]                   # it searches on until it finds a good one
+    write(tmp_path / "im" / "39.png", "no picture")
     for workers in (0, 1):                                                              # a worker's error is one line too
-        with refused("20 unreadable images in a row"):
+        with refused("unreadable images in a row"):
             next(data.batches(data.Views(r, PAIRS, tok, 16, 8), 8, seed=1, workers=workers))
 
 

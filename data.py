@@ -682,8 +682,8 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
         if not ctx.wants(record.pop("split", None)):
             continue
         for key in need:
-            if record.get(key) in (None, [], ""):
-                fail(f"{where}: no key '{key}' (it has: {', '.join(k for k in record if record[k] not in (None, [], ''))})")
+            if record.get(key) is None:                     # an empty list is an answer: a photo without any tag
+                fail(f"{where}: no key '{key}' (it has: {', '.join(k for k in record if record[k] is not None)})")
         gone = [record[k] for k in ("image", "image2", "feature") if isinstance(record.get(k), str) and record[k] not in ctx.here]
         if gone:
             ctx.count("missing")
@@ -708,8 +708,9 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
         if not len(records):
             fail(f"{first_gone[0]}: none of the {notes['missing']} image files is there, first {first_gone[1]} "
                  "(is --image_root right?)")
-        say(f"{spec}: {notes['missing']} of {notes['missing'] + len(records)} records left out, their files are missing "
-            f"(first: {first_gone[1]}, {first_gone[0]})")
+        if os.environ.get("RANK", "0") == "0":              # every rank reads the same files: said once
+            say(f"{spec}: {notes['missing']} of {notes['missing'] + len(records)} records left out, their files are missing "
+                f"(first: {first_gone[1]}, {first_gone[0]})")
     if not len(records):
         if ctx.splits:
             fail(f"{spec}: no split '{split}' (it has: {', '.join(sorted(ctx.splits))})")

@@ -117,14 +117,16 @@ def coco(tmp_path):
              {"image_id": 5, "id": 3, "category_id": 18, "bbox": [5, 5, 1, 1], "iscrowd": 0, "area": 1}]
     categories = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}]
     return (write(tmp_path / "annotations/captions_val2017.json", {"images": images, "annotations": captions}),
-            write(tmp_path / "annotations/instances_val2017.json", {"images": images, "annotations": boxes, "categories": categories}))
+            write(tmp_path / "annotations/instances_val2017.json", {"images": images, "annotations": boxes,
+                    "categories": categories}))
 
 
 def test_coco_captions_and_instances(tmp_path):
     captions, instances = coco(tmp_path)
     r = data.open_source("pairs", captions, "test")                         # images found in ../val2017, as published
     assert [x["image_id"] for x in r] == [9, 5] and r[1]["caption"] == ["five", "cinq"] and r[0]["caption"] == ["nine"]
-    r = data.open_source("pairs", f"{captions},{instances}", "train", image_root=str(tmp_path / "val2017"), need=("caption",))
+    r = data.open_source("pairs", f"{captions},{instances}", "train", image_root=str(tmp_path / "val2017"),
+                         need=("caption", "tags"))
     assert len(r) == 2 and r.label_names == ["person", "dog"] and r.notes["with_tags"] == 1
     assert r[1]["tags"] == ["person", "dog"]                                # the crowd gives its tag, but no box
     assert r[1]["boxes"] == [[1, 2, 4, 6], [5, 5, 6, 6]] and r[1]["labels"] == [1, 1]
@@ -170,7 +172,8 @@ def shard(path, members):
 
 def test_tar_shards(tmp_path, tok):
     jpg = [picture(tmp_path / f"{n}.jpg", color=(80 * n, 0, 0)).read_bytes() for n in range(4)]
-    shard(tmp_path / "cc" / "00000.tar", [("000000000.jpg", jpg[0]), ("000000000.txt", b"a red circle"), ("000000000.json", b"{}"),
+    shard(tmp_path / "cc" / "00000.tar", [("000000000.jpg", jpg[0]), ("000000000.txt", b"a red circle"), ("000000000.json",
+            b"{}"),
                                           ("000000001.json", b'{"caption": "failed download"}'), ("000000001.txt", b"gone")])
     shard(tmp_path / "cc" / "00001.tar", [("000010000.jpg", jpg[1]), ("000010000.json", b'{"caption": "two"}'),
                                           ("000010001.jpg", jpg[2]), ("000010001.txt", b"  ")])
@@ -197,8 +200,10 @@ def test_tar_shards(tmp_path, tok):
 def test_several_files_and_ids(tmp_path):
     for name in "abcd":
         picture(tmp_path / "r1" / f"{name}.jpg"), picture(tmp_path / "r2" / f"{name}.jpg")
-    one = lines(tmp_path / "1.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 7}, {"image": "b.jpg", "caption": "x", "image_id": 0}])
-    two = lines(tmp_path / "2.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 6}, {"image": "b.jpg", "caption": "x", "image_id": 0}])
+    one = lines(tmp_path / "1.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 7}, {"image": "b.jpg", "caption": "x",
+            "image_id": 0}])
+    two = lines(tmp_path / "2.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 6}, {"image": "b.jpg", "caption": "x",
+            "image_id": 0}])
     both = f"{tmp_path}/r1,{tmp_path}/r2"
     r = data.open_source("pairs", f"{one},{two}", "train", image_root=both)
     assert [x["image_id"] for x in r][:2] == [7, 0] and len({x["image_id"] for x in r}) == 4
@@ -215,7 +220,8 @@ def test_several_files_and_ids(tmp_path):
     with refused("5.jsonl line 2", "image_id"):
         data.open_source("pairs", lines(tmp_path / "5.jsonl", names), "train", image_root=str(tmp_path / "r1"))
     with refused("line 1", "'image_id' is -1"):
-        data.open_source("pairs", lines(tmp_path / "6.jsonl", [dict(rows[0], image_id=-1)]), "train", image_root=str(tmp_path / "r1"))
+        data.open_source("pairs", lines(tmp_path / "6.jsonl", [dict(rows[0], image_id=-1)]), "train",
+                image_root=str(tmp_path / "r1"))
     with refused("--image_root names 2 folders for 1"):
         data.open_source("pairs", one, "train", image_root=both)
 
@@ -224,7 +230,8 @@ def test_several_files_and_ids(tmp_path):
 
 def vqa_files(tmp_path, **extra):
     picture(tmp_path / "images" / "COCO_val2014_000000000042.jpg"), picture(tmp_path / "images" / "own.png")
-    questions = [{"image_id": 42, "question": "What is it?", "question_id": 420}, {"image_id": 42, "question": "red?", "question_id": 421},
+    questions = [{"image_id": 42, "question": "What is it?", "question_id": 420}, {"image_id": 42, "question": "red?",
+            "question_id": 421},
                  {"image_id": 7, "question": "blue?", "question_id": 70, "image": "own.png"}]
     answers = [{"question_id": q, "image_id": 42, "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(words)]}
                for q, words in ((420, ["Yes."] * 7 + ["two"] * 3), (421, ["no"] * 10), (70, ["2"] * 10))]
@@ -243,7 +250,8 @@ def test_vqa(tmp_path, tok):
     seen = Counter(tok.decode(ds[0, d]["answer"]) for d in range(400))
     assert set(seen) == {"yes", "[UNK]"} and 0.62 < seen["yes"] / 400 < 0.78            # "two" -> "2", not in this vocabulary
     s = ds[0, 1]
-    assert s["answer_mask"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0] and s["answer_weight"] == 1.0 and tok.decode(s["text"]) == "what is it ?"
+    assert s["answer_mask"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0] and s["answer_weight"] == 1.0 \
+            and tok.decode(s["text"]) == "what is it ?"
     r = data.open_source("vqa", questions, "test", image_root=str(tmp_path / "images"))
     assert r[0]["answers"] is None and r.notes["without_answers"] == 3
     ds = data.Views(r, dict(source="vqa", image="plain", text="question", answer="answer"), tok, 16, 8, train=False)
@@ -255,7 +263,8 @@ def test_vqa(tmp_path, tok):
         data.open_source("vqa", questions, "train", image_root=str(tmp_path / "images"), need=("answers",))
     whole = json.loads(Path(questions).read_text())
     with refused("questions[3]", "420 occurs twice"):
-        data.open_source("vqa", write(tmp_path / "q2.json", dict(whole, questions=whole["questions"] + whole["questions"][:1])), "test",
+        twice = dict(whole, questions=whole["questions"] + whole["questions"][:1])
+        data.open_source("vqa", write(tmp_path / "q2.json", twice), "test",
                          image_root=str(tmp_path / "images"))
     del whole["data_subtype"], whole["questions"][1:]
     with refused("questions[0]", "no key 'image'", "data_subtype"):
@@ -267,9 +276,11 @@ def test_vqa(tmp_path, tok):
 def test_ve(tmp_path, tok):
     picture(tmp_path / "1.jpg"), picture(tmp_path / "x.png")
     rows = [{"Flickr30K_ID": "1", "gold_label": g, "sentence2": "it is red", "pairID": f"1#{k}"}
-            for k, g in enumerate(["entailment", "-", "contradiction"])] + [{"image": "x.png", "gold_label": "neutral", "sentence2": "blue"}]
+            for k, g in enumerate(["entailment", "-", "contradiction"])] + [{"image": "x.png", "gold_label": "neutral",
+                    "sentence2": "blue"}]
     r = data.open_source("ve", lines(tmp_path / "ve.jsonl", rows), "val", need=("caption", "label"))
-    assert [x["label"] for x in r] == [0, 2, 1] and r.notes == {"without_majority_label": 1} and r[0]["image_id"] == r[1]["image_id"]
+    assert [x["label"] for x in r] == [0, 2, 1] and r.notes == {"without_majority_label": 1} \
+            and r[0]["image_id"] == r[1]["image_id"]
     assert r.label_names == ["entailment", "neutral", "contradiction"] and data.stats(r)["num_labels"] == 3
     views = dict(source="ve", image="plain", text="caption", label="label")
     ds = data.Views(r, views, tok, 16, 8)
@@ -283,7 +294,8 @@ def test_ve(tmp_path, tok):
 
 
 def test_nlvr2(tmp_path, tok):
-    for name in ("dev/dev-850-0-img0.png", "dev/dev-850-0-img1.png", "images/train/63/train-9-1-img0.png", "images/train/63/train-9-1-img1.png",
+    for name in ("dev/dev-850-0-img0.png", "dev/dev-850-0-img1.png", "images/train/63/train-9-1-img0.png",
+            "images/train/63/train-9-1-img1.png",
                  "l.png", "r.png"):
         picture(tmp_path / name, color=(255, 255, 255) if "img1" in name else (0, 0, 0))
     rows = [{"identifier": "dev-850-0-3", "sentence": "left is red", "label": "True"},
@@ -291,7 +303,8 @@ def test_nlvr2(tmp_path, tok):
             {"identifier": "x-1-1-1", "sentence": "blue", "label": "True", "left_image": "l.png", "right_image": "r.png"}]
     r = data.open_source("nlvr2", lines(tmp_path / "dev.json", rows), "val")
     assert [x["label"] for x in r] == [1, 0, 1] and r.notes == {}
-    ds = data.Views(r, dict(source="nlvr2", image="plain", image2="plain", norm="half", text="caption", label="label"), tok, 16, 8)
+    ds = data.Views(r, dict(source="nlvr2", image="plain", image2="plain", norm="half", text="caption", label="label"), tok,
+            16, 8)
     s = ds[0, 0]
     assert s["image"].max() == -1 and s["image2"].min() == 1                # left is image 0, right is image 1
     with refused("line 1", "label 'yes'"):
@@ -307,12 +320,15 @@ def test_sts(tmp_path):
     for part, scores in (("dev", "5.000"), ("test", "2.5"), ("train", "0")):
         write(tmp_path / "stsbenchmark" / f"sts-{part}.csv", row.format(scores))
     r = data.open_source("sts", str(home), "test")
-    assert [(x["s1"], x["score"], x["dataset"], x["subset"]) for x in r] == [("a", 4.4, "STS12", "MSRvid"), ("e", 0.0, "STS12", "MSRvid"),
-                                                                             ("g", 1.0, "STS12", "OnWN")] and r.notes == {"unscored": 2}
+    assert [(x["s1"], x["score"], x["dataset"], x["subset"]) for x in r] == [("a", 4.4, "STS12", "MSRvid"), ("e", 0.0, "STS12",
+            "MSRvid"),
+                                                                             ("g", 1.0, "STS12",
+                                                                                     "OnWN")] and r.notes == {"unscored": 2}
     r = data.open_source("sts", str(tmp_path), "test")                      # the train folders of STS12 are not test data
     assert [x["dataset"] for x in r] == ["STS12"] * 3 + ["STSB"] and r[3]["s1"] == '"A man, with'
     assert [x["score"] for x in data.open_source("sts", str(tmp_path), "val")] == [5.0]
-    assert len(data.open_source("sts", str(tmp_path / "stsbenchmark" / "sts-dev.csv"), "test")) == 1    # a file named: whatever split
+    # a file named: whatever split
+    assert len(data.open_source("sts", str(tmp_path / "stsbenchmark" / "sts-dev.csv"), "test")) == 1
     with refused("no split 'val'", "it has: test"):
         data.open_source("sts", str(home), "val")
     with refused("s.csv line 2", "7 columns", "found 2"):
@@ -366,11 +382,13 @@ def test_clips(tmp_path):
         (tmp_path / "features").mkdir(exist_ok=True)
         np.save(tmp_path / "features" / f"video{n}.npy", np.zeros((5, 8), np.float32))
     r = data.open_source("clips", spec, "test", need=("caption",))
-    assert [x["video_id"] for x in r] == ["video2", "video3"] and r[0]["caption"] == ["c20", "c21", "c22"] and r.protocol == "full"
+    assert [x["video_id"] for x in r] == ["video2", "video3"] and r[0]["caption"] == ["c20", "c21",
+            "c22"] and r.protocol == "full"
     assert len(data.open_source("clips", spec, "val", image_root=str(tmp_path / "features"))) == 1
     assert np.load(r[0]["feature"]).shape == (5, 8) and len({x["image_id"] for x in r}) == 2
     for mark in ",;":
-        table = write(tmp_path / "1ka.csv", f"key{mark}vid_key{mark}video_id{mark}sentence\nret0{mark}msr3{mark}video3{mark}a cat\n")
+        rows = "key,vid_key,video_id,sentence\nret0,msr3,video3,a cat\n".replace(",", mark)
+        table = write(tmp_path / "1ka.csv", rows)
         spec2 = f"{spec},{table},{tmp_path / 'features'}"
         test, train = data.open_source("clips", spec2, "test"), data.open_source("clips", spec2, "train")
         assert [(x["video_id"], x["caption"]) for x in test] == [("video3", ["a cat"])] and test.protocol == "1k-A"
@@ -433,7 +451,8 @@ def test_bad_records(tmp_path, world, capsys):
 
 
 def test_empty_captions_are_counted(tmp_path, world):
-    rows = [{"image": "im/0.png", "caption": ["a", " ", "b"], "paraphrase": ["A", "x", "B"]}, {"image": "im/1.png", "caption": ["", "\n"]},
+    rows = [{"image": "im/0.png", "caption": ["a", " ", "b"], "paraphrase": ["A", "x", "B"]}, {"image": "im/1.png",
+            "caption": ["", "\n"]},
             {"image": "im/2.png", "caption": "", "split": "test"}, {"image": "im/3.png"}]
     r = data.open_source("pairs", lines(tmp_path / "e.jsonl", rows), "train")
     assert r.notes == {"empty_captions": 3, "no_caption_left": 1, "with_paraphrase": 1, "without_caption": 1}
@@ -441,9 +460,10 @@ def test_empty_captions_are_counted(tmp_path, world):
 
 
 def test_vocabulary(tmp_path, tok):
-    assert (tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id, tok.first_word, tok.vocab_size) == (0, 2, 3, 4, 5, 6, len(WORDS))
+    assert (tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id, tok.first_word, tok.vocab_size) == (0, 2, 3, 4, 5, 6,
+            len(WORDS))
     ids = tok.encode("A Red circles, [MASK] zebra?", 20)
-    assert tok.tokens(ids) == "[CLS] a red circle ##s , [UNK] [UNK] [UNK] [UNK] ? [SEP]".split()      # "[MASK]" in a caption is text
+    assert tok.tokens(ids) == "[CLS] a red circle ##s , [UNK] [UNK] [UNK] [UNK] ? [SEP]".split()  # [MASK] is plain text
     assert tok.decode(ids) == "a red circles , [UNK] [UNK] [UNK] [UNK] ?" and tok.mask_id not in ids
     assert tok.encode("a red circle", 4) == [3, 6, 7, 4] and tok.encode("", 9) == [3, 4]
     with refused("vocab2.txt", "lacks [SEP], [MASK]"):
@@ -458,7 +478,8 @@ def test_vocabulary(tmp_path, tok):
 
 def test_normalize_answer():
     for text, wanted in {"Two": "2", "a dog": "dog", "The  dog": "dog", "none": "0", "dont": "don't", "couldn'tve": "couldn't've",
-                         "t-shirt": "t shirt", "yes!": "yes", "yes !": "yes", "1,000": "1000", "1,000 - 2": "1000 2", "3.5": "3.5",
+                         "t-shirt": "t shirt", "yes!": "yes", "yes !": "yes", "1,000": "1000", "1,000 - 2": "1000 2",
+                                 "3.5": "3.5",
                          "St. John": "st john", "it's": "it's", "black/white": "black white", "black / white": "black white",
                          "yall'll": "y'all'll", "twas": "'twas", "hes": "he's", "shell": "shell", "ten\n": "10", "an": "", "": "",
                          "man (left)": "man left", "p.m.": "pm", "somebody'd": "somebodyd", "its": "its"}.items():
@@ -476,7 +497,8 @@ def test_image_modes(tmp_path):
         assert image.mode == "RGB" and image.size == (8, 6)
         if mode in ("RGBA", "P", "CMYK"):
             assert max(abs(a - b) for a, b in zip(image.getpixel((3, 3)), (200, 100, 50))) < 40
-    Image.fromarray(np.full((6, 8), 40000, np.uint16)).save(tmp_path / "g.png")               # 16 bit: scaled, not clipped to white
+    # 16 bit: scaled, not clipped to white
+    Image.fromarray(np.full((6, 8), 40000, np.uint16)).save(tmp_path / "g.png")
     assert data.load_image(str(tmp_path / "g.png")).getpixel((0, 0)) == (156, 156, 156)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -496,7 +518,8 @@ def test_bad_images(tmp_path, monkeypatch):
     write(tmp_path / "text.jpg", "no picture"), write(tmp_path / "void.jpg", "")
     Image.new("RGB", (40, 40)).save(tmp_path / "p.png")
     (tmp_path / "q.png").write_bytes((tmp_path / "p.png").read_bytes()[:60])
-    for name, reason in (("text.jpg", "no image format"), ("void.jpg", "no image format"), ("none.jpg", "No such file"), ("q.png", "."),
+    for name, reason in (("text.jpg", "no image format"), ("void.jpg", "no image format"), ("none.jpg", "No such file"),
+            ("q.png", "."),
                          (truncated(tmp_path / "t.jpg").name, "truncated")):
         with pytest.raises(data.BadImage, match=reason):
             data.load_image(str(tmp_path / name))
@@ -553,7 +576,8 @@ def test_samples(world, tok):
     for d in range(60):
         s = ds[0, d]
         both[tok.decode(s["text"]), tok.decode(s["text2"]), int(s["text2_is_copy"])] += 1
-    assert set(both) == {("a red circle", "red circle", 0), ("a blue square", "blue square", 0)}      # always that caption's paraphrase
+    # always that caption's paraphrase
+    assert set(both) == {("a red circle", "red circle", 0), ("a blue square", "blue square", 0)}
     assert ds.tag_names == ["red", "circle"] and ds[0]["tags"].tolist() == [1, 0] and ds[1]["tags"].tolist() == [0, -1]
     given = data.Views(r, dict(tags="tags"), tok, 16, 8, tag_names=["circle"])
     assert given[0]["tags"].tolist() == [0, -1] and given[1]["tags"].tolist() == [-1, -1]
@@ -591,7 +615,8 @@ def test_randomness_is_local(world, tok):
         random.setstate(before[0]), torch.set_rng_state(before[2])
     for workers in (0, 1):
         next(data.batches(ds, 4, seed=0, workers=workers))
-    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all() and torch.equal(torch.get_rng_state(), before[2])
+    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all() \
+            and torch.equal(torch.get_rng_state(), before[2])
     ds = data.Views(r, PAIRS, tok, 16, 8, seed=5)
     assert not same(ds[3, 12], ds[3, 13]) and not same(ds[3, 12], data.Views(r, PAIRS, tok, 16, 8, seed=6)[3, 12])
 
@@ -654,7 +679,8 @@ def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
 
 def test_iter_eval(tmp_path, world, tok):
     rows = [{"image": f"im/{n}.png", "caption": [f"a red circle {k}" for k in range(c)]} for n, c in enumerate([5, 1, 7, 6, 5])]
-    rows.append({"image": "im/1.png", "caption": "a blue square"})                      # a picture met before: one image, its caption too
+    # a picture met before: one image, its caption too
+    rows.append({"image": "im/1.png", "caption": "a blue square"})
     r = data.open_source("pairs", lines(tmp_path / "ragged.jsonl", rows), "test")
     texts, owner = data.flat_captions(r)
     assert len(texts) == 25 and owner.tolist() == [0] * 5 + [1] + [2] * 7 + [3] * 6 + [4] * 5 + [1]
@@ -692,7 +718,8 @@ def test_records_and_plans_are_picklable(world, tok):
 def test_check(tmp_path, world, capsys):
     assert data.main(["check", world]) == 0
     out = capsys.readouterr().out
-    for row in ("records 40", "images 40", "captions 80", "captions an image 2 to 2, mean 2.00", "missing files 0", "corrupt files 0",
+    for row in ("records 40", "images 40", "captions 80", "captions an image 2 to 2, mean 2.00", "missing files 0",
+            "corrupt files 0",
                 "duplicate captions 0", "with paraphrase 40"):
         assert row in " ".join(out.split()), row
     truncated(tmp_path / "im" / "3.jpg").rename(tmp_path / "im" / "3.png")
@@ -703,7 +730,8 @@ def test_check(tmp_path, world, capsys):
     with refused("no such file"):
         data.main(["check", "nope.json"])
     with refused("it has: train"):
-        data.main(["check", lines(tmp_path / "s.jsonl", [{"image": "im/0.png", "caption": "a", "split": "train"}]), "--split", "val"])
+        data.main(["check", lines(tmp_path / "s.jsonl", [{"image": "im/0.png", "caption": "a", "split": "train"}]), "--split",
+                "val"])
 
 
 # ----------------------------------------------------------------------------------------------------- the cuts of real data sets
@@ -715,7 +743,8 @@ real = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not her
 def test_real_flickr8k():
     spec, root = str(SHARED / "flickr8k/dataset_flickr8k.json"), str(SHARED / "flickr8k/images")
     tok = data.get_tokenizer(str(SHARED / "bert-base-uncased-vocab.txt"))
-    assert (tok.vocab_size, tok.first_word, tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id) == (30522, 999, 0, 100, 101, 102, 103)
+    assert (tok.vocab_size, tok.first_word, tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id) == (30522, 999, 0,
+            100, 101, 102, 103)
     assert tok.encode("Unaffable cats\u2019 caf\u00e9!", 20) == [101, 14477, 20961, 3468, 8870, 1521, 7668, 999, 102]
     train, val = (data.open_source("pairs", spec, s, image_root=root, need=("caption",)) for s in ("train", "val"))
     assert (len(train), len(val), len(data.flat_captions(val)[0])) == (4500, 500, 2500)
@@ -735,7 +764,8 @@ def test_real_coco_vqa_ve_nlvr2():
     x1, y1, x2, y2 = np.array([b for x in r for b in x["boxes"]]).T
     assert (x2 > x1).all() and (y2 > y1).all()
     home = SHARED / "vqa"
-    r = data.open_source("vqa", f"{home}/v2_OpenEnded_mscoco_train2014_questions.json,{home}/v2_mscoco_train2014_annotations.json", "train",
+    spec = f"{home}/v2_OpenEnded_mscoco_train2014_questions.json,{home}/v2_mscoco_train2014_annotations.json"
+    r = data.open_source("vqa", spec, "train",
                          need=("answers",))
     assert len(r) == 82 and len({x["image_id"] for x in r}) == 50 and all(len(x["answers"]) == 10 for x in r) and r.notes == {}
     root = str(SHARED / "flickr8k/images")
@@ -747,7 +777,8 @@ def test_real_coco_vqa_ve_nlvr2():
 
 @real
 def test_real_text_lists_and_clips():
-    sizes = {s: len(data.open_source("sts", str(SHARED / f"sts/{s}-en-test"), "test")) for s in ("STS12", "STS13", "STS14", "STS15")}
+    sizes = {s: len(data.open_source("sts", str(SHARED / f"sts/{s}-en-test"), "test")) for s in ("STS12", "STS13", "STS14",
+            "STS15")}
     assert sizes == {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000}        # the published counts
     assert len(data.open_source("sts", str(SHARED / "sts"), "val")) == 1500
     for name, labels in (("coco", 80), ("nus_wide", 21)):

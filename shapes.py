@@ -195,7 +195,8 @@ def draw_plan(scene, rng, brief=False):
     most = 2 if brief else 3
     picks = rng.sample(scene, min(len(scene), most if rng.random() < 0.5 else max(most - 1, 1)))
     places, relate = (int(rng.random() < 0.5), len(picks) > 1) if brief else rng.choice(SAYS[len(picks)])
-    said = [o._replace(size=o.size if rng.random() < 0.6 else None, row=o.row if i < places else None, col=o.col if i < places else None)
+    sized = 0.9 if len(picks) == 2 and places == 1 and not brief else 0.6          # two names and one place need their sizes to be rare
+    said = [o._replace(size=o.size if rng.random() < sized else None, row=o.row if i < places else None, col=o.col if i < places else None)
             for i, o in enumerate(picks)]
     relation = []
     if relate:
@@ -443,7 +444,7 @@ def distance(shape, x, y):
 def background(rng):
     """A muted (64, 64, 3) float32 ground, 0..255: a greyish tint, a slope of light, faint stripes."""
     ground = rng.uniform(95, 150) + rng.uniform(-12, 12, 3)
-    turn, amount = rng.uniform(0, 2 * math.pi, 2), rng.uniform(0, (20, 7))
+    turn, amount = rng.uniform(0, 2 * math.pi, 2), rng.uniform(0, (20, 4))
     slope = amount[0] * ((XX - 32) * math.cos(turn[0]) + (YY - 32) * math.sin(turn[0])) / 32
     stripes = amount[1] * np.sin((XX * math.cos(turn[1]) + YY * math.sin(turn[1])) * rng.uniform(0.3, 1.2))
     return (ground + (slope + stripes)[..., None]).astype(np.float32)
@@ -456,18 +457,18 @@ def paint(ground, objects, rng):
     for x, y, r, turn, color, shape in objects:
         c, s, dx, dy = math.cos(turn) / r, math.sin(turn) / r, XX - x, YY - y
         cover = np.clip(0.5 - r * distance(shape, c * dx + s * dy, c * dy - s * dx), 0, 1)
-        shade = np.asarray(COLORS[color], np.float32) + rng.uniform(-10, 10, 3).astype(np.float32)
+        shade = np.asarray(COLORS[color], np.float32) + rng.uniform(-6, 6, 3).astype(np.float32)
         picture = picture + cover[..., None] * (shade - picture)
         masks.append(cover > 0.5)
-    noise = rng.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * 4
+    noise = rng.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * 3
     return np.clip(picture + noise, 0, 255).astype(np.uint8), masks
 
 
 def draw_scene(scene, rng):
-    """A scene on the grid: large = radius about 9, small about 5.5 pixels, jitter inside the cell; nothing overlaps or leaves the picture."""
+    """A scene on the grid: large = radius about 10, small about 7 pixels, jitter inside the cell; nothing overlaps or leaves the picture."""
     objects = []
     for o in scene:
-        r, jitter = (rng.uniform(8.6, 9.4), 0.9) if o.size == "large" else (rng.uniform(5.2, 6.0), 3.2)
+        r, jitter = (rng.uniform(9.6, 10.0), 0.5) if o.size == "large" else (rng.uniform(6.6, 7.2), 2.4)
         x, y = (np.array([o.col, o.row]) + 0.5) * SIDE / 3 + rng.uniform(-jitter, jitter, 2)
         objects.append((x, y, r, rng.uniform(-0.12, 0.12), o.color, o.shape))
     return paint(background(rng), objects, rng)

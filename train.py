@@ -42,7 +42,7 @@ class Loop:
     limit: int = 0                  # use so many records, drawn by --seed; 0 = all
     eval_data: str = ""             # data of the evaluations at the end (default: --data)
     eval_root: str = ""             # its image folder (default: --image_root)
-    eval_split: str = "test"        # and its split
+    eval_split: str = ""            # and its split (default: test, or val where there is no test)
     evals: str = "default"          # evaluations at the end, separated by commas; "none"
     out: str = ""                   # run directory (default: out/MODEL-TASK)
     init: str = ""                  # start from the weights of this run
@@ -145,16 +145,13 @@ def settings(module, preset, task, given, stage=0):
     """Loop and Config of a stage, by precedence: defaults < RECIPE[task] < PRESETS[preset] < the command line."""
     def of_stage(table):
         return table[stage] if isinstance(table, list) else table
-    chosen = dict(module.PRESETS[preset])
-    loop = {}
-    for level in (of_stage(module.RECIPE[task]), of_stage(chosen.get(task, {})), given):
+    sizes = {k: v for k, v in module.PRESETS[preset].items() if k not in module.TASKS}
+    chosen = {}
+    for level in (of_stage(module.RECIPE[task]), sizes, of_stage(module.PRESETS[preset].get(task, {})), given):
         if "epochs" in level and "steps" not in level:             # the last word on the length counts
-            loop["steps"] = 0
-        loop.update(level)
-    config = {k: v for k, v in chosen.items() if k not in module.TASKS} | loop
-    names = {cls: {f.name for f in dataclasses.fields(cls)} for cls in (Loop, module.Config)}
-    return (Loop(**{k: v for k, v in loop.items() if k in names[Loop]}),
-            module.Config(**{k: v for k, v in config.items() if k in names[module.Config]}))
+            chosen["steps"] = 0
+        chosen.update(level)
+    return tuple(cls(**{f.name: chosen[f.name] for f in dataclasses.fields(cls) if f.name in chosen}) for cls in (Loop, module.Config))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -474,7 +471,7 @@ def main(argv=None):
         init = str(folder)
     loop = info["loop"]
     evals = {"default": module.EVALS[task], "none": ()}.get(loop["evals"], loop["evals"].split(","))
-    options = {"split": loop["eval_split"], "data": loop["eval_data"] or None, "image_root": loop["eval_root"] or None}
+    options = {"split": loop["eval_split"] or None, "data": loop["eval_data"] or None, "image_root": loop["eval_root"] or None}
     results = {e: evaluation.evaluate(raw, {**info, "step": info["total_steps"], "path": str(folder)}, e, options, rank, world) for e in evals}
     if rank == 0:
         following = [t for t in module.TASKS if t != task]

@@ -100,7 +100,9 @@ class Config:
     mlm_prob: float = 0.15          # share of words masked
     mlm_mask_only: bool = False     # replace every chosen word by [MASK]
     mlm_distill: float = 0.0        # weight of a fusion teacher in the MLM targets; 0 builds none
+    max_answer: int = 10            # tokens of an answer, [CLS] and [SEP] included
     queue_chunk: int = 8192         # keys scored at a time
+    init_std: float = 0.02          # standard deviation of initial weights and position embeddings
     checkpointing: bool = False     # recompute encoder blocks in backward instead of keeping their activations
 
 
@@ -108,21 +110,45 @@ PRESETS = {
     "base": dict(),
     "tiny": dict(image_size=64, stem="conv", vision_width=128, vision_layers=4, vision_heads=4, width=128, text_layers=2,
                  fusion_layers=1, heads=4, mlp_ratio=4, act="relu", dropout=0.0, embed_dim=128, queue_size=1024, momentum=0.98,
-                 codewords=256, max_text=24,
+                 codewords=256, max_text=24, init_std=0.08,
                  pretrain=dict(image_view="plain", batch_size=32, steps=2000, lr=1e-3, warmup_steps=100, warmup_lr=1e-5,
                                min_lr=1e-5, weight_decay=0.02, rerank_k=16)),
 }
 
-# Values without a mark are the paper's section 4.2.1. [A] = ALBEF, whose settings the paper follows without printing them.
+# Values without a mark are the paper's, section 4.2.1. [A]: ALBEF's, which the paper follows without printing them.
+# Data: COCO, Visual Genome (its captions), Conceptual Captions and SBU, 4.0M images with 5.1M captions (section 4.1).
+# Table 1: `--task retrieval --data COCO` then eval.py on COCO (5K) and, "zero-shot", on Flickr30K. Table 2: fine-tuned on each.
+# Table 4, rows from above, all on `--task pretrain`, then eval.py on Flickr30K and COCO without fine-tuning:
+#   1 cross alignment only              --codebook False --intra False
+#   2 intra + cross                     --codebook False
+#   3 cross + codebook (teacher)        --intra False
+#   4 intra + cross + codebook (student) --codebook_features student
+#   5 intra + cross + codebook (teacher) (the default)
+FINETUNE = dict(optimizer="adamw", schedule="cosine", weight_decay=0.02, image_size=384, crop_scale=(0.5, 1.0),
+                lr=2e-5, min_lr=1e-6, batch_size=256)                                # all but the size [A]
 RECIPE = {
     "pretrain": dict(optimizer="adamw", lr=1e-4, min_lr=1e-5, warmup_lr=1e-5, warmup_steps=1000, schedule="cosine",
-                     weight_decay=0.02, epochs=30, batch_size=512, rerank_k=128),
+                     weight_decay=0.02, epochs=30, batch_size=512, rerank_k=128),    # rerank_k [A]: 128 Flickr30K, 256 COCO
+    "retrieval": dict(FINETUNE, lr=1e-5, epochs=10, max_text=30, rerank_k=128),      # [A]: 10 epochs on Flickr30K, 5 on COCO
+    "vqa": dict(FINETUNE, epochs=8),                                                 # [A]
+    "ve": dict(FINETUNE, epochs=5),                                                  # [A]
+    "nlvr2": [dict(FINETUNE, task="assign", epochs=1, batch_size=128),               # [A]: stage 1, text assignment on the
+              dict(FINETUNE, epochs=10, batch_size=128)],                            # pre-training data (--stage_data)
 }
 
-TASKS = ("pretrain",)
-EVALS = {"pretrain": ("retrieval",)}
+TASKS = ("pretrain", "retrieval", "vqa", "ve", "nlvr2")
+EVALS = {"pretrain": ("retrieval",), "retrieval": ("retrieval",), "vqa": ("vqa",), "ve": ("ve",), "nlvr2": ("nlvr2",), "assign": ()}
 INITS = ("vision", "text")
-VIEWS = {"pretrain": dict(source="pairs", image="randaug", image_eval="resize", norm="clip", text="caption")}
+VIEWS = {
+    "pretrain": dict(source="pairs", image="randaug", image_eval="resize", norm="clip", text="caption"),
+    "retrieval": dict(source="pairs", image="randaug", image_eval="resize", norm="clip", text="caption"),
+    "vqa": dict(source="vqa", image="randaug", image_eval="resize", norm="clip", text="question", answer="answer"),
+    "ve": dict(source="ve", image="randaug", image_eval="resize", norm="clip", text="caption", label="label"),
+    "nlvr2": dict(source="nlvr2", image="randaug", image2="randaug", image_eval="resize", image2_eval="resize", norm="clip", text="caption", label="label"),
+    "assign": dict(source="pairs", image="randaug", norm="clip", text="caption"),
+}
+COUNTS = {"text + fusion + MLM head (the paper: 123.7M)": ("text", "fusion", "mlm_head")}
+PAIR_TASKS = ("pretrain", "retrieval")  # those that embed and match pairs
 BACKBONE = ("vision.", "text.", "fusion.")  # `--init` must fill every key that starts so
 
 
@@ -579,17 +605,28 @@ class Codis(nn.Module):
         self.vision = ViT(cfg)
         self.text = Bert(cfg)
         self.fusion = BertLayers(cfg, cfg.fusion_layers, cfg.vision_width)
-        if task in ("pretrain", "retrieval"):
+        if task in PAIR_TASKS:
             self.vision_proj = nn.Linear(cfg.vision_width, cfg.embed_dim)
             self.text_proj = nn.Linear(cfg.width, cfg.embed_dim)
             self.itm_head = nn.Linear(cfg.width, 2)
             self.log_temp = nn.Parameter(torch.tensor(math.log(cfg.temp)))
-        if task == "pretrain":
+        if task in ("pretrain", "vqa"):
             self.mlm_head = MLMHead(cfg)
-            if cfg.codebook:
-                self.codebook = nn.Parameter(torch.randn(cfg.codewords, cfg.embed_dim))
+        if task == "pretrain" and cfg.codebook:
+            self.codebook = nn.Parameter(torch.randn(cfg.codewords, cfg.embed_dim))
+        if task == "vqa":
+            self.decoder = BertLayers(cfg, cfg.fusion_layers, cfg.width)
+        if task in ("ve", "nlvr2", "assign"):
+            self.cls_head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.ReLU(), nn.Linear(cfg.width, num_labels or 3))
+        if task in ("nlvr2", "assign"):  # each fusion layer twice, for the first and the second image, keys and values shared
+            self.fusion = BertLayers(cfg, 2 * cfg.fusion_layers, cfg.vision_width)
         self.init_weights()
-        self.students = [n for n in ("vision", "text", "vision_proj", "text_proj") if task in ("pretrain", "retrieval")]
+        self.tie_weights()
+        for name, tasks in {"encode_image": PAIR_TASKS, "encode_text": PAIR_TASKS, "match": PAIR_TASKS, "gradcam": PAIR_TASKS,
+                            "rank_answers": ("vqa",), "predict": ("ve", "nlvr2", "assign")}.items():
+            if task not in tasks:
+                setattr(self, name, None)  # eval.py asks what a model offers
+        self.students = [n for n in ("vision", "text", "vision_proj", "text_proj") if task in PAIR_TASKS]
         if task == "pretrain" and cfg.mlm_distill:
             self.students += ["fusion", "mlm_head"]
         for name in self.students:  # the teachers
@@ -604,13 +641,39 @@ class Codis(nn.Module):
     def init_weights(self):
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=self.cfg.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.vision.pos_embed, std=0.02)
-        nn.init.trunc_normal_(self.vision.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.vision.pos_embed, std=self.cfg.init_std)
+        nn.init.trunc_normal_(self.vision.cls_token, std=self.cfg.init_std)
         if hasattr(self, "codebook"):
             self.codebook.data = F.normalize(self.codebook.data, dim=-1)
+
+    def tie_weights(self):
+        """ALBEF's NLVR2: the two copies of a fusion layer have one cross-attention key and one value projection."""
+        if self.task in ("nlvr2", "assign"):
+            for one, two in zip(self.fusion.layer[::2], self.fusion.layer[1::2]):
+                two.crossattention.self.key, two.crossattention.self.value = one.crossattention.self.key, one.crossattention.self.value
+
+    def adapt(self, state):
+        """A checkpoint of another task or image size, as this model's: position embeddings resized, fusion layers doubled for
+        NLVR2, the answer decoder started from the fusion layers where their shapes agree. {key: tensor} -> {key: tensor}."""
+        state = dict(state)
+        for key in [k for k in state if k.endswith("pos_embed")]:
+            grid = self.cfg.image_size // self.cfg.patch
+            state[key] = resize_pos_embed(state[key], grid, grid)
+        fusion = {k: v for k, v in state.items() if k.startswith("fusion.layer.")}
+        depth = 1 + max((int(k.split(".")[2]) for k in fusion), default=-1)
+        if len(self.fusion.layer) == 2 * depth:
+            for key in fusion:
+                n, rest = key.removeprefix("fusion.layer.").split(".", 1)
+                state.pop(key)
+                state |= {f"fusion.layer.{2 * int(n) + i}.{rest}": fusion[key] for i in range(2)}
+        if hasattr(self, "decoder") and not any(k.startswith("decoder.") for k in state):
+            mine = self.decoder.state_dict()
+            state |= {"decoder." + k.removeprefix("fusion."): v for k, v in fusion.items()
+                      if mine[k.removeprefix("fusion.")].shape == v.shape}
+        return state
 
     def train(self, mode=True):
         super().train(mode)
@@ -786,6 +849,116 @@ class Codis(nn.Module):
             logs["codebook_ppl"] = perplexity(align_probs(torch.cat([image_emb, text_emb]), self.codebook, self.temp))
         return {"loss": sum(losses.values()), "logs": logs, "keys": all_m}
 
+    def loss_retrieval(self, batch):
+        """Fine-tuning for retrieval: Eq. 5 and Eq. 7."""
+        text_mask, ids = batch["text_mask"], batch["image_id"]
+        image_tokens, image_emb, mine_m, all_m = self.pair_step(batch)
+        clean, text_emb = self.encode("text", batch["text"], text_mask)
+        align = self.contrast(image_emb, text_emb, *mine_m, ids, *all_m)
+        (neg_image, image_ok), (neg_text, text_ok) = self.negatives(image_emb, text_emb, ids)
+        cls, _ = self.fuse_pretrain(clean, None, text_mask, None, self.image_keys(image_tokens), neg_image, neg_text)
+        losses = {"itm": self.match_loss(cls, image_ok, text_ok), **align}
+        logs = {name: loss.detach() for name, loss in losses.items()} | {"temp": self.temp.detach()}
+        return {"loss": sum(losses.values()), "logs": logs, "keys": all_m}
+
+    def fused(self, batch, cls_only):
+        """The batch's text fused with its image, or with `image` and `image2` in alternate layers -> (B, T or 1, D)."""
+        keys = self.image_keys(self.vision(batch["image"]))
+        if self.task in ("nlvr2", "assign"):
+            second = self.image_keys(self.vision(batch["image2"]))
+            keys = [(second if n % 2 else keys)[n] for n in range(len(keys))]
+        return self.fuse(self.text(batch["text"], batch["text_mask"]), batch["text_mask"], keys, cls_only=cls_only)
+
+    def predict(self, batch):
+        """VE: (B, 3) logits of entailment, neutral, contradiction. NLVR2: (B, 2) of False, True."""
+        return self.cls_head(self.fused(batch, cls_only=True)[:, 0]).float()
+
+    def loss_ve(self, batch):
+        """Section 4.2: cross-entropy of the classes on the fused [CLS]; NLVR2 likewise."""
+        loss = F.cross_entropy(self.predict(batch), batch["label"])
+        return {"loss": loss, "logs": {"ce": loss.detach()}}
+
+    loss_nlvr2 = loss_ve
+
+    def loss_assign(self, batch):
+        """ALBEF's text assignment, before NLVR2: of two images, does the text belong to the first, the second, or neither?
+
+        The other images are drawn as hard negatives by the similarity of image [CLS] tokens. A row without one does not count.
+        """
+        b, ids, pixels = len(batch["image"]), batch["image_id"], batch["image"]
+        with torch.no_grad():
+            z = F.normalize(self.vision(pixels)[:, 0].float(), dim=-1)
+            (one, ok), (two, _) = (hard_negatives(z @ z.T / 0.07, ids) for _ in range(2))
+        label = torch.arange(b, device=ids.device)[torch.randperm(b, device=ids.device)] % 3        # (B,) a third each
+        first, second = pixels[torch.where(label == 0, torch.arange(b, device=ids.device), one)], pixels[torch.where(
+            label == 1, torch.arange(b, device=ids.device), two)]
+        logits = self.predict({**batch, "image": first, "image2": second})
+        loss = masked_cross_entropy(logits, label.masked_fill(~ok, -100))
+        return {"loss": loss, "logs": {"assign": loss.detach()}}
+
+    def decode(self, answer, keys, context_mask):
+        """Answer tokens (R, L) -> word logits (R, L, V) of what follows each. keys: per decoder layer those of the R contexts."""
+        length = answer.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=answer.device).tril()[None, None]
+        x = self.text.embeddings(answer)
+        for layer, kv in zip(self.decoder.layer, keys):
+            x = layer(x, causal, kv, context_mask)
+        return self.mlm_head(x, self.text.embeddings.word_embeddings.weight)
+
+    def question_keys(self, batch):
+        context = self.fused(batch, cls_only=False)                                  # (B, T, D)
+        return [layer.crossattention.keys(context) for layer in self.decoder.layer], batch["text_mask"][:, None, None].bool()
+
+    def loss_vqa(self, batch):
+        """Section 4.2: the answer is generated from the fused question. Mean over questions of the answer's -log likelihood.
+
+        `answer` is drawn from the annotators' ten by data.py, so that in expectation each weighs as often as it was given.
+        """
+        answer, mask = batch["answer"][:, :self.cfg.max_answer], batch["answer_mask"][:, :self.cfg.max_answer]
+        logits = self.decode(answer[:, :-1], *self.question_keys(batch)).float()      # (B, L-1, V)
+        labels = answer[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(-1)   # (B,)
+        loss = (nll * batch["answer_weight"]).sum() / batch["answer_weight"].sum().clamp(min=1)
+        return {"loss": loss, "logs": {"answer": loss.detach()}}
+
+    def rank_answers(self, batch, answer_ids, answer_mask, k):
+        """The best of A candidate answers for each question: the k of likeliest first token, then by the whole answer's likelihood.
+
+        answer_ids, answer_mask: (A, L), [CLS] first -> (B,) int64 indices.
+        """
+        b, (keys, context_mask) = len(batch["text"]), self.question_keys(batch)
+        start = answer_ids[:1, :1].expand(b, 1)                                       # [CLS]
+        first = self.decode(start, keys, context_mask)[:, 0].float().log_softmax(-1)  # (B, V)
+        top = first[:, answer_ids[:, 1]].topk(min(k, len(answer_ids)), -1).indices    # (B, k)
+        k = top.shape[1]
+        rows, mask = answer_ids[top].flatten(0, 1), answer_mask[top].flatten(0, 1)    # (B k, L)
+        keys = [tuple(x.repeat_interleave(k, 0) for x in kv) for kv in keys]
+        logp = self.decode(rows[:, :-1], keys, context_mask.repeat_interleave(k, 0)).float().log_softmax(-1)
+        logp = logp.gather(-1, rows[:, 1:, None]).squeeze(-1) * mask[:, 1:]           # (B k, L-1)
+        return top.gather(1, logp.sum(-1).view(b, k).argmax(-1, keepdim=True)).squeeze(1)
+
+    def gradcam(self, batch, block=None):
+        """Section 4.6: cross-attention of one fusion layer, weighted by the gradient of what the model says of the pair.
+
+        block: fusion layer from 0 (default: the third, or the last). Its attention maps times their positive gradient, averaged
+        over heads, [CLS] patch dropped -> {"word": (B, T, h, w) a map per token, "sentence": (B, h, w) their mean over words}.
+        """
+        layers = self.fusion.layer
+        block = min(2, len(layers) - 1) if block is None else block
+        tokens, mask = self.text(batch["text"], batch["text_mask"]), batch["text_mask"][:, None, None].bool()
+        keys, maps = self.image_keys(self.vision(batch["image"])), []
+        x = tokens
+        for n, layer in enumerate(layers):
+            x = layer(x, mask, keys[n], maps=maps if n == block else None)
+        attention, = maps
+        grad, = torch.autograd.grad(self.itm_head(x[:, 0])[:, 1].sum(), attention)
+        cam = (attention * grad.clamp(min=0)).mean(1)[:, :, 1:]                       # (B, T, P)
+        height, width = (side // self.cfg.patch for side in batch["image"].shape[2:])
+        word = cam.unflatten(-1, (height, width))
+        real = (batch["text_mask"].bool() & (batch["text"] != self.cfg.cls_id) & (batch["text"] != self.cfg.sep_id)).float()
+        sentence = torch.einsum("bthw,bt->bhw", word, real) / real.sum(-1)[:, None, None].clamp(min=1)
+        return {"word": word.detach(), "sentence": sentence.detach()}
+
     def mask_text(self, text, text_mask):
         cfg = self.cfg
         maskable = text_mask.bool() & (text != cfg.cls_id) & (text != cfg.sep_id)
@@ -836,10 +1009,12 @@ Model = Codis
 if __name__ == "__main__":
     torch.manual_seed(0)
     cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if not isinstance(v, dict)}, vocab_size=200, mask_id=4, cls_id=2, sep_id=3, first_word=5)
-    batch = {"image": torch.randn(4, 3, 64, 64), "text": torch.randint(5, 200, (4, cfg.max_text)),
-             "text_mask": torch.ones(4, cfg.max_text, dtype=torch.long), "image_id": torch.arange(4)}
-    for task in TASKS:
-        model = Codis(cfg, task).train()
+    words = torch.randint(5, 200, (4, cfg.max_text))
+    batch = {"image": torch.randn(4, 3, 64, 64), "image2": torch.randn(4, 3, 64, 64), "text": words, "text_mask": torch.ones_like(words),
+             "image_id": torch.arange(4), "label": torch.arange(4) % 2, "answer": words[:, :5], "answer_mask": torch.ones_like(words[:, :5]),
+             "answer_weight": torch.ones(4)}
+    for task in VIEWS:
+        model = Codis(cfg, task, num_labels=3).train()
         out = model(batch)
         out["loss"].backward()
-        print(task, f"{sum(p.numel() for p in model.parameters()):,} parameters", {k: round(v.item(), 3) for k, v in out["logs"].items()})
+        print(f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters;", {k: round(v.item(), 3) for k, v in out["logs"].items()})

@@ -1,0 +1,1045 @@
+"""models/codis.py against the paper, written down a second time with explicit loops in float64.
+
+The references below go pair by pair and letter by letter through equations 1-9 and Algorithms 1 and 2, read as the file's
+Deviations say. They are float64 tensors, so that autograd gives the reference of every gradient as well.
+"""
+
+import itertools
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from models import codis
+from models.codis import Codis, Config, QueueContrast, align_loss, enqueue_, hard_negatives, ipot, mask_tokens
+
+LABELS = {"ve": 3, "nlvr2": 2}  # num_labels of the tasks that classify
+
+
+# ---------------------------------------------------------------------------------------------------- small models and batches
+
+def small(**over):
+    """A Config of which no two sizes are equal, so that a mixed-up axis is an error."""
+    return Config(**{**dict(
+        image_size=32, patch=16, vision_width=24, vision_layers=1, vision_heads=3, width=32, text_layers=1, fusion_layers=2, heads=4,
+        mlp_ratio=2, dropout=0.0, embed_dim=16, max_text=11, positions=14, vocab_size=57, pad_id=0, cls_id=2, sep_id=3, mask_id=4,
+        first_word=6, queue_size=21, codewords=10, ot_iters=20), **over})
+
+
+def sentences(cfg, b):
+    """[CLS], words, [SEP], padding; (b, max_text) ids and mask. The first one has a single word, the last is full."""
+    text, mask = torch.full((b, cfg.max_text), cfg.pad_id), torch.zeros(b, cfg.max_text, dtype=torch.long)
+    for i, n in enumerate(torch.linspace(1, cfg.max_text - 2, b).long().tolist()):
+        text[i, :n + 2] = torch.tensor([cfg.cls_id, *torch.randint(cfg.first_word, cfg.vocab_size, (n,)).tolist(), cfg.sep_id])
+        mask[i, :n + 2] = 1
+    return text, mask
+
+
+def make_batch(cfg, task="pretrain", b=4, ids=None):
+    """A random batch with the keys that VIEWS[task] asks for. A new view needs a line here, a new task none."""
+    batch = {"image_id": torch.arange(b) + 7 if ids is None else torch.tensor(ids), "index": torch.arange(b)}
+    for key, view in codis.VIEWS[task].items():
+        if key in ("source", "norm") or key.endswith("_eval"):
+            continue
+        if key.startswith("image"):
+            batch[key] = torch.randn(b, 3, cfg.image_size, cfg.image_size)
+        elif view in ("caption", "paraphrase", "question", "answer"):
+            batch[key], batch[key + "_mask"] = sentences(cfg, b)
+            if view == "answer":
+                batch[key + "_weight"] = torch.rand(b)
+        elif view == "label":
+            batch[key] = torch.arange(b) % LABELS[task]
+        else:
+            raise NotImplementedError(f"make_batch: no values for the view {view} of key {key}")
+    return batch
+
+
+def make_model(cfg=None, task="pretrain", fill=True, **over):
+    """A model in training mode whose teachers and queues (ids 0..9 and -1) are not those of step 0, and whose ramp stands at 0.3."""
+    cfg = cfg or small(**over)
+    model = Codis(cfg, task, LABELS.get(task, 0)).train()
+    with torch.no_grad():
+        for p in model.parameters():  # larger than at birth, else all embeddings are alike
+            p.mul_(3.0 if p.ndim > 1 else 1.0).add_(torch.randn_like(p) * 0.02)
+        if task == "pretrain" and fill:
+            for p in model.parameters():
+                p.add_(0 if p.requires_grad else torch.randn_like(p) * 0.02)
+            model.queue_ids.copy_(torch.arange(cfg.queue_size) % 11 - 1)
+            model.distill.fill_(0.3)
+            if cfg.codebook:
+                model.codebook.copy_(F.normalize(model.codebook, dim=-1))
+    return model
+
+
+def units(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def clusters(n, d, k=3, spread=0.02):
+    """(n, d) unit vectors around k centres."""
+    return F.normalize(units(k, d)[torch.arange(n) % k] + spread * torch.randn(n, d), dim=-1)
+
+
+def close(a, b, tol=1e-5):
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+# ------------------------------------------------------------------------------------------- the paper, with loops, in float64
+
+def log_softmax(scores):
+    """A list of 0-d tensors -> a list of 0-d tensors. The largest score is taken out, or exp() overflows at gamma = 0.001."""
+    top = max(s.item() for s in scores)
+    log_total = top + torch.log(sum(torch.exp(s - top) for s in scores))
+    return [s - log_total for s in scores]
+
+
+def softmax(scores):
+    return [torch.exp(x) for x in log_softmax(scores)]
+
+
+def similarities(z, keys, temp):
+    return [sum(a * b for a, b in zip(z, k)) / temp for k in keys]
+
+
+def cross_entropy(scores, t):
+    """H(softmax(scores), t) of Algorithm 1, one row; no gradient through the target."""
+    return -sum(torch.as_tensor(t_j).item() * log_p for log_p, t_j in zip(log_softmax(scores), t))
+
+
+def mean(rows):
+    return sum(rows) / len(rows)
+
+
+def doubles(*tensors):
+    return [x.double() for x in tensors]
+
+
+def algorithm2(cost, eps, iters, inner=1):
+    """Algorithm 2 as printed, mu = 1/N and nu = 1/K; sigma = 1/K has length K, the inner loop runs `inner` times. Lists of floats."""
+    n, k = len(cost), len(cost[0])
+    sigma, T = [1 / k] * k, [[1.0] * k for _ in range(n)]
+    A = [[math.exp(-cost[i][j] / eps) for j in range(k)] for i in range(n)]
+    for _ in range(iters):
+        Q = [[A[i][j] * T[i][j] for j in range(k)] for i in range(n)]
+        for _ in range(inner):
+            delta = [1 / n / sum(Q[i][j] * sigma[j] for j in range(k)) for i in range(n)]
+            sigma = [1 / k / sum(Q[i][j] * delta[i] for i in range(n)) for j in range(k)]
+        T = [[delta[i] * Q[i][j] * sigma[j] for j in range(k)] for i in range(n)]
+    return T
+
+
+def cosine_cost(z, c):
+    """D_ij = 1 - cos(z_i, c_j) of unit vectors: a list of lists of 0-d tensors."""
+    return [[1 - sum(a * b for a, b in zip(z_i, c_j)) for c_j in c] for z_i in z]
+
+
+def plan_of(z, c, cfg):
+    return algorithm2([[x.item() for x in row] for row in cosine_cost(z, c)], cfg.ot_eps, cfg.ot_iters, cfg.ot_inner)
+
+
+def eq1(T, D):
+    return sum(T[i][j] * D[i][j] for i in range(len(T)) for j in range(len(T[0])))
+
+
+def eq2(z, c, T, temp):
+    rows = []
+    for i in range(len(z)):
+        total = sum(T[i])
+        rows.append(cross_entropy(similarities(z[i], c, temp), [t / total for t in T[i]]))
+    return mean(rows)
+
+
+def eq5(z, z_m, ids, keys, key_ids, temp, distill):
+    """One direction, the rows of Eq. 5: y = distill * the teacher's p + (1 - distill) * (1 / number of keys of the same image)."""
+    rows = []
+    for i in range(len(z)):
+        student, teacher = similarities(z[i], keys, temp), softmax(similarities(z_m[i], keys, temp))
+        same = [int(key_id) == int(ids[i]) for key_id in key_ids]
+        if all(same):
+            rows.append(0 * z[i].sum())  # nothing to contrast with
+        elif not any(same):
+            rows.append(cross_entropy(student, teacher))
+        else:
+            y = [float(distill) * t + (1 - float(distill)) * s / sum(same) for t, s in zip(teacher, same)]
+            rows.append(cross_entropy(student, y))
+    return rows
+
+
+def picked(logits, labels):
+    """Mean of -log softmax(logits)[label] over the labels that are not -100; logits: (rows, classes)."""
+    return mean([-log_softmax(list(row))[int(label)] for row, label in zip(logits, labels) if label != -100])
+
+
+def nearest_stranger(sim, ids):
+    """In place of hard_negatives(): the most similar column of another image, without dice."""
+    best = sim.float().masked_fill(ids[:, None] == ids, -math.inf).argmax(1)
+    return best, (ids[:, None] != ids).any(1)
+
+
+def same_mask(*args, draw=mask_tokens, **kwargs):
+    """mask_tokens(), the same dice each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return draw(*args, **kwargs)
+
+
+no_dice = mock.patch.multiple(codis, hard_negatives=nearest_stranger, mask_tokens=same_mask)
+
+
+def fusion_losses(model, batch, image_tokens, text_tokens, image_emb, text_emb):
+    """Eq. 7 and 8 with one plain fuse() per pair: {"itm", "mlm"}."""
+    cfg, mask, ids = model.cfg, batch["text_mask"], batch["image_id"].tolist()
+    b = len(ids)
+
+    def fused(tokens, i, j):  # image i, sentence j -> (T, D)
+        return model.fuse(tokens[j:j + 1], mask[j:j + 1], model.image_keys(image_tokens[i:i + 1]))[0]
+
+    pairs, labels = [(i, i) for i in range(b)], [1] * b
+    sim = (image_emb @ text_emb.T).tolist()
+    for i in range(b):
+        others = [j for j in range(b) if ids[j] != ids[i]]
+        pairs += [(i, max(others, key=lambda j: sim[i][j])), (max(others, key=lambda j: sim[j][i]), i)] if others else []
+        labels += [0, 0] if others else []
+    logits = torch.stack([model.itm_head(fused(text_tokens, i, j)[0]) for i, j in pairs]).double()
+
+    text = batch["text"]
+    maskable = torch.tensor([[bool(m) and int(t) not in (cfg.cls_id, cfg.sep_id) for t, m in zip(*row)] for row in zip(text, mask)])
+    masked, positions, words = same_mask(text, maskable, cfg.mask_id, cfg.first_word, cfg.vocab_size, cfg.mlm_prob, cfg.mlm_mask_only)
+    tokens = model.text(masked, mask)
+    table = model.text.embeddings.word_embeddings.weight
+    found = [(model.mlm_head(fused(tokens, i, i)[p], table), int(w))
+             for i in range(b) for p, w in zip(positions[i], words[i]) if w != -100]
+    return {"itm": picked(logits, labels), "mlm": picked(torch.stack([x for x, _ in found]).double(), [w for _, w in found])}
+
+
+def embed(model, batch):
+    """Tokens and float64 embeddings: image_tokens, text_tokens, image_emb, text_emb, image_m, text_m."""
+    image_tokens, image_emb = model.encode("vision", batch["image"])
+    text_tokens, text_emb = model.encode("text", batch["text"], batch["text_mask"])
+    with torch.no_grad():
+        image_m = model.encode("vision", batch["image"], teacher=True)[1]
+        text_m = model.encode("text", batch["text"], batch["text_mask"], teacher=True)[1]
+    return image_tokens, text_tokens, *doubles(image_emb, text_emb, image_m, text_m)
+
+
+def eq9(model, batch):
+    """Every term of Eq. 9, by the equations: {name: 0-d}."""
+    cfg, ids, temp = model.cfg, batch["image_id"], model.temp.double()
+    image_tokens, text_tokens, z_v, z_t, m_v, m_t = embed(model, batch)
+    losses = fusion_losses(model, batch, image_tokens, text_tokens, z_v, z_t)
+    for name, z, m, own, queue in (("i2t", z_v, m_v, m_t, model.queue_text), ("t2i", z_t, m_t, m_v, model.queue_image),
+                                   ("i2i", z_v, m_v, m_v, model.queue_image), ("t2t", z_t, m_t, m_t, model.queue_text)):
+        if cfg.intra or name in ("i2t", "t2i"):
+            keys, key_ids = torch.cat([own, queue.double()]), torch.cat([ids, model.queue_ids])
+            losses[name] = mean(eq5(z, m, ids, keys, key_ids, temp, model.distill))
+    if cfg.codebook:
+        c = model.codebook.double()
+        f_v, f_t = (m_v, m_t) if cfg.codebook_features == "teacher" else (z_v.detach(), z_t.detach())
+        T_v, T_t = plan_of(f_v, c, cfg), plan_of(f_t, c, cfg)
+        losses["ot"] = eq1(T_v, cosine_cost(f_v, c)) + eq1(T_t, cosine_cost(f_t, c))
+        guide_t, guide_v = (T_v, T_t) if cfg.codebook_target == "cross" else (T_t, T_v)
+        losses["tp"], losses["ip"] = eq2(z_t, c, guide_t, temp), eq2(z_v, c, guide_v, temp)
+    return losses
+
+
+def gradients(loss, model):
+    return dict(zip([n for n, p in model.named_parameters() if p.requires_grad],
+                    torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], retain_graph=True)))
+
+
+def same_gradients(a, b, tol=2e-4):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        scale = b[name].abs().max().clamp(min=1e-4)
+        assert (a[name] - b[name]).abs().max() <= tol * scale, (name, a[name], b[name])
+
+
+# --------------------------------------------------------------------------------------------------------------- equations 1-9
+
+def test_codis_eq1():
+    plan, cost = torch.rand(2, 5, 7).double(), torch.rand(2, 5, 7).double()
+    close(codis.ot_loss(plan, cost), [float(eq1(T, D)) for T, D in zip(plan.tolist(), cost.tolist())], 1e-12)
+    # The minimum over plans: with N = K it stands at a permutation.
+    cost = (1 - units(5, 4) @ units(5, 4).T).double()
+    best = min(sum(cost[i, j].item() for i, j in enumerate(order)) / 5 for order in itertools.permutations(range(5)))
+    found = codis.ot_loss(ipot(cost, eps=0.1, iters=200), cost).item()
+    assert best - 1e-5 < found < best + 1e-3 and found < cost.mean()
+
+
+def test_codis_eq2():
+    z, c, plan, temp = units(5, 4).requires_grad_(), units(7, 4).requires_grad_(), torch.rand(5, 7) / 35, torch.tensor(0.2)
+    temp.requires_grad_()
+    ours = codis.codebook_loss(z, c, plan, temp)
+    reference = eq2(*doubles(z, c), plan.double().tolist(), temp.double())
+    close(ours, reference)
+    for a, b in zip(torch.autograd.grad(ours, (z, c, temp)), torch.autograd.grad(reference, (z, c, temp))):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("target", ["cross", "same"])
+def test_codis_eq3(target):
+    model = make_model(codebook_target=target)
+    z_v, z_t, m_v, m_t = units(4, 6, 16)
+    ours = model.code_losses(z_v, z_t, m_v, m_t)
+    c, temp = model.codebook.double(), model.temp.double()
+    T_v, T_t = plan_of(m_v.double(), c, model.cfg), plan_of(m_t.double(), c, model.cfg)
+    reference = {"ot": eq1(T_v, cosine_cost(m_v.double(), c)) + eq1(T_t, cosine_cost(m_t.double(), c)),
+                 "tp": eq2(z_t.double(), c, T_v if target == "cross" else T_t, temp),
+                 "ip": eq2(z_v.double(), c, T_t if target == "cross" else T_v, temp)}
+    assert ours.keys() == reference.keys()
+    for name in ours:
+        close(ours[name], reference[name])
+        close(torch.autograd.grad(ours[name], model.codebook)[0], torch.autograd.grad(reference[name], model.codebook)[0], 1e-4)
+
+
+def test_codis_eq4():
+    z, keys = units(5, 4).double(), units(9, 4).double()
+    p = codis.align_probs(z, keys, torch.tensor(0.07).double())
+    close(p, [[float(x) for x in softmax(similarities(row, keys, 0.07))] for row in z], 1e-6)
+    close(p.sum(1), torch.ones(5))
+
+
+def contrast_case(kind):
+    """z, z_m, ids, temp, distill and the key blocks of one case: [(keys, key_ids), ...]."""
+    r, d = 6, 5
+    ids, own, queue = torch.arange(r), torch.arange(r), torch.randint(-1, 3, (17,))
+    if kind == "repeats":
+        ids = own = torch.tensor([0, 1, 0, 2, 2, 5])
+    if kind == "no positive":
+        own, queue = torch.full((r,), -1), torch.where(queue == 0, -1, queue)  # only images 1 and 2 are among the keys
+    if kind == "no negative":
+        ids = own = torch.tensor([3, 3, 3, 3, 3, 4])
+        queue = torch.full((17,), 3)  # image 4 has negatives and, in the first block, one positive
+        own = torch.where(own == 4, 3, own)
+    if kind == "one row":
+        ids = own = torch.tensor([0])
+    r = len(ids)
+    blocks = [(units(r, d), own), (units(17, d), queue), (units(3, d), torch.full((3,), -1 if kind != "no negative" else 3))]
+    return units(r, d), units(r, d), ids, torch.tensor(0.11), torch.tensor(0.4), blocks
+
+
+KINDS = ["plain", "repeats", "no positive", "no negative", "one row"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("distill", [0.0, 0.4, 1.0])
+def test_codis_eq5(kind, distill):
+    z, z_m, ids, temp, _, blocks = contrast_case(kind)
+    keys, key_ids = (torch.cat(x) for x in zip(*blocks))
+    z, temp = z.requires_grad_(), temp.requires_grad_()
+    ours = align_loss(z, z_m, ids, keys, key_ids, temp, torch.tensor(distill))
+    reference = torch.stack(eq5(*doubles(z, z_m), ids, keys.double(), key_ids, temp.double(), distill))
+    close(ours, reference)
+    weights = torch.rand(len(z))
+    for a, b in zip(torch.autograd.grad((ours * weights).sum(), (z, temp)),
+                    torch.autograd.grad((reference * weights).sum(), (z, temp))):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [1, 4, 5, 17, 100])
+def test_codis_eq5_queue_contrast(kind, chunk):
+    """The streamed form equals the plain one, values and gradients, for any chunk size and any split into blocks."""
+    z, z_m, ids, temp, distill, blocks = contrast_case(kind)
+    keys, key_ids = (torch.cat(x) for x in zip(*blocks))
+    z, temp, weights = z.requires_grad_(), temp.requires_grad_(), torch.rand(len(z))
+    for a in (distill, torch.tensor(0.0), torch.tensor(1.0)):
+        plain = align_loss(z, z_m, ids, keys, key_ids, temp, a)
+        expected = torch.autograd.grad((plain * weights).sum(), (z, temp))
+        for split in (blocks, blocks[::-1], [(keys, key_ids)]):
+            ours = QueueContrast.apply(z, z_m, ids, temp, a, chunk, *[x for block in split for x in block])
+            close(ours, plain)
+            for x, y in zip(torch.autograd.grad((ours * weights).sum(), (z, temp)), expected):
+                close(x, y, 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codis_eq5_gradcheck(kind):
+    """In float64. The target is a constant to the gradient, not to finite differences: temp needs a teacher that it leaves alone."""
+    z, z_m, ids, temp, distill, blocks = contrast_case(kind)
+    z, z_m, temp, distill = doubles(z, z_m, temp, distill)
+    flat = [x.double() if x.is_floating_point() else x for block in blocks for x in block]
+
+    def ours(z, temp, z_m):
+        return QueueContrast.apply(z, z_m, ids, temp, distill, 4, *flat)
+
+    assert ours(z, temp, z_m).dtype == torch.float64
+    assert torch.autograd.gradcheck(ours, (z.requires_grad_(), temp, z_m))
+    assert torch.autograd.gradcheck(ours, (z, temp.requires_grad_(), torch.zeros_like(z_m)))
+
+
+def test_codis_eq6():
+    teacher, student = [torch.randn(3, 2), torch.randn(4)], [torch.randn(3, 2), torch.randn(4)]
+    expected = [[0.9 * t + 0.1 * s for t, s in zip(a.flatten().tolist(), b.flatten().tolist())] for a, b in zip(teacher, student)]
+    kept = [s.clone() for s in student]
+    codis.ema_(teacher, student, 0.9)
+    for t, s, k, e in zip(teacher, student, kept, expected):
+        close(t.flatten(), e, 1e-6)
+        assert torch.equal(s, k)
+
+
+def test_codis_eq7():
+    logits, labels = torch.randn(8, 2).double(), torch.tensor([1, 1, 1, 0, 0, -100, 0, -100])
+    close(codis.itm_loss(logits, labels), picked(logits, labels), 1e-6)
+    assert codis.itm_loss(logits, torch.full((8,), -100)).isfinite()
+
+
+def test_codis_eq8():
+    logits, labels = torch.randn(4, 3, 11).double(), torch.tensor([[1, 2, 10], [0, -100, -100], [5, 5, -100], [-100, -100, -100]])
+    close(codis.mlm_loss(logits, labels), picked(logits.flatten(0, 1), labels.flatten()), 1e-6)
+    assert codis.mlm_loss(logits, torch.full((4, 3), -100)).isfinite()
+
+
+@pytest.mark.parametrize("over", [dict(), dict(codebook_target="same", codebook_features="student", fusion_layers=1),
+                                  dict(intra=False, mlm_mask_only=True), dict(codebook=False, fusion_layers=3, queue_chunk=5, stem="conv", act="relu")])
+def test_codis_eq9(over):
+    """A whole step: each loss and the gradient of every parameter, with two captions of one image in the batch."""
+    model = make_model(**over)
+    batch = make_batch(model.cfg, b=5, ids=[3, 5, 3, 20, 21])
+    with no_dice:
+        out = model(batch)
+        reference = eq9(model, batch)
+    for name in reference:
+        close(out["logs"][name], reference[name], 2e-5)
+    assert set(out["logs"]) - set(reference) <= {"temp", "codebook_ppl"}
+    total = sum(reference.values())
+    close(out["loss"], total)
+    same_gradients(gradients(out["loss"], model), gradients(total, model))
+
+
+# ------------------------------------------------------------------------------------------------------------- algorithms 1, 2
+
+def algorithm1(model, batch):
+    """Algorithm 1 line by line, with the readings of Eq. 1 for L_ot, of a softmaxed queue target and of N * T for a plan in H."""
+    temp, n = model.temp.double(), len(batch["image"])
+    image_tokens, text_tokens, img_s, txt_s, img_t, txt_t = embed(model, batch)
+    C, Qv, Qt = doubles(model.codebook, model.queue_image, model.queue_text)
+
+    def H(s, t):
+        return mean([cross_entropy(row, target) for row, target in zip(s, t)])
+
+    def scores(z, keys):
+        return [similarities(row, keys, temp) for row in z]
+
+    def H_queue(student, teacher, queue):
+        return H(scores(student, queue), [softmax(row) for row in scores(teacher, queue)])
+
+    Tg, Tf = plan_of(img_t, C, model.cfg), plan_of(txt_t, C, model.cfg)
+    L_ot = eq1(Tg, cosine_cost(img_t, C)) + eq1(Tf, cosine_cost(txt_t, C))
+    L_code = L_ot
+    for z, T in ((img_s, Tg), (txt_s, Tf)):
+        L_code = L_code + H(scores(z, C), [[t / sum(row) for t in row] for row in T])
+    L_cross = H_queue(img_s, img_t, Qt) + H_queue(txt_s, txt_t, Qv)
+    L_unimo = H_queue(img_s, img_t, Qv) + H_queue(txt_s, txt_t, Qt)
+    L_pretrain = sum(fusion_losses(model, batch, image_tokens, text_tokens, img_s, txt_s).values())
+    assert all(abs(sum(row) * n - 1) < 0.5 for row in Tg), "a plan this far from its marginals tests nothing"
+    return L_code + L_cross + L_unimo + L_pretrain
+
+
+def test_codis_alg1():
+    """Loss, gradients, queues and teachers of one step in the printed form: same modality, teacher targets, queue only."""
+    model = make_model(codebook_target="same", distill=1.0, batch_keys=False, momentum=0.9)
+    model.distill.fill_(1.0)
+    batch = make_batch(model.cfg)
+    with no_dice:
+        out, reference = model(batch), algorithm1(model, batch)
+    close(out["loss"], reference)
+    same_gradients(gradients(out["loss"], model), gradients(reference, model))
+
+    image_m, text_m = embed(model, batch)[4:]
+    teachers = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    out["loss"].backward()
+    model.after_backward(out)                                              # update_queue
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    model.after_step(1, 10)                                                # ema
+    close(model.queue_image[:4], image_m)
+    close(model.queue_text[:4], text_m)
+    students = dict(model.named_parameters())
+    for name, old in teachers.items():
+        close(students[name], 0.9 * old + 0.1 * students[name.replace("_m.", ".", 1)], 1e-6)
+
+
+def soft(T):
+    T = torch.as_tensor(T).double()
+    return T / T.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("inner", [1, 3])
+@pytest.mark.parametrize("eps", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("features", [units, clusters])
+def test_codis_alg2(features, eps, inner):
+    for n, k, iters in ((13, 9, 50), (9, 13, 7), (40, 24, 50), (1, 6, 5), (6, 1, 5)):
+        cost = 1 - features(n, 8) @ units(k, 8).T
+        plan = ipot(cost, eps, iters, inner)
+        expected = torch.tensor(algorithm2(cost.double().tolist(), eps, iters, inner))
+        assert plan.shape == (n, k) and plan.dtype == torch.float32
+        assert (soft(plan) - soft(expected)).abs().max() < 1e-4
+        close(plan * n * k, expected * n * k, 1e-3)
+        assert (plan.double().sum(0) * k - 1).abs().max() < 1e-5
+    # codewords in the clusters' own places, so that whole groups of columns are tied
+    z = features(24, 8)
+    plan, cost = ipot(1 - z @ z[:12].T, eps, 50, inner), (1 - z @ z[:12].T).double().tolist()
+    assert (soft(plan) - soft(algorithm2(cost, eps, 50, inner))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.03, 0.1, 0.5, 1.0])
+def test_codis_alg2_is_finite(eps):
+    for iters in (1, 2, 10, 50, 200):
+        for z in (units(64, 16), clusters(64, 16, spread=1e-3), units(1, 16).expand(64, -1), -clusters(64, 16, 1, 1e-4)):
+            for c in (units(20, 16), clusters(20, 16, 2, 1e-3), z[:20]):
+                plan = ipot(1 - z @ c.T, eps, iters)
+                assert plan.isfinite().all() and (plan >= 0).all()
+                assert (plan.double().sum(0) * 20 - 1).abs().max() < 1e-5
+                labels = plan / plan.sum(1, keepdim=True)
+                assert labels.isfinite().all(), "a row without mass has no soft label"
+                assert codis.codebook_loss(z, c, plan, torch.tensor(0.07)).isfinite()
+
+
+def test_codis_alg2_batched_and_without_gradient():
+    z, c = torch.stack([units(11, 8), clusters(11, 8)]), units(7, 8).requires_grad_()
+    cost = 1 - z @ c.T
+    plan = ipot(cost)
+    assert not plan.requires_grad
+    for both, one in zip(plan, cost):
+        close(both, ipot(one), 1e-6)
+    # d<T, D>/dC is -T'Z and nothing else
+    close(torch.autograd.grad(codis.ot_loss(plan, cost).sum(), c)[0], -sum(T.T @ x for T, x in zip(plan, z)), 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------- negatives
+
+def test_codis_hard_negatives_never_the_same_image():
+    ids = torch.tensor([0, 1, 0, 2, 1, 0])
+    for sim in (torch.randn(6, 6), torch.eye(6) * 1e4, torch.randn(6, 6) * 1e4, torch.full((6, 6), -1e4), torch.randn(6, 6).bfloat16()):
+        for _ in range(50):
+            index, ok = hard_negatives(sim, ids)
+            assert index.shape == (6,) and index.dtype == torch.long and ok.dtype == torch.bool and ok.all()
+            assert (ids[index] != ids).all()
+
+
+@pytest.mark.parametrize("ids", [[5], [5, 5, 5], [5, 5, 6]])
+def test_codis_hard_negatives_without_candidates(ids):
+    index, ok = hard_negatives(torch.randn(len(ids), len(ids)) * 100, torch.tensor(ids))
+    assert ((0 <= index) & (index < len(ids))).all()
+    assert ok.tolist() == [len(set(ids)) > 1] * len(ids)
+    for autocast in (False, True):  # and the loss of such batches is a number
+        model = make_model(fill=False, queue_size=5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(make_batch(model.cfg, b=len(ids), ids=ids))
+        out["loss"].backward()
+        assert all(x.isfinite() for x in out["logs"].values())
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_codis_hard_negatives_follow_the_softmax():
+    sim, ids, n = torch.tensor([[9.0, 1.0, 0.0, -1.0], [0.5, 9.0, 0.5, 2.0], [1.0, 1.0, 1.0, 1.0], [0.0, -3.0, 1.0, 9.0]]), \
+        torch.tensor([0, 1, 0, 2]), 4000
+    counts = sum(F.one_hot(hard_negatives(sim, ids)[0], 4) for _ in range(n))
+    for i in range(4):
+        weights = [math.exp(sim[i, j]) * (ids[i] != ids[j]).item() for j in range(4)]
+        for j in range(4):
+            p = weights[j] / sum(weights)
+            assert abs(counts[i, j].item() / n - p) <= 4.5 * math.sqrt(p * (1 - p) / n)
+
+
+def test_codis_itm_counts_only_pairs_that_exist():
+    """In a batch with one image, Eq. 7 is the mean over the matched pairs."""
+    model = make_model()
+    batch = make_batch(model.cfg, b=3, ids=[4, 4, 4])
+    out = model(batch)
+    close(out["logs"]["itm"], mean([F.softplus(-s) for s in model.match(batch)]))
+
+
+# --------------------------------------------------------------------------------------------------------------------- masking
+
+def masks(rows=6000, **over):
+    """Random sentences of 1..20 words in 22 places; words are 30..1999, specials 0..4, everything below 30 unused."""
+    n = torch.randint(1, 21, (rows, 1))
+    place = torch.arange(22)
+    text = torch.where(place <= n, torch.randint(30, 2000, (rows, 22)), 0)
+    text[:, 0] = 2
+    text.scatter_(1, n + 1, 3)
+    maskable = (place >= 1) & (place <= n)
+    return n[:, 0], text, maskable, *mask_tokens(text, maskable, 4, 30, 2000, **over)
+
+
+def test_codis_masking():
+    n, text, maskable, masked, positions, labels = masks()
+    assert positions.shape == labels.shape == (6000, 3)
+    live = labels != -100
+    chosen = torch.zeros_like(text)
+    for i in range(len(text)):
+        places = positions[i, live[i]].tolist()
+        assert len(set(places)) == len(places) == max(1, round(0.15 * int(n[i])))
+        assert labels[i, live[i]].tolist() == text[i, places].tolist()
+        chosen[i, places] = 1
+    chosen = chosen.bool()
+    assert not (chosen & ~maskable).any()                                  # neither specials nor pads
+    assert torch.equal(masked[~chosen], text[~chosen])                     # the rest untouched
+    assert chosen.any(1).all()
+    new, old = masked[chosen], text[chosen]
+    count = len(new)
+    random = (new != 4) & (new != old)
+    assert ((new[random] >= 30) & (new[random] < 2000)).all()
+    for share, p in (((new == 4), 0.8), (random, 0.1), ((new == old), 0.1)):
+        assert abs(share.float().mean().item() - p) < 4.5 * math.sqrt(p * (1 - p) / count)
+    words = new[random].float()                                            # uniform over first_word..vocab_size-1
+    assert abs(words.mean() - 1014.5) < 4.5 * 1970 / math.sqrt(12 * len(words)) and words.min() < 60 and words.max() > 1970
+    assert 0.13 < count / maskable.sum() < 0.18
+    full = chosen[n == 20][:, 1:21].float().mean(0)                        # every place as often as another
+    assert (full - 0.15).abs().max() < 4.5 * math.sqrt(0.15 * 0.85 / (n == 20).sum())
+    again = mask_tokens(text, maskable, 4, 30, 2000)[0]
+    assert not torch.equal(masked, again)                                  # drawn anew each time
+
+
+def test_codis_masking_bounds_and_options():
+    _, text, maskable, masked, positions, labels = masks(mask_only=True)
+    assert (masked.gather(1, positions)[labels != -100] == 4).all()
+    assert mask_tokens(text, maskable, 4, 30, 2000, prob=0.5)[1].shape == (6000, 11)
+    assert (masks(mask_only=False, prob=1e-6)[5] != -100).sum(1).eq(1).all()    # at least one
+    seen = set()
+    for _ in range(40):  # a vocabulary with three words: each is drawn, nothing else is
+        masked, positions, labels = mask_tokens(torch.full((50, 8), 90), torch.ones(50, 8).bool(), 4, 97, 100)
+        seen |= set(masked.flatten().tolist())
+    assert seen == {4, 90, 97, 98, 99}
+    text = torch.full((2, 8), 90)  # a caption without words: nothing is masked, no label counts
+    maskable = torch.tensor([[False] * 8, [True] * 8])
+    masked, positions, labels = mask_tokens(text, maskable, 4, 97, 100)
+    assert torch.equal(masked[0], text[0]) and (labels[0] == -100).all() and (labels[1] != -100).any()
+
+
+def test_codis_masks_no_special_of_the_vocabulary():
+    model = make_model()
+    text, mask = sentences(model.cfg, 300)
+    masked, positions, labels = model.mask_text(text, mask)
+    changed = masked != text
+    special = (text == model.cfg.cls_id) | (text == model.cfg.sep_id) | (mask == 0)
+    assert changed.any() and not (changed & special).any()
+    live = labels != -100
+    assert not special.gather(1, positions)[live].any() and (masked[mask == 0] == model.cfg.pad_id).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------- memory
+
+@pytest.mark.parametrize("size, b, steps", [(10, 4, 7), (10, 10, 3), (10, 13, 4), (10, 25, 3), (1, 3, 2)])
+def test_codis_queue_equals_a_list(size, b, steps):
+    queue, ids, ptr = torch.zeros(size, 3), torch.full((size,), -1), torch.zeros((), dtype=torch.long)
+    ring, at = [([0.0] * 3, -1)] * size, 0
+    for step in range(steps):
+        keys, key_ids = torch.randn(b, 3), torch.arange(b) + 100 * step
+        enqueue_(queue, ids, ptr, keys, key_ids)
+        for key, key_id in zip(keys.tolist(), key_ids.tolist()):
+            ring[at] = (key, key_id)
+            at = (at + 1) % size
+        assert queue.tolist() == [key for key, _ in ring] and ids.tolist() == [key_id for _, key_id in ring]
+        ptr.fill_(at)  # the caller moves it: two queues share it
+
+
+def test_codis_memory_over_seven_steps():
+    """K=10, B=4, 7 steps of training: queues, ids and pointer equal lists; ids of both queues are one."""
+    model = make_model(fill=False, queue_size=10)
+    assert (model.queue_ids == -1).all() and model.ptr == 0
+    close(model.queue_image.norm(dim=-1), torch.ones(10))
+    close(model.queue_text.norm(dim=-1), torch.ones(10))
+    rings = {"image": model.queue_image.tolist(), "text": model.queue_text.tolist(), "ids": [-1] * 10}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    for step in range(7):
+        batch = make_batch(model.cfg, ids=[4 * step + i for i in range(4)])
+        image_m, text_m = embed(model, batch)[4:]
+        before = model.queue_image.clone()
+        out = model(batch)
+        assert torch.equal(model.queue_image, before)                      # the step reads the old queue
+        out["loss"].backward()
+        model.after_backward(out)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(step + 1, 7)
+        for i in range(4):
+            at = (4 * step + i) % 10
+            rings["image"][at], rings["text"][at], rings["ids"][at] = image_m[i].tolist(), text_m[i].tolist(), 4 * step + i
+        close(model.queue_image, rings["image"], 1e-6)
+        close(model.queue_text, rings["text"], 1e-6)
+        assert model.queue_ids.tolist() == rings["ids"] and model.ptr.item() == 4 * (step + 1) % 10
+
+
+def test_codis_teachers():
+    """They start as copies, take no gradient, move by Eq. 6 alone, and have no dropout in training."""
+    model = Codis(small(dropout=0.5, momentum=0.75)).train()
+    named = dict(model.named_parameters())
+    teachers = {n: n.replace("_m.", ".", 1) for n, p in named.items() if not p.requires_grad}
+    assert {n.split(".")[0] for n in teachers} == {"vision_m", "text_m", "vision_proj_m", "text_proj_m"}
+    assert len(teachers) == sum(n.split(".")[0] in ("vision", "text", "vision_proj", "text_proj") for n in named)
+    assert all(torch.equal(named[t], named[s]) for t, s in teachers.items())
+    batch = make_batch(model.cfg)
+    a, b = (model.encode("text", batch["text"], batch["text_mask"], teacher=True)[1] for _ in range(2))
+    assert torch.equal(a, b)
+    a, b = (model.encode("text", batch["text"], batch["text_mask"])[1] for _ in range(2))
+    assert not torch.equal(a, b)
+
+    before = {n: p.detach().clone() for n, p in named.items()}
+    out = model(batch)
+    out["loss"].backward()
+    model.after_backward(out)
+    assert all(named[t].grad is None and torch.equal(named[t], before[t]) for t in teachers)
+    with torch.no_grad():
+        for s in teachers.values():
+            named[s].add_(1.0)
+    model.after_step(1, 10)
+    for t, s in teachers.items():
+        close(named[t], 0.75 * before[t] + 0.25 * (before[s] + 1), 1e-6)
+
+
+def test_codis_evaluation_leaves_the_memory_alone():
+    model = make_model().eval()
+    batch, before = make_batch(model.cfg), {n: x.clone() for n, x in model.state_dict().items()}
+    with torch.no_grad():
+        image, text, score = model.encode_image(batch), model.encode_text(batch), model.match(batch)
+        model(batch)
+        states = {**model.image_states(batch), **model.text_states(batch)}
+        close(model.match(states), score)
+    close(image.norm(dim=-1), torch.ones(4))
+    close(text.norm(dim=-1), torch.ones(4))
+    assert image.shape == text.shape == (4, 16) and score.shape == (4,)
+    assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
+
+
+def test_codis_after_step():
+    model = make_model(fill=False)
+    with torch.no_grad():
+        model.codebook.mul_(torch.rand(10, 1) * 5 + 0.1)
+    direction = F.normalize(model.codebook.detach(), dim=-1)
+    model.after_step(1, 10)
+    close(model.codebook, direction, 1e-6)
+    for raw, kept in ((3.0, 0.5), (-30.0, 0.001), (math.log(0.2), 0.2)):
+        model.log_temp.data.fill_(raw)
+        model.after_step(1, 10)
+        close(model.temp, kept, 1e-6)
+    assert Codis(small()).distill == 0
+    close(Codis(small()).temp, 0.07, 1e-6)
+    for step, expected in ((1, 0.1), (2, 0.2), (4, 0.4), (5, 0.4), (80, 0.4)):  # epochs of 4 steps
+        model.after_step(step, 100, epoch_steps=4)
+        close(model.distill, expected, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- fusion
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("mlm", [True, False])
+def test_codis_fuse_pretrain_equals_four_fusions(layers, mlm):
+    model = make_model(fusion_layers=layers)
+    cfg, b = model.cfg, 5
+    _, mask = sentences(cfg, b)
+    clean, masked, image = torch.randn(2, b, cfg.max_text, cfg.width).unbind() + (torch.randn(b, 5, cfg.vision_width),)
+    leaves = [x.requires_grad_() for x in ((clean, masked, image) if mlm else (clean, image))]
+    leaves += list(model.fusion.parameters())
+    positions = torch.randint(1, 4, (b, 2))
+    neg_image, neg_text = torch.tensor([1, 0, 0, 2, 1]), torch.tensor([4, 2, 3, 0, 4])
+
+    cls, words = model.fuse_pretrain(clean, masked if mlm else None, mask, positions if mlm else None, model.image_keys(image),
+                                     neg_image, neg_text)
+    pairs = [model.fuse(clean, mask, model.image_keys(image)), model.fuse(clean[neg_text], mask[neg_text], model.image_keys(image)),
+             model.fuse(clean, mask, model.image_keys(image[neg_image]))]
+    expected = torch.cat([x[:, 0] for x in pairs])
+    ours, reference = (cls * cls.detach().cos()).sum(), (expected * expected.detach().cos()).sum()
+    close(cls, expected)
+    if mlm:
+        whole = model.fuse(masked, mask, model.image_keys(image))
+        expected = torch.stack([torch.stack([whole[i, p] for p in positions[i]]) for i in range(b)])
+        close(words, expected)
+        ours, reference = ours + (words ** 2).sum(), reference + (expected ** 2).sum()
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(reference, leaves)):
+        close(a, b, 1e-4)
+
+
+def test_codis_checkpointing_changes_nothing():
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = make_model(checkpointing=checkpointing)
+        with no_dice:
+            out = model(make_batch(model.cfg))
+        results.append((out["loss"], gradients(out["loss"], model)))
+    close(results[0][0], results[1][0], 1e-6)
+    same_gradients(results[0][1], results[1][1], 1e-5)
+
+
+def test_codis_other_image_sizes():
+    """Position embeddings follow the image; at the trained size they are as they were."""
+    pos = torch.randn(1, 1 + 9, 8)
+    assert torch.equal(codis.resize_pos_embed(pos, 3, 3), pos)
+    larger = codis.resize_pos_embed(pos, 5, 4)
+    assert larger.shape == (1, 21, 8) and torch.equal(larger[:, 0], pos[:, 0])
+    flat = torch.cat([pos[:, :1], torch.full((1, 9, 8), 2.5)], 1)
+    close(codis.resize_pos_embed(flat, 6, 2)[:, 1:], torch.full((1, 12, 8), 2.5))
+    rows = torch.arange(3.0).repeat_interleave(3)[None, :, None]           # embeddings that grow from row to row, not from column to column
+    tall = codis.resize_pos_embed(torch.cat([rows[:, :1], rows], 1), 6, 4)[0, 1:, 0].view(6, 4)
+    assert (tall.diff(dim=0) > 0).all() and tall.diff(dim=1).abs().max() < 1e-5
+    model = make_model().eval()
+    tokens, emb = model.encode("vision", torch.randn(2, 3, 48, 80))
+    assert tokens.shape == (2, 16, 24) and emb.isfinite().all()
+
+
+def test_codis_padding_changes_nothing():
+    """A sentence's embedding and match do not depend on what stands behind its end."""
+    model = make_model().eval()
+    batch = make_batch(model.cfg)
+    other = {**batch, "text": torch.where(batch["text_mask"] == 1, batch["text"], 9)}
+    short = {**batch, "text": batch["text"][:1, :5], "text_mask": batch["text_mask"][:1, :5], "image": batch["image"][:1]}
+    with torch.no_grad():
+        close(model.encode_text(batch), model.encode_text(other))
+        close(model.match(batch), model.match(other))
+        close(model.encode_text(batch)[:1], model.encode_text(short))
+        close(model.match(batch)[:1], model.match(short))
+
+
+# ------------------------------------------------------------------------------------------------------------------- precision
+
+def rounded(*tensors):
+    """To values that bf16 holds: what an encoder under autocast hands on."""
+    return [x.bfloat16().float() if x.is_floating_point() else x for x in tensors]
+
+
+@pytest.mark.parametrize("temp", [0.07, 0.001])
+def test_codis_contrast_in_bfloat16(temp):
+    """Only the inputs are rounded: scores, softmax and sums are fp32 under autocast, forward and backward."""
+    z, z_m, ids, _, distill, blocks = contrast_case("repeats")
+    z, z_m, *flat = rounded(z, z_m, *[x for block in blocks for x in block])
+    keys, key_ids, temp = torch.cat(flat[::2]), torch.cat(flat[1::2]), torch.tensor(temp)
+    wide = z.double().requires_grad_()
+    expected = torch.stack(eq5(wide, z_m.double(), ids, keys.double(), key_ids, temp.double(), distill))
+    expected.sum().backward()
+    z.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = QueueContrast.apply(z, z_m, ids, temp, distill, 4, *flat)
+        ours.sum().backward()
+    close(ours, expected, 1e-4)
+    assert (z.grad - wide.grad).abs().max() < 1e-3 * wide.grad.abs().max()
+
+
+def test_codis_plain_equations_in_bfloat16():
+    """Eq. 2, 4 and 5 as pure functions keep their scores in fp32 under autocast, also from bf16 tensors."""
+    z, z_m, ids, temp, distill, blocks = contrast_case("repeats")
+    keys, key_ids = torch.cat([k for k, _ in blocks]), torch.cat([i for _, i in blocks])
+    plan = torch.rand(len(z), len(keys))
+    z, z_m, keys = z.bfloat16(), z_m.bfloat16(), keys.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = align_loss(z, z_m, ids, keys, key_ids, temp, distill)
+        probs, code = codis.align_probs(z, keys, temp), codis.codebook_loss(z, keys, plan, temp)
+    z, z_m, keys, temp, plan = doubles(z, z_m, keys, temp, plan)
+    close(ours, torch.stack(eq5(z, z_m, ids, keys, key_ids, temp, distill)), 1e-4)
+    close(probs, [[x.item() for x in softmax(similarities(row, keys, temp))] for row in z], 1e-4)
+    close(code, eq2(z, keys, plan.tolist(), temp), 1e-4)
+
+
+def test_codis_codebook_in_bfloat16():
+    """Plan, Eq. 1 and Eq. 2 under autocast equal float64."""
+    model = make_model()
+    z_v, z_t, m_v, m_t, model.codebook.data = rounded(*units(4, 6, 16), model.codebook.data)
+    c, temp = model.codebook.double(), model.temp.double()
+    T_v, T_t = plan_of(m_v.double(), c, model.cfg), plan_of(m_t.double(), c, model.cfg)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = model.code_losses(z_v, z_t, m_v, m_t)
+    close(ours["ot"], eq1(T_v, cosine_cost(m_v.double(), c)) + eq1(T_t, cosine_cost(m_t.double(), c)), 5e-5)
+    close(ours["tp"], eq2(z_t.double(), c, T_v, temp), 1e-4)
+    close(ours["ip"], eq2(z_v.double(), c, T_t, temp), 1e-4)
+
+
+@pytest.mark.parametrize("temp", [0.5, 0.07, 0.001])
+def test_codis_step_in_bfloat16(temp):
+    model = make_model()
+    model.log_temp.data.fill_(math.log(temp))
+    batch = make_batch(model.cfg)
+    with no_dice:
+        exact = model(batch)["logs"]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(batch)
+    out["loss"].backward()
+    assert out["loss"].isfinite() and out["loss"].dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    if temp > 0.01:
+        for name, value in exact.items():
+            close(out["logs"][name], value, 0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ parameters
+
+@pytest.mark.parametrize("distill", [0.4, 0.0])
+def test_codis_mlm_distillation(distill):
+    """ALBEF's option: (1 - a) * Eq. 8 + a * cross-entropy against the momentum fusion encoder, a = mlm_distill after the ramp."""
+    model = make_model(mlm_distill=0.25, distill=distill)
+    model.after_step(10, 10)
+    batch = make_batch(model.cfg)
+    with no_dice:
+        out = model(batch)
+        model.cfg.mlm_distill = 0.0
+        plain = model(batch)["logs"]["mlm"]
+        model.cfg.mlm_distill = 0.25
+    mask, text = batch["text_mask"], batch["text"]
+    maskable = (mask == 1) & (text != model.cfg.cls_id) & (text != model.cfg.sep_id)
+    masked, positions, labels = same_mask(text, maskable, 4, 6, 57, 0.15, False)
+    rows = []
+    for m in ("_m", ""):
+        part = {name: getattr(model, name + m) for name in ("vision", "text", "fusion", "mlm_head")}
+        x = model.fuse(part["text"](masked, mask), mask, model.image_keys(part["vision"](batch["image"]), part["fusion"]), part["fusion"])
+        rows.append([part["mlm_head"](x[i, p], part["text"].embeddings.word_embeddings.weight).double()
+                     for i in range(4) for p, label in zip(positions[i], labels[i]) if label != -100])
+    teacher = mean([cross_entropy(list(student), softmax(list(teacher))) for teacher, student in zip(*rows)])
+    close(out["logs"]["mlm"], 0.75 * plain + 0.25 * teacher, 2e-5)
+    out["loss"].backward()
+    assert all((p.grad is None) != p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("task", codis.TASKS)
+def test_codis_every_parameter_learns(task):
+    model = make_model(task=task)
+    out = model(make_batch(model.cfg, task))
+    out["loss"].backward()
+    assert out["loss"].ndim == 0 and out["loss"].isfinite()
+    assert all(x.ndim == 0 and not x.requires_grad and x.isfinite() for x in out["logs"].values())
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert p.grad is None, f"teacher {name} has a gradient"
+            continue
+        assert p.grad is not None and p.grad.isfinite().all(), f"{name} has no gradient"
+        if not name.endswith("key.bias"):  # a bias on all keys alike does not change a softmax
+            assert p.grad.abs().max() > 0, f"the gradient of {name} is zero"
+    groups = model.param_groups(mock.Mock(lr=1e-3, weight_decay=0.02))
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_codis_base_has_the_papers_size():
+    with torch.device("meta"):
+        model = Codis(Config())
+    count = lambda *names: sum(p.numel() for name in names for p in getattr(model, name).parameters())
+    assert abs(count("text", "fusion", "mlm_head") / 1e6 - 123.7) < 0.05
+    assert abs(count("vision") / 1e6 - 85.8) < 0.05
+    assert model.codebook.shape == (4000, 256) and model.queue_image.shape == model.queue_text.shape == (65536, 256)
+
+
+# ----------------------------------------------------------------------------------------------------------------- distributed
+
+CASES = [dict(), dict(codebook_features="student", codebook_target="same", intra=False, batch_keys=False)]
+IDS = [3, 5, 3, 20, 21, 20, 5, 3]  # images in both halves of the batch, and in the queue
+
+
+def no_pairs(logits, labels):
+    """In place of Eq. 7 and 8, whose dice differ between processes: nothing, with a gradient."""
+    return logits.float().sum() * 0
+
+
+def gathered_steps(case, rank=0, world=1):
+    """Two steps on this process's share of one fixed batch -> logs and gradients of each step, the state at the end."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    raw = make_model(**CASES[case])
+    whole = make_batch(raw.cfg, b=8, ids=IDS)
+    batch = {k: x.chunk(world)[rank] for k, x in whole.items()}
+    model = torch.nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False) if world > 1 else raw
+    params = {n: p for n, p in raw.named_parameters() if p.requires_grad}
+    optimizer, steps = torch.optim.SGD(params.values(), 0.05), []
+    with mock.patch.multiple(codis, itm_loss=no_pairs, mlm_loss=no_pairs):
+        for step in range(2):
+            out = model(batch)
+            out["loss"].backward()
+            raw.after_backward(out)
+            logs = {n: x for n, x in out["logs"].items() if n not in ("itm", "mlm", "codebook_ppl")}
+            steps.append((logs, {n: p.grad.clone() for n, p in params.items()}))
+            optimizer.step()
+            optimizer.zero_grad()
+            raw.after_step(step + 1, 2)
+    return steps, raw.state_dict()
+
+
+def worker(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save([gathered_steps(case, rank, 2) for case in range(len(CASES))], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_codis_two_processes_equal_one(tmp_path):
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for case in range(len(CASES)):
+        one, state = gathered_steps(case)
+        (first, state_0), (second, state_1) = ranks[0][case], ranks[1][case]
+        assert {"i2t", "t2i", "ot", "tp", "ip"} <= one[0][0].keys()
+        for (logs, grads), (logs_0, grads_0), (logs_1, grads_1) in zip(one, first, second):
+            for name in logs:
+                close((logs_0[name] + logs_1[name]) / 2, logs[name])
+            same_gradients(grads_0, grads)
+            assert all(torch.equal(grads_0[n], grads_1[n]) for n in grads_0)
+        assert all(torch.equal(state_0[n], state_1[n]) for n in state)     # queues, teachers and students of both ranks
+        for name in state:
+            close(state_0[name], state[name], 1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- the right way downhill
+
+def test_codis_eq1_attracts_codewords():
+    """Algorithm 1 as printed would repel them."""
+    model, z = make_model(), clusters(24, 16)
+    nearest = lambda: (z @ model.codebook.detach().T).max(0).values.mean().item()
+    start, ot = nearest(), []
+    for _ in range(60):
+        loss = model.code_losses(z, z, z, z)["ot"]
+        ot.append(loss.item())
+        grad, = torch.autograd.grad(loss, model.codebook)
+        model.codebook.data = F.normalize(model.codebook.data - grad, dim=-1)
+    assert nearest() > max(0.9, start) and ot[-1] < 0.3 * ot[0]
+
+
+def test_codis_eq2_teaches_the_student_the_other_modalitys_plan():
+    """Minimised over the students alone, L_tp and L_ip come near the entropy of the plans, their lower bound."""
+    model = make_model(codebook_target="cross")
+    m_v, m_t, z_v, z_t = units(4, 6, 16)
+    labels = [soft(plan_of(m.double(), model.codebook.double(), model.cfg)) for m in (m_v, m_t)]
+    bounds = [torch.special.entr(y).sum(1).mean().item() for y in labels]
+    gaps = []
+    for _ in range(150):
+        z_v, z_t = z_v.requires_grad_(), z_t.requires_grad_()
+        losses = model.code_losses(z_v, z_t, m_v, m_t)
+        gaps.append([losses[name].item() - bound for name, bound in zip(("tp", "ip"), bounds)])
+        g_v, g_t = torch.autograd.grad(losses["tp"] + losses["ip"], (z_v, z_t))
+        z_v, z_t = (F.normalize(z - 0.3 * g, dim=-1).detach() for z, g in ((z_v, g_v), (z_t, g_t)))
+    assert all(0 <= last < 0.2 * first for first, last in zip(gaps[0], gaps[-1]))
+
+
+def test_codis_eq5_pulls_an_image_to_all_its_captions():
+    ids, keys, queue = torch.tensor([0, 1, 0, 2]), units(4, 16), units(30, 16)
+    z, z_m, none = units(4, 16), units(4, 16), torch.full((30,), -1)
+    for _ in range(200):
+        z.requires_grad_()
+        rows = QueueContrast.apply(z, z_m, ids, torch.tensor(0.1), torch.tensor(0.0), 8, keys, ids, queue, none)
+        z = F.normalize(z.detach() - 0.1 * torch.autograd.grad(rows.sum(), z)[0], dim=-1)
+    sim = z @ torch.cat([keys, queue]).T
+    same = torch.cat([ids, none]) == ids[:, None]
+    assert all(row[ok].min() > row[~ok].max() for row, ok in zip(sim, same))
+
+
+def test_codis_learns_one_batch_by_heart():
+    """Every loss of Eq. 9 falls, and the heads say what they were taught."""
+    model = make_model(fill=False, queue_size=8, momentum=0.8, distill=0.0)
+    batch = make_batch(model.cfg, b=6)
+    optimizer, logs = torch.optim.AdamW(model.param_groups(mock.Mock(lr=5e-3, weight_decay=0.0)), lr=5e-3), []
+    for step in range(80):
+        out = model(batch)
+        out["loss"].backward()
+        model.after_backward(out)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(step + 1, 80)
+        logs.append(out["logs"])
+    for name in ("mlm", "itm", "i2t", "t2i", "i2i", "t2t", "ot"):
+        first, last = (mean([float(x[name]) for x in part]) for part in (logs[:3], logs[-10:]))
+        assert last < first, (name, first, last)
+    model.eval()
+    with torch.no_grad():
+        sim = model.encode_image(batch) @ model.encode_text(batch).T
+        scores = torch.stack([model.match({**batch, "image": batch["image"][i:i + 1].expand(6, -1, -1, -1)}) for i in range(6)])
+    assert torch.equal(sim.argmax(1), torch.arange(6))
+    assert scores.diag().min() > 0 and scores.diag().mean() > scores[~torch.eye(6).bool()].mean() + 2

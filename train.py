@@ -187,6 +187,8 @@ def initialize(model, module, path):
     state = evaluation.read_weights(evaluation.find_run(path) / "model.safetensors")
     if hasattr(model, "adapt"):
         state = model.adapt(state)
+    for group in evaluation.tied_names(model):                     # of tied tensors a file holds one
+        state |= {name: state[there] for there in group if there in state for name in group}
     mine = model.state_dict()
     wrong = [k for k in state if k in mine and state[k].shape != mine[k].shape]
     if wrong:

@@ -48,6 +48,7 @@ Deviations from the paper
 Run: python models/codis.py      (2 s: shapes, parameters and every loss on a random batch)
 """
 
+import functools
 import math
 from copy import deepcopy
 from dataclasses import dataclass
@@ -413,11 +414,19 @@ def gather(x):
 @torch.no_grad()
 def enqueue_(queue, queue_ids, ptr, keys, ids):
     """Writes keys (N, d) and their image ids (N,) at `ptr` of a ring (Q, d), around its end; of more than Q keys, the last Q."""
-    size = len(queue)
-    keys, ids = keys[-size:], ids[-size:]
-    slots = (ptr + torch.arange(len(keys), device=ptr.device)) % size
+    slots = ((ptr + torch.arange(len(keys), device=ptr.device)) % len(queue))[-len(queue):]
+    keys, ids = keys[-len(queue):], ids[-len(queue):]
     queue.index_copy_(0, slots, keys.to(queue.dtype))
     queue_ids.index_copy_(0, slots, ids)
+
+
+def full_precision(fn):
+    """Autocast off inside: under it a product of float32 matrices would be bfloat16's."""
+    @functools.wraps(fn)
+    def run(*args, **kwargs):
+        with torch.autocast(next(a for a in args if torch.is_tensor(a)).device.type, enabled=False):
+            return fn(*args, **kwargs)
+    return run
 
 
 @torch.no_grad()
@@ -457,21 +466,25 @@ def ipot(cost, eps=0.5, iters=50, inner=1):
         return log_plan.exp()
 
 
+@full_precision
 def soft_cross_entropy(logits, target):
     """H of Algorithm 1: -sum_j t_j log softmax(logits)_j, mean over rows. logits, target: (N, K), target without gradient."""
     return -(target.detach() * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
+@full_precision
 def codebook_loss(z, codebook, plan, temp):
     """Eq. (2): H(SoftMax(Z C / gamma), T), T's rows scaled to sum to one. z: (B, d); codebook: (K, d); plan: (B, K) -> 0-d."""
     return soft_cross_entropy(z.float() @ codebook.float().T / temp, plan / plan.sum(-1, keepdim=True))
 
 
+@full_precision
 def align_probs(z, keys, temp):
     """Eq. (4): p_j = exp(z.k_j / gamma) / sum_j' exp(z.k_j' / gamma). z: (B, d); keys: (M, d) -> (B, M)."""
     return (z.float() @ keys.float().T / temp).softmax(-1)
 
 
+@full_precision
 def align_loss(z, z_m, ids, keys, key_ids, temp, distill):
     """Eq. (5), one direction, row by row: H(p, y), y = distill p_teacher + (1 - distill) [same image] / count. Plain form.
 
@@ -636,7 +649,8 @@ class Codis(nn.Module):
                 self.register_buffer(f"queue_{name}", F.normalize(torch.randn(cfg.queue_size, cfg.embed_dim), dim=-1))
             self.register_buffer("queue_ids", torch.full((cfg.queue_size,), -1))
             self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
-            self.register_buffer("distill", torch.zeros(()))
+            self.register_buffer("ramp", torch.zeros(()))       # 0 to 1 over the first epoch: the teachers are worth little before
+            self.register_buffer("distill", torch.zeros(()))    # their weight in Eq. 5, cfg.distill * ramp
 
     def init_weights(self):
         for name, module in self.named_modules():
@@ -657,8 +671,10 @@ class Codis(nn.Module):
 
     def adapt(self, state):
         """A checkpoint of another task or image size, as this model's: position embeddings resized, fusion layers doubled for
-        NLVR2, the answer decoder started from the fusion layers where their shapes agree. {key: tensor} -> {key: tensor}."""
-        state = dict(state)
+        NLVR2, the answer decoder started from the fusion layers where their shapes agree, a head for other classes left out.
+        {key: tensor} -> {key: tensor}."""
+        mine = self.state_dict()
+        state = {k: v for k, v in state.items() if not k.startswith("cls_head.") or k in mine and mine[k].shape == v.shape}
         for key in [k for k in state if k.endswith("pos_embed")]:
             grid = self.cfg.image_size // self.cfg.patch
             state[key] = resize_pos_embed(state[key], grid, grid)
@@ -670,9 +686,8 @@ class Codis(nn.Module):
                 state.pop(key)
                 state |= {f"fusion.layer.{2 * int(n) + i}.{rest}": fusion[key] for i in range(2)}
         if hasattr(self, "decoder") and not any(k.startswith("decoder.") for k in state):
-            mine = self.decoder.state_dict()
-            state |= {"decoder." + k.removeprefix("fusion."): v for k, v in fusion.items()
-                      if mine[k.removeprefix("fusion.")].shape == v.shape}
+            decoder = {"decoder." + k.removeprefix("fusion."): v for k, v in fusion.items()}
+            state |= {k: v for k, v in decoder.items() if mine[k].shape == v.shape}
         return state
 
     def train(self, mode=True):
@@ -786,6 +801,7 @@ class Codis(nn.Module):
                 losses[letter + name] = part.mean()
         return losses
 
+    @full_precision
     def code_losses(self, image_emb, text_emb, all_image, all_text):
         """Eq. (3): L_ot of both modalities, L_tp and L_ip. The plan is that of the global batch; this process's rows count."""
         c = self.codebook
@@ -816,6 +832,7 @@ class Codis(nn.Module):
         labels[b:] = torch.cat([torch.where(text_ok, 0, -100), torch.where(image_ok, 0, -100)])
         return itm_loss(self.itm_head(cls), labels)
 
+    @full_precision
     def negatives(self, image_emb, text_emb, ids):
         with torch.no_grad():
             sim = image_emb @ text_emb.T / self.temp                                  # (B, B), this process's batch
@@ -841,7 +858,7 @@ class Codis(nn.Module):
         logits = self.mlm_head(words, self.text.embeddings.word_embeddings.weight)    # (B, M, V)
         mlm = mlm_loss(logits, labels)                                                # Eq. 8
         if cfg.mlm_distill:
-            mlm = mlm + self.distill / cfg.distill * cfg.mlm_distill * (self.mlm_teacher(batch, masked, positions, labels, logits) - mlm)
+            mlm = mlm + self.ramp * cfg.mlm_distill * (self.mlm_teacher(batch, masked, positions, labels, logits) - mlm)
 
         losses = {"mlm": mlm, "itm": itm, **align, **code}
         logs = {name: loss.detach() for name, loss in losses.items()} | {"temp": self.temp.detach()}
@@ -993,7 +1010,8 @@ class Codis(nn.Module):
         self.log_temp.clamp_(math.log(0.001), math.log(0.5))
         if hasattr(self, "codebook"):
             self.codebook.div_(self.codebook.norm(dim=-1, keepdim=True))
-        self.distill.fill_(self.cfg.distill * min(1.0, step / (epoch_steps or total_steps)))
+        self.ramp.fill_(min(1.0, step / (epoch_steps or total_steps)))
+        self.distill.copy_(self.cfg.distill * self.ramp)
 
     def param_groups(self, cfg):
         """Weight decay on matrices only: not on biases, norms, the temperature, or the codebook, whose length is fixed."""

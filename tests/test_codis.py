@@ -893,7 +893,7 @@ def test_codis_mlm_distillation(distill):
     assert all((p.grad is None) != p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("task", codis.TASKS)
+@pytest.mark.parametrize("task", codis.VIEWS)  # TASKS, and their first stages
 def test_codis_every_parameter_learns(task):
     model = make_model(task=task)
     out = model(make_batch(model.cfg, task))
@@ -919,6 +919,75 @@ def test_codis_base_has_the_papers_size():
     assert abs(count("text", "fusion", "mlm_head") / 1e6 - 123.7) < 0.05
     assert abs(count("vision") / 1e6 - 85.8) < 0.05
     assert model.codebook.shape == (4000, 256) and model.queue_image.shape == model.queue_text.shape == (65536, 256)
+
+
+# ----------------------------------------------------------------------------------------------------------------- fine-tuning
+
+def test_codis_retrieval_is_eq5_and_eq7():
+    torch.manual_seed(1)
+    model = make_model(task="retrieval")
+    batch = make_batch(model.cfg, b=5, ids=[3, 5, 3, 20, 21])
+    image_tokens, text_tokens, z_v, z_t, m_v, m_t = embed(model, batch)
+    with no_dice:
+        out = model(batch)
+    fused = lambda i, j: model.fuse(text_tokens[j:j + 1], batch["text_mask"][j:j + 1], model.image_keys(image_tokens[i:i + 1]))[0, 0]
+    images, texts = (nearest_stranger(sim, batch["image_id"])[0].tolist() for sim in (z_t @ z_v.T, z_v @ z_t.T))
+    pairs = [(i, i) for i in range(5)] + [(i, texts[i]) for i in range(5)] + [(images[i], i) for i in range(5)]
+    losses = {"itm": picked(torch.stack([model.itm_head(fused(i, j)) for i, j in pairs]).double(), [1] * 5 + [0] * 10)}
+    for name, z, m, own, queue in (("i2t", z_v, m_v, m_t, model.queue_text), ("t2i", z_t, m_t, m_v, model.queue_image),
+                                   ("i2i", z_v, m_v, m_v, model.queue_image), ("t2t", z_t, m_t, m_t, model.queue_text)):
+        keys, key_ids = torch.cat([own, queue.double()]), torch.cat([batch["image_id"], model.queue_ids])
+        losses[name] = mean(eq5(z, m, batch["image_id"], keys, key_ids, model.temp.double(), model.distill))
+    for name in losses:
+        close(out["logs"][name], losses[name], 2e-5)
+    close(out["loss"], sum(losses.values()))
+
+
+def test_codis_answers():
+    """VQA: the loss is the answers' -log likelihood, token by token; ranking by brute force; no token sees what follows it."""
+    model = make_model(task="vqa").eval()
+    batch = make_batch(model.cfg, "vqa")
+    batch["answer_weight"] = torch.tensor([1.0, 1.0, 0.0, 1.0])            # one question has no known answer
+
+    def likelihood(i, answer):  # log p(answer | image i, question i), one forward pass per token
+        one = {k: v[i:i + 1] for k, v in batch.items()}
+        keys, mask = model.question_keys(one)
+        return sum(log_softmax(list(model.decode(torch.tensor([answer[:n]]), keys, mask)[0, -1].double()))[answer[n]]
+                   for n in range(1, len(answer)))
+
+    with torch.no_grad():
+        answers = [row[mask == 1].tolist()[:model.cfg.max_answer] for row, mask in zip(batch["answer"], batch["answer_mask"])]
+        close(model(batch)["loss"], mean([-likelihood(i, answers[i]) for i in (0, 1, 3)]))
+        candidates = [[2, 9, 3], [2, 9, 11, 3], [2, 30, 3], [2, 31, 8, 40, 3], [2, 12, 3], [2, 30, 31, 3]]
+        ids, mask = torch.zeros(6, 5, dtype=torch.long), torch.zeros(6, 5, dtype=torch.long)
+        for row, answer in enumerate(candidates):
+            ids[row, :len(answer)], mask[row, :len(answer)] = torch.tensor(answer), 1
+        scores = [[float(likelihood(i, answer)) for answer in candidates] for i in range(4)]
+        first = [[float(likelihood(i, answer[:2])) for answer in candidates] for i in range(4)]
+        for k in (1, 3, 6, 50):
+            found = model.rank_answers(batch, ids, mask, k).tolist()
+            for i, answer in enumerate(found):
+                cut = sorted(first[i], reverse=True)[min(k, 6) - 1] - 1e-6  # of equal first tokens either may be on the list
+                assert first[i][answer] >= cut
+                assert k < 6 or answer == max(range(6), key=lambda a: scores[i][a])
+
+
+def test_codis_two_images_alternate():
+    """NLVR2: odd layers look at the first image, even ones at the second; a pair of layers shares key and value weights."""
+    model = make_model(task="nlvr2").eval()
+    batch, layers = make_batch(model.cfg, "nlvr2"), model.fusion.layer
+    assert len(layers) == 2 * model.cfg.fusion_layers
+    with torch.no_grad():
+        x, mask = model.text(batch["text"], batch["text_mask"]), batch["text_mask"][:, None, None].bool()
+        images = [model.vision(batch["image"]), model.vision(batch["image2"])]
+        for n, layer in enumerate(layers):
+            shared, own = layers[n - n % 2].crossattention.self, layer.crossattention.self
+            assert own.key.weight is shared.key.weight and own.value.bias is shared.value.bias
+            assert n % 2 == 0 or own.query.weight is not shared.query.weight
+            x = layer(x, mask, layer.crossattention.keys(images[n % 2]))
+        close(model.predict(batch), model.cls_head(x[:, 0]))
+        swapped = model.predict({**batch, "image": batch["image2"], "image2": batch["image"]})
+    assert (swapped - model.predict(batch)).abs().max() > 1e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------- distributed

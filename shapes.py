@@ -34,6 +34,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from random import Random
 from typing import NamedTuple, Optional
@@ -708,6 +709,7 @@ def write_classes(root, seed, scale, split):
     combos = [(cell, size, color, shape) for cell in range(9) for size in SIZES for color in COLORS for shape in SHAPES]
     Random(f"classes {seed}").shuffle(combos)
     combos = combos[:920] if split == "train" else combos[920:]
+    combos = [c for turn in zip_longest(*([c for c in combos if c[3] == s] for s in SHAPES)) for c in turn if c]      # the shapes take turns
     for i in range(round((2000 if split == "train" else 500) * scale)):
         cell, *names = combos[i % len(combos)]
         o = Obj(cell // 3, cell % 3, *names)
@@ -821,19 +823,23 @@ def write_world(root, seed=0, scale=1.0, quiet=False):
             bar.update(100)
 
 
-def ensure(root=ROOT, quiet=False, seed=0, scale=1.0):
-    """Makes the world under `root` if it is not there, or was made by another version of this file or with another seed or scale. -> Path.
+def ensure(root=ROOT, quiet=False, seed=0, scale=None):
+    """Makes the world under `root` if it is not there, or was made by another version of this file or with another seed or scale (None: the
+    scale of the world that is there, 1 where there is none). -> Path.
 
     A world is written beside `root` and moved there whole; a lock lets one process write while others wait for it; what a killed
     process left is removed. SystemExit if `root` is a directory that this function did not write."""
     root = Path(root).absolute()
-    version = {"generator": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), "seed": seed, "scale": scale}
+    version = {"generator": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), "seed": seed}
+    found = {}
 
     def ready():
+        nonlocal found
         try:
-            return json.loads((root / "version.json").read_text()) == version
+            found = json.loads((root / "version.json").read_text())
         except FileNotFoundError:
             return False
+        return found == {**version, "scale": found.get("scale") if scale is None else scale}
 
     if ready():
         return root
@@ -850,8 +856,9 @@ def ensure(root=ROOT, quiet=False, seed=0, scale=1.0):
             print(f"shapes: making the built-in world in {root} (once, about 15 s on two cores)", file=sys.stderr, flush=True)
         new, old = (root.parent / f".{root.name}.tmp-{os.getpid()}-{what}" for what in ("new", "old"))
         new.mkdir()
+        scale = scale or found.get("scale", 1.0)
         write_world(new, seed, scale, quiet)
-        (new / "version.json").write_text(json.dumps(version))
+        (new / "version.json").write_text(json.dumps({**version, "scale": scale}))
         if root.exists():
             root.rename(old)
         new.rename(root)
@@ -881,7 +888,7 @@ def sheet(root, path, n=24):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Writes the built-in world of nanovlp.")
     parser.add_argument("--root", type=Path, default=ROOT, help="where it lies")
-    parser.add_argument("--scale", type=float, default=1.0, help="a share of every count, for quick trials")
+    parser.add_argument("--scale", type=float, help="a share of every count, for quick trials (default: that of the world that is there, else 1)")
     parser.add_argument("--sheet", type=Path, help="also draw a contact sheet into this file")
     args = parser.parse_args(argv)
     root = ensure(args.root, scale=args.scale)

@@ -154,12 +154,12 @@ def draw_objects(rng, n):
 
 @functools.lru_cache(maxsize=2)
 def all_scenes(seed=0, scale=1.0):
-    """{split: list of scenes}, 8 % with one object, 42 % with two, 50 % with three. No scene occurs twice, in whatever split;
+    """{split: list of scenes}, 8 % with one object, 62 % with two, 30 % with three. No scene occurs twice, in whatever split;
     the single objects of val and of test differ in more than size, as not every caption tells the size."""
     rng, seen, out = Random(f"scenes {seed}"), set(), {}
     for split in ("test", "val", "train"):
         n, rough, out[split] = round(COUNTS[split] * scale), set(), []
-        kinds = [1] * round(0.08 * n) + [2] * round(0.42 * n)
+        kinds = [1] * round(0.08 * n) + [2] * round(0.62 * n)
         kinds += [3] * (n - len(kinds))
         rng.shuffle(kinds)
         for kind in kinds:
@@ -185,7 +185,7 @@ class Plan(NamedTuple):
     count: Optional[int] = None
 
 
-SAYS = {1: ((1, False),), 2: ((2, False), (1, True), (2, True)), 3: ((1, False), (2, False), (0, True), (1, True))}     # (places, relation?)
+SAYS = {1: ((1, False),), 2: ((2, False), (1, True), (2, True)), 3: ((1, False), (2, False), (1, True))}     # (places, relation?)
 
 
 def draw_plan(scene, rng, brief=False):

@@ -107,13 +107,17 @@ class Config:
     checkpointing: bool = False     # recompute encoder blocks in backward instead of keeping their activations
 
 
+TINY = dict(image_view="plain", batch_size=32, warmup_steps=100, warmup_lr=1e-5, min_lr=1e-5)     # minutes on two cores
 PRESETS = {
     "base": dict(),
     "tiny": dict(image_size=64, stem="conv", vision_width=128, vision_layers=4, vision_heads=4, width=128, text_layers=2,
-                 fusion_layers=1, heads=4, mlp_ratio=4, act="relu", dropout=0.0, embed_dim=128, queue_size=1024, momentum=0.98,
-                 codewords=256, max_text=24, init_std=0.08,
-                 pretrain=dict(image_view="plain", batch_size=32, steps=2000, lr=1e-3, warmup_steps=100, warmup_lr=1e-5,
-                               min_lr=1e-5, weight_decay=0.02, rerank_k=16)),
+                 fusion_layers=2, heads=4, mlp_ratio=2, act="relu", dropout=0.0, embed_dim=128, queue_size=1024, momentum=0.98,
+                 codewords=256, max_text=22, init_std=0.08,
+                 pretrain=dict(TINY, steps=2700, lr=1e-3, rerank_k=16),
+                 retrieval=dict(TINY, steps=1000, lr=3e-4, rerank_k=16),
+                 vqa=dict(TINY, steps=2200, lr=7e-4),
+                 ve=dict(TINY, steps=2400, lr=5e-4),
+                 nlvr2=[dict(TINY, steps=300, lr=3e-4), dict(TINY, steps=1400, lr=5e-4)]),
 }
 
 # Values without a mark are the paper's, section 4.2.1. [A]: ALBEF's, which the paper follows without printing them.
@@ -173,7 +177,8 @@ def attend(q, k, v, heads, mask=None, dropout=0.0, maps=None):
     if maps is None:
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     else:
-        maps.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1))
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        maps.append((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1))
         x = maps[-1] @ v
     return x.transpose(1, 2).flatten(2)  # (B, S, D)
 
@@ -224,8 +229,8 @@ class PatchEmbed(nn.Module):
         if cfg.stem == "patch":
             self.proj = nn.Conv2d(3, w, p, p)
         else:  # the same stride p in three steps
-            self.proj = nn.Sequential(nn.Conv2d(3, w // 4, p // 4, p // 4), activation(cfg.act),
-                                      nn.Conv2d(w // 4, w // 2, 3, 2, 1), activation(cfg.act), nn.Conv2d(w // 2, w, 3, 2, 1))
+            self.proj = nn.Sequential(nn.Conv2d(3, w // 2, p // 4, p // 4), activation(cfg.act),
+                                      nn.Conv2d(w // 2, w // 2, 3, 2, 1), activation(cfg.act), nn.Conv2d(w // 2, w, 3, 2, 1))
 
     def forward(self, image):
         return self.proj(image).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, P, D)
@@ -957,11 +962,12 @@ class Codis(nn.Module):
     def gradcam(self, batch, block=None):
         """Section 4.6: cross-attention of one fusion layer, weighted by the gradient of what the model says of the pair.
 
-        block: fusion layer from 0 (default: the third, or the last). Its attention maps times their positive gradient, averaged
-        over heads, [CLS] patch dropped -> {"word": (B, T, h, w) a map per token, "sentence": (B, h, w) their mean over words}.
+        block: fusion layer from 0 (default: the third; of fewer, the last but one, for in the last only [CLS] is heard and the
+        words' maps are zero). Its attention maps times their positive gradient, averaged over heads, [CLS] patch dropped
+        -> {"word": (B, T, h, w) a map per token, "sentence": (B, h, w) their mean over words}.
         """
         layers = self.fusion.layer
-        block = min(2, len(layers) - 1) if block is None else block
+        block = min(2, max(len(layers) - 2, 0)) if block is None else block
         tokens, mask = self.text(batch["text"], batch["text_mask"]), batch["text_mask"][:, None, None].bool()
         keys, maps = self.image_keys(self.vision(batch["image"])), []
         x = tokens

@@ -1,9 +1,19 @@
-"""The house rules: what may import what, who may name whom, copied blocks equal their origin."""
+"""The house rules: what may import what, who may name whom, copied blocks equal their origin, the README's commands run.
+
+`python tests/test_house.py --fix` rewrites every marked copy from its origin."""
 
 import ast
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import shapes
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = sorted((ROOT / "models").glob("*.py"))
@@ -49,8 +59,8 @@ def blocks(path):
     return sources, marks
 
 
-def test_copies_equal_their_origin_and_twins_are_marked():
-    everything = {path: blocks(path) for path in MODELS}
+def copies(everything):
+    """Each marked copy as (path, name, its source, what its origin says it should be)."""
     for path, (sources, marks) in everything.items():
         for name, mark in marks.items():
             origin, block, *swaps = re.fullmatch(r"# Copied from (\S+)::(\w+)(?: with (.*))?", mark).groups()
@@ -58,7 +68,20 @@ def test_copies_equal_their_origin_and_twins_are_marked():
             for swap in filter(None, (swaps[0] or "").split(",")):
                 a, b = swap.strip().split("->")
                 expected = expected.replace(a, b)
-            assert sources[name] == expected, f"{path.name}: {name} is not its origin {origin}::{block}"
+            yield path, name, sources[name], expected
+
+
+def fix():
+    for path, name, found, expected in copies({path: blocks(path) for path in MODELS}):
+        if found != expected:
+            path.write_text(path.read_text().replace(found, expected))
+            print(f"{path.relative_to(ROOT)}: {name} rewritten")
+
+
+def test_copies_equal_their_origin_and_twins_are_marked():
+    everything = {path: blocks(path) for path in MODELS}
+    for path, name, found, expected in copies(everything):
+        assert found == expected, f"{path.name}: {name} is not its origin (python tests/test_house.py --fix)"
     seen = {}
     for path, (sources, marks) in everything.items():
         for name, source in sources.items():
@@ -66,3 +89,49 @@ def test_copies_equal_their_origin_and_twins_are_marked():
                 body = "\n".join(source.splitlines()[1:])
                 assert body not in seen, f"{path.name}: {name} stands unmarked in {seen.get(body)} too"
                 seen[body] = path.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+def commands():
+    """Every python or torchrun command of the README's bash blocks, comments off, continued lines joined."""
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split(" # ")[0].split("&&"):
+                words = shlex.split(part)
+                if words and words[0] in ("python", "torchrun"):
+                    yield words
+
+
+def theirs(words):
+    """Does it need a file that only its user has, many GPUs, or the paper's sizes?"""
+    files = [w for v in words for w in v.split(",") if re.search(r"\.(json|jsonl|tsv|txt|safetensors|pth|jpg|png|tar|csv)$", w)]
+    return any(not w.startswith(("out/", "datasets/")) for w in files) or "8" in words or "base" in words
+
+
+def test_readme_commands_run_with_three_steps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shapes.ensure("datasets/shapes", quiet=True, scale=0.05)
+    ran = 0
+    for words in commands():
+        script = next(w for w in words if w.endswith(".py"))
+        argv = words[words.index(script) + 1:]
+        if theirs(words) or "--help" in words:
+            if script == "train.py":                                   # its flags exist
+                done = subprocess.run([sys.executable, str(ROOT / script), *argv, "--help"], capture_output=True, text=True)
+                for flag in re.findall(r"(--\w+)", " ".join(argv)):
+                    assert flag in done.stdout, (words, flag, done.stderr)
+            continue
+        ran += 1
+        if script == "train.py":
+            train.main([*argv, "--steps", "3"])
+        elif script == "eval.py":
+            evaluation.main(argv)
+        else:
+            subprocess.run([sys.executable, str(ROOT / script), *argv], check=True)
+    assert ran >= 4
+
+
+if __name__ == "__main__" and "--fix" in sys.argv:
+    fix()

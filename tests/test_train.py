@@ -133,3 +133,14 @@ def test_two_processes_end_with_equal_queues_and_weights():
     a, b = (torch.load(f"rank{r}.pt", weights_only=True) for r in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert (a["queue_ids"] >= 0).sum() == 16
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if "retrieval" in train.evaluation.load_module(m).EVALS["pretrain"]])
+def test_tiny_learns(model):
+    """150 steps on 500 pictures: the right caption among the first ten of 2,500 at least four times as often as by chance, both ways."""
+    train.main(["--model", model, "--steps", "150", "--evals", "none", "--out", f"out/{model}-learns", "--workers", "0"])
+    train.evaluation.main([f"out/{model}-learns", "--task", "retrieval", "--split", "train", "--rerank_k", "0"])
+    rows = json.loads(Path(f"out/{model}-learns/eval-retrieval.json").read_text())["rows"]
+    chance, model_row = (next(r for r in rows if r["scores"] == s) for s in ("chance", "dual encoder"))
+    for k in ("i2t_r10", "t2i_r10"):
+        assert model_row[k] >= 4 * chance[k], rows

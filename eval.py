@@ -526,7 +526,8 @@ def heat(picture, m):
 def draw_maps(picture, text, words, sentence, path, width=192, columns=6):
     """One PNG: the picture, the sentence's map and a map for each word, each with its caption. `width` of a tile in pixels."""
     picture = picture.resize((width, max(1, round(width * picture.height / picture.width))), Image.BICUBIC)
-    tiles = [("picture", picture), ("sentence", heat(picture, sentence))] + [(w, heat(picture, m)) for w, m in words]
+    tiles = [("picture", picture), ("sentence", heat(picture, sentence))] + [
+        (w, heat(picture, m)) if m.max() > 0 else (f"{w}: zero", picture) for w, m in words]
     columns, font, line = min(columns, len(tiles)), ImageFont.load_default(14), 22
     height = line + math.ceil(len(tiles) / columns) * (picture.height + line) + 8
     sheet = Image.new("RGB", (columns * (width + 8) + 8, height), "white")
@@ -564,6 +565,9 @@ def gradcam(ev):
     if rank == 0:
         draw_maps(picture, ev.opts.text, words, sentence, out)
     ev.protocol.update(image=ev.opts.image, text=ev.opts.text, block=ev.opts.block)
+    silent = sum(m.max() <= 0 for _, m in words)
+    if silent and rank == 0:
+        print(f"{silent} of {len(words)} words have a map of zeros: in a last (or only) fusion layer [CLS] alone is heard; try another --block")
     return {"rows": [{"file": str(out), "words": len(words), "grid": "x".join(map(str, sentence.shape))}], "metrics": {}}
 
 
@@ -590,7 +594,7 @@ def pointing(ev):
         dist.all_gather_object(pieces, found)
         found = sum(pieces, [])
     if not found:
-        raise SystemExit("pointing: no caption names a labeled object in one word")
+        raise SystemExit("pointing: no word of a caption that equals a label's name has a map: in a last (or only) fusion layer the words' are zero")
     inside, uniform, peak = (100 * np.mean(found, 0)).tolist()
     row = {"inside the box": inside, "uniform": uniform, "ratio": round(inside / uniform, 2), "peak in the box": peak}
     return {"rows": [{"words": len(found), **row}], "metrics": row}

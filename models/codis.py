@@ -111,9 +111,9 @@ TINY = dict(image_view="plain", batch_size=32, warmup_steps=100, warmup_lr=1e-5,
 PRESETS = {
     "base": dict(),
     "tiny": dict(image_size=64, stem="conv", vision_width=128, vision_layers=4, vision_heads=4, width=128, text_layers=2,
-                 fusion_layers=2, heads=4, mlp_ratio=2, act="relu", dropout=0.0, embed_dim=128, queue_size=1024, momentum=0.98,
+                 fusion_layers=1, heads=4, mlp_ratio=4, act="relu", dropout=0.0, embed_dim=128, queue_size=1024, momentum=0.98,
                  codewords=256, max_text=22, init_std=0.08,
-                 pretrain=dict(TINY, steps=2700, lr=1e-3, rerank_k=16),
+                 pretrain=dict(TINY, steps=2600, lr=1e-3, rerank_k=16),
                  retrieval=dict(TINY, steps=1000, lr=3e-4, rerank_k=16),
                  vqa=dict(TINY, steps=2200, lr=7e-4),
                  ve=dict(TINY, steps=2400, lr=5e-4),
@@ -962,9 +962,9 @@ class Codis(nn.Module):
     def gradcam(self, batch, block=None):
         """Section 4.6: cross-attention of one fusion layer, weighted by the gradient of what the model says of the pair.
 
-        block: fusion layer from 0 (default: the third; of fewer, the last but one, for in the last only [CLS] is heard and the
-        words' maps are zero). Its attention maps times their positive gradient, averaged over heads, [CLS] patch dropped
-        -> {"word": (B, T, h, w) a map per token, "sentence": (B, h, w) their mean over words}.
+        block: fusion layer from 0 (default: the third; of fewer, the last but one). Its attention maps times their positive
+        gradient, averaged over heads, [CLS] patch dropped -> {"word": (B, T, h, w) a map per token, "sentence": (B, h, w) their
+        mean over [CLS] and words}. In the last layer only [CLS] is heard: there the words' maps are zero.
         """
         layers = self.fusion.layer
         block = min(2, max(len(layers) - 2, 0)) if block is None else block
@@ -978,7 +978,7 @@ class Codis(nn.Module):
         cam = (attention * grad.clamp(min=0)).mean(1)[:, :, 1:]                       # (B, T, P)
         height, width = (side // self.cfg.patch for side in batch["image"].shape[2:])
         word = cam.unflatten(-1, (height, width))
-        real = (batch["text_mask"].bool() & (batch["text"] != self.cfg.cls_id) & (batch["text"] != self.cfg.sep_id)).float()
+        real = (batch["text_mask"].bool() & (batch["text"] != self.cfg.sep_id)).float()
         sentence = torch.einsum("bthw,bt->bhw", word, real) / real.sum(-1)[:, None, None].clamp(min=1)
         return {"word": word.detach(), "sentence": sentence.detach()}
 

@@ -1068,20 +1068,20 @@ def read_foreign(path, where):
 
 
 def short(names):
-    """Names of tensors for people: layer numbers as ranges, weight and bias together. ["a.0.w", "a.1.w"] -> "a.0-1.w"."""
-    layers, kinds = {}, {}
-    for name in names:
-        numbers = [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", name)]
-        layers.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "#", name), []).append(numbers)
+    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    number, layers = r"(?<=\.)\d+(?=\.)", {}
+    for name in sorted(names):
+        layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
+    out = []
     for name, numbers in layers.items():
         for column in zip(*numbers):
             low, high, some = min(column), max(column), sorted(set(column))
-            text = str(low) if low == high else f"{low}-{high}" if len(some) == high - low + 1 else "{" + ",".join(map(str, some)) + "}"
-            name = name.replace("#", text, 1)
-        stem, _, kind = name.rpartition(".")
-        kinds.setdefault(stem, []).append(kind)
-    return ", ".join((f"{stem}." if stem else "") + (kind[0] if len(kind) == 1 else "{" + ",".join(kind) + "}")
-                     for stem, kind in kinds.items()) or "none"
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+        out.append(name)
+    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    out = [name for name in out if name.removesuffix(".bias") not in both]
+    return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
+                     for name in out) or "none"
 
 
 def fill(model, state, where, rename, required, reads, ignored=()):
@@ -1115,8 +1115,9 @@ def fill(model, state, where, rename, required, reads, ignored=()):
         for name, key in source.items():
             mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
     left = [key for key in state if key in ignored]
-    return set(source), (f"{where}: matched {len(state) - len(unexpected) - len(left)} of {len(state)} tensors, which fill {len(source)} here; "
-                         f"missing 0; unexpected {len(unexpected)}: {short(unexpected)}" + (f"; ignored: {short(left)}" if left else ""))
+    matched = len(state) - len(unexpected) - len(left)
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
+                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
 
 
 def timm_vit(state):
@@ -1127,7 +1128,8 @@ def timm_vit(state):
     for key, value in state.items():
         name = re.sub(r"^(vit|deit)\.", "", key)
         for theirs, timm in (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
-                             ("embeddings.distillation_token", "dist_token"), ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+                             ("embeddings.distillation_token", "dist_token"),
+                             ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
                              ("encoder.layer.", "blocks."), (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
                              (".attention.output.dense.", ".attn.proj."), (".intermediate.dense.", ".mlp.fc1."),
                              (".output.dense.", ".mlp.fc2."), ("layernorm.", "norm."), ("classifier.", "head.")):
@@ -1145,7 +1147,8 @@ def load_vision(model, path):
     """DeiT, timm or Hugging Face ViT weights -> `vision.`, whose keys are timm's. Position embeddings follow the image size."""
     cfg, where = model.cfg, f"--init_vision {path}"
     if cfg.stem != "patch" or cfg.act != "gelu":
-        raise SystemExit(f"{where}: a ViT has one patch projection and GELU: it needs --stem patch --act gelu, here are {cfg.stem} and {cfg.act}")
+        raise SystemExit(f"{where}: a ViT has one patch projection and GELU: it needs --stem patch --act gelu,"
+                         f" this model has {cfg.stem} and {cfg.act}")
     state, config = read_foreign(path, where)
     agree(where, config, {"num_attention_heads": cfg.vision_heads, "hidden_act": cfg.act})
     state = timm_vit(state)
@@ -1155,12 +1158,15 @@ def load_vision(model, path):
             raise SystemExit(f"{where}: pos_embed {tuple(pos.shape)} is not a class token and a square of patches"
                              + (": take the DeiT without distillation token" if "dist_token" in state else ""))
         state["pos_embed"] = resize_pos_embed(pos, grid, grid)
+
+    def reads(key):
+        return key.startswith(("norm_pre.", "reg_token", "patch_embed.")) or layer_of(key, "blocks.") < cfg.vision_layers
     filled, line = fill(model, state, where, lambda key: ["vision." + key],
-                        required=["vision." + key for key in model.vision.state_dict()],
-                        reads=lambda key: key.startswith(("norm_pre.", "reg_token", "patch_embed.")) or layer_of(key, "blocks.") < cfg.vision_layers)
-    if "pos_embed" in state and pos.shape != state["pos_embed"].shape:
-        line += f"; pos_embed interpolated from {math.isqrt(pos.shape[1] - 1)}x{math.isqrt(pos.shape[1] - 1)} to {grid}x{grid}"
-    return filled, line
+                        required=["vision." + key for key in model.vision.state_dict()], reads=reads)
+    if pos.shape != state["pos_embed"].shape:
+        side = math.isqrt(pos.shape[1] - 1)
+        line += f"; pos_embed interpolated from {side}x{side} to {grid}x{grid}"
+    return filled, line + told(config, cfg.vision_heads)
 
 
 def layer_of(key, prefix):
@@ -1173,7 +1179,12 @@ def agree(where, config, here):
     """What the shapes of weights do not tell, as far as their config.json does. SystemExit where it says otherwise."""
     for field, value in here.items():
         if config.get(field, value) != value:
-            raise SystemExit(f"{where}: config.json says {field} {config[field]}, here it is {value}")
+            raise SystemExit(f"{where}: these weights have {field} {config[field]}, this model has {value}")
+
+
+def told(config, heads):
+    """The report's words where nothing confirms the number of heads, which no shape shows."""
+    return "" if "num_attention_heads" in config else f"; how many heads it has the file does not tell, here {heads}"
 
 
 def bert_names(key, text_layers, fusion_copies, decoder):
@@ -1187,7 +1198,8 @@ def bert_names(key, text_layers, fusion_copies, decoder):
         return ["text." + key]
     if n < math.inf:
         rest, n = key.split(".", 3)[3], n - text_layers
-        return [f"fusion.layer.{fusion_copies * n + i}.{rest}" for i in range(fusion_copies)] + [f"decoder.layer.{n}.{rest}"] * decoder
+        fusion = [f"fusion.layer.{fusion_copies * n + i}.{rest}" for i in range(fusion_copies)]
+        return fusion + [f"decoder.layer.{n}.{rest}"] * decoder
     head = {"cls.predictions.bias": "mlm_head.bias", "cls.predictions.decoder.bias": "mlm_head.bias",
             "cls.predictions.decoder.weight": "text.embeddings.word_embeddings.weight"}    # tied
     return [head.get(key) or key.replace("cls.predictions.", "mlm_head.")]
@@ -1205,22 +1217,22 @@ def load_text(model, path):
     state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
              for k, v in state.items()}
     depth = 1 + max((n for n in (layer_of(k, "encoder.layer.") for k in state) if n < math.inf), default=-1)
-    copies = len(model.fusion.layer) // cfg.fusion_layers
+    copies, decoder = len(model.fusion.layer) // cfg.fusion_layers, hasattr(model, "decoder")
     has_head = hasattr(model, "mlm_head") and any(k.startswith("cls.predictions.transform.") for k in state)
 
     def rename(key):
-        return [] if key.startswith("cls.") and not has_head else bert_names(key, cfg.text_layers, copies, hasattr(model, "decoder"))
+        return [] if key.startswith("cls.") and not has_head else bert_names(key, cfg.text_layers, copies, decoder)
 
     def expected(name):
         above = depth - cfg.text_layers                                              # layers that the file has for fusion
         return (name.startswith("text.") or name.startswith("mlm_head.") and has_head or ".crossattention." not in name
                 and (layer_of(name, "fusion.layer.") < copies * above or layer_of(name, "decoder.layer.") < above))
+
+    def reads(key):
+        return key.startswith("embeddings.") or layer_of(key, "encoder.layer.") < cfg.text_layers + cfg.fusion_layers
     filled, line = fill(model, state, where, rename, required=[name for name in model.state_dict() if expected(name)],
-                        reads=lambda key: key.startswith("embeddings.") or layer_of(key, "encoder.layer.") < cfg.text_layers + cfg.fusion_layers,
-                        ignored=("embeddings.position_ids",))
-    if "num_attention_heads" not in config:
-        line += f"; its number of heads is not told, here {cfg.heads}"
-    return filled, line
+                        reads=reads, ignored=("embeddings.position_ids",))
+    return filled, line + told(config, cfg.heads)
 
 
 def load_pretrained(model, vision=None, text=None):
@@ -1234,10 +1246,11 @@ def load_pretrained(model, vision=None, text=None):
             names, line = load(model, path)
             filled, lines = filled | names, lines + [line]
     teachers = [name + "_m" for name in model.students]
-    new = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in filled and name.split(".")[0] not in teachers]
-    whole = [part for part, module in model.named_children() if all(f"{part}.{name}" in new for name, _ in module.named_parameters())]
-    new_lines = [part + ".*" for part in whole if part not in teachers], [name for name in new if name.split(".")[0] not in whole]
-    lines.append(f"new, not from these files: {len(new)}: " + ", ".join(filter(None, [", ".join(new_lines[0]), new_lines[1] and short(new_lines[1])])))
+    new = [name for name, _ in model.named_parameters(remove_duplicate=False)
+           if name not in filled and name.split(".")[0] not in teachers]
+    whole = [part for part, m in model.named_children() if all(f"{part}.{name}" in new for name, _ in m.named_parameters())]
+    rest = [name for name in new if name.split(".")[0] not in whole]
+    lines.append(f"new, in none of these files, {len(new)}: " + ", ".join([part + ".*" for part in whole] + [short(rest)] * bool(rest)))
     if model.students:
         model.reset_memory()
         lines.append(f"teachers copied from their students: {', '.join(teachers)}; queues emptied")

@@ -374,24 +374,25 @@ def default_vocab(loop):
 
 
 def local_weights(name, rank, world):
-    """A file as it is; else a hub name (`timm/vit_base_patch16_224.augreg_in21k`, `bert-base-uncased`), fetched once -> a local path."""
+    """A file or folder as it is; else a hub name (`timm/vit_base_patch16_224.augreg_in21k`, `bert-base-uncased`), fetched once -> a path."""
     if Path(name).exists():
         return name
     if name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".pth", ".pt", ".bin")):
         raise Stop(f"train.py: {name}: no such file")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    offline = (f"train.py: cannot reach the hub for {name!r}: on a machine with network run `hf download {name} model.safetensors`, "
-               "copy the file here, and give its path instead of the name")
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    files = ["model.safetensors", "pytorch_model.bin", "config.json"]
     try:
         for turn in range(2):                                      # rank 0 downloads, the others find it in the cache
             if (turn == 0) == (rank == 0):
-                folder = snapshot_download(name, allow_patterns=["model.safetensors", "pytorch_model.bin"])
+                folder = snapshot_download(name, allow_patterns=files)
             if world > 1:
                 dist.barrier()
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError):
-        raise Stop(offline) from None
-    return next(str(p) for p in (Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin") if p.exists())
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e:
+        raise Stop(f"train.py: {name!r} is no file here and the hub does not give it ({type(e).__name__}): on a machine with network run "
+                   f"`hf download {name} model.safetensors config.json --local-dir weights`, copy that folder here and give its path "
+                   "instead of the name") from None
+    return folder
 
 
 def prepare(out, info, loop, raw, optimizer, scaler, rank, world):

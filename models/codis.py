@@ -49,14 +49,19 @@ Run: python models/codis.py      (2 s: shapes, parameters and every loss on a ra
 """
 
 import functools
+import json
 import math
+import pickle
+import re
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
@@ -1019,12 +1024,243 @@ class Codis(nn.Module):
         self.ramp.fill_(min(1.0, step / (epoch_steps or total_steps)))
         self.distill.copy_(self.cfg.distill * self.ramp)
 
+    @torch.no_grad()
+    def reset_memory(self):
+        """The start of a training: teachers equal to their students, queues of random unit vectors that are no image's."""
+        for name in self.students:
+            getattr(self, name + "_m").load_state_dict(getattr(self, name).state_dict())
+        if self.students:
+            for queue in (self.queue_image, self.queue_text):
+                queue.copy_(F.normalize(torch.randn_like(queue), dim=-1))
+            self.queue_ids.fill_(-1)
+            for value in (self.ptr, self.ramp, self.distill):
+                value.zero_()
+
     def param_groups(self, cfg):
         """Weight decay on matrices only: not on biases, norms, the temperature, or the codebook, whose length is fixed."""
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         plain = [p for n, p in named if p.ndim < 2 or n == "codebook"]
         return [{"params": [p for n, p in named if not (p.ndim < 2 or n == "codebook")], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
                 {"params": plain, "lr": cfg.lr, "weight_decay": 0.0}]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Foreign weights
+
+def read_foreign(path, where):
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
+
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
+    `where` begins each error, which is a SystemExit of one line.
+    """
+    path, config = Path(path), {}
+    if path.is_dir():
+        if (path / "config.json").exists():
+            config = json.loads((path / "config.json").read_text())
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        if not found:
+            raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
+        path = found[0]
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
+        raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise SystemExit(f"{where}: {path.name} is not a state dict, names and tensors and nothing else")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}, config
+
+
+def short(names):
+    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    number, layers = r"(?<=\.)\d+(?=\.)", {}
+    for name in sorted(names):
+        layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
+    out = []
+    for name, numbers in layers.items():
+        for column in zip(*numbers):
+            low, high, some = min(column), max(column), sorted(set(column))
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+        out.append(name)
+    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    out = [name for name in out if name.removesuffix(".bias") not in both]
+    return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
+                     for name in out) or "none"
+
+
+def fill(model, state, where, rename, required, reads, ignored=()):
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
+    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
+    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
+    """
+    mine, source, unexpected = model.state_dict(), {}, []
+    for key, value in state.items():
+        names = [name for name in rename(key) if name in mine]
+        for name in names:
+            if value.shape != mine[name].shape:
+                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+            if not torch.equal(state[source.setdefault(name, key)], value):
+                raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
+        if not names and key not in ignored:
+            unexpected.append(key)
+    counts = [key for key in unexpected if reads(key)]
+    missing = [name for name in required if name not in source]
+    if len(missing) == len(required):
+        raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
+    if missing:
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+    if counts:
+        raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
+    with torch.no_grad():
+        for name, key in source.items():
+            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+    left = [key for key in state if key in ignored]
+    matched = len(state) - len(unexpected) - len(left)
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
+                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
+
+
+def timm_vit(state):
+    """Hugging Face's ViT and DeiT -> timm's names, queries, keys and values as one matrix; timm's own state comes back as it is."""
+    if not any("encoder.layer." in key for key in state):
+        return state
+    out = {}
+    for key, value in state.items():
+        name = re.sub(r"^(vit|deit)\.", "", key)
+        for theirs, timm in (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
+                             ("embeddings.distillation_token", "dist_token"),
+                             ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+                             ("encoder.layer.", "blocks."), (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
+                             (".attention.output.dense.", ".attn.proj."), (".intermediate.dense.", ".mlp.fc1."),
+                             (".output.dense.", ".mlp.fc2."), ("layernorm.", "norm."), ("classifier.", "head.")):
+            name = name.replace(theirs, timm)
+        if ".attention.attention.query." in name:
+            qkv = [state.get(key.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+            if all(x is not None for x in qkv):
+                out[name.replace(".attention.attention.query.", ".attn.qkv.")] = torch.cat(qkv)
+        elif not re.search(r"\.attention\.attention\.(key|value)\.", name):
+            out[name] = value
+    return out
+
+
+def load_vision(model, path):
+    """DeiT, timm or Hugging Face ViT weights -> `vision.`, whose keys are timm's. Position embeddings follow the image size."""
+    cfg, where = model.cfg, f"--init_vision {path}"
+    if cfg.stem != "patch" or cfg.act != "gelu":
+        raise SystemExit(f"{where}: a ViT has one patch projection and GELU: it needs --stem patch --act gelu,"
+                         f" this model has {cfg.stem} and {cfg.act}")
+    state, config = read_foreign(path, where)
+    agree(where, config, {"num_attention_heads": cfg.vision_heads, "hidden_act": cfg.act})
+    state = timm_vit(state)
+    if "pos_embed" in state:
+        pos, grid = state["pos_embed"], cfg.image_size // cfg.patch
+        if "dist_token" in state or pos.ndim != 3 or pos.shape[1] != 1 + math.isqrt(max(0, pos.shape[1] - 1)) ** 2:
+            raise SystemExit(f"{where}: pos_embed {tuple(pos.shape)} is not a class token and a square of patches"
+                             + (": take the DeiT without distillation token" if "dist_token" in state else ""))
+        state["pos_embed"] = resize_pos_embed(pos, grid, grid)
+
+    def reads(key):
+        return key.startswith(("norm_pre.", "reg_token", "patch_embed.")) or layer_of(key, "blocks.") < cfg.vision_layers
+    filled, line = fill(model, state, where, lambda key: ["vision." + key],
+                        required=["vision." + key for key in model.vision.state_dict()], reads=reads)
+    if pos.shape != state["pos_embed"].shape:
+        side = math.isqrt(pos.shape[1] - 1)
+        line += f"; pos_embed interpolated from {side}x{side} to {grid}x{grid}"
+    return filled, line + told(config, cfg.vision_heads)
+
+
+def layer_of(key, prefix):
+    """The number behind `prefix`, inf for another key."""
+    found = re.match(re.escape(prefix) + r"(\d+)\.", key)
+    return int(found[1]) if found else math.inf
+
+
+def agree(where, config, here):
+    """What the shapes of weights do not tell, as far as their config.json does. SystemExit where it says otherwise."""
+    for field, value in here.items():
+        if config.get(field, value) != value:
+            raise SystemExit(f"{where}: these weights have {field} {config[field]}, this model has {value}")
+
+
+def told(config, heads):
+    """The report's words where nothing confirms the number of heads, which no shape shows."""
+    return "" if "num_attention_heads" in config else f"; how many heads it has the file does not tell, here {heads}"
+
+
+def bert_names(key, text_layers, fusion_copies, decoder):
+    """Where a tensor of Hugging Face's BERT goes -> list of our names.
+
+    The first `text_layers` layers are the text encoder, those above are the fusion encoder, each `fusion_copies` times in a row
+    (twice for NLVR2) and once more as the answer decoder where there is one. Their cross-attention has no counterpart in BERT.
+    """
+    n = layer_of(key, "encoder.layer.")
+    if n < text_layers or key.startswith("embeddings."):
+        return ["text." + key]
+    if n < math.inf:
+        rest, n = key.split(".", 3)[3], n - text_layers
+        fusion = [f"fusion.layer.{fusion_copies * n + i}.{rest}" for i in range(fusion_copies)]
+        return fusion + [f"decoder.layer.{n}.{rest}"] * decoder
+    head = {"cls.predictions.bias": "mlm_head.bias", "cls.predictions.decoder.bias": "mlm_head.bias",
+            "cls.predictions.decoder.weight": "text.embeddings.word_embeddings.weight"}    # tied
+    return [head.get(key) or key.replace("cls.predictions.", "mlm_head.")]
+
+
+def load_text(model, path):
+    """Hugging Face BERT weights -> `text.`, self-attention and feed-forward of `fusion.` (and of the decoder), the MLM head.
+
+    Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta. What must be filled: the text encoder, and of the
+    fusion encoder and the head all that the file has a layer or a head for.
+    """
+    cfg, where = model.cfg, f"--init_text {path}"
+    state, config = read_foreign(path, where)
+    agree(where, {"hidden_act": "gelu", **config}, {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
+    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
+             for k, v in state.items()}
+    depth = 1 + max((n for n in (layer_of(k, "encoder.layer.") for k in state) if n < math.inf), default=-1)
+    copies, decoder = len(model.fusion.layer) // cfg.fusion_layers, hasattr(model, "decoder")
+    has_head = hasattr(model, "mlm_head") and any(k.startswith("cls.predictions.transform.") for k in state)
+
+    def rename(key):
+        return [] if key.startswith("cls.") and not has_head else bert_names(key, cfg.text_layers, copies, decoder)
+
+    def expected(name):
+        above = depth - cfg.text_layers                                              # layers that the file has for fusion
+        return (name.startswith("text.") or name.startswith("mlm_head.") and has_head or ".crossattention." not in name
+                and (layer_of(name, "fusion.layer.") < copies * above or layer_of(name, "decoder.layer.") < above))
+
+    def reads(key):
+        return key.startswith("embeddings.") or layer_of(key, "encoder.layer.") < cfg.text_layers + cfg.fusion_layers
+    filled, line = fill(model, state, where, rename, required=[name for name in model.state_dict() if expected(name)],
+                        reads=reads, ignored=("embeddings.position_ids",))
+    return filled, line + told(config, cfg.heads)
+
+
+def load_pretrained(model, vision=None, text=None):
+    """Fills the towers from foreign weight files; paths, or None -> the report: a line per file, what is new, what was copied.
+
+    Teachers become copies of the loaded students and the queues start anew: what they held was another encoder's.
+    """
+    filled, lines = set(), []
+    for load, path in ((load_vision, vision), (load_text, text)):
+        if path:
+            names, line = load(model, path)
+            filled, lines = filled | names, lines + [line]
+    teachers = [name + "_m" for name in model.students]
+    new = [name for name, _ in model.named_parameters(remove_duplicate=False)
+           if name not in filled and name.split(".")[0] not in teachers]
+    whole = [part for part, m in model.named_children() if all(f"{part}.{name}" in new for name, _ in m.named_parameters())]
+    rest = [name for name in new if name.split(".")[0] not in whole]
+    lines.append(f"new, in none of these files, {len(new)}: " + ", ".join([part + ".*" for part in whole] + [short(rest)] * bool(rest)))
+    if model.students:
+        model.reset_memory()
+        lines.append(f"teachers copied from their students: {', '.join(teachers)}; queues emptied")
+    return "\n  ".join(lines)
 
 
 Model = Codis

@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent / "datasets" / "shapes"
 COUNTS = {"train": 10000, "val": 1000, "test": 1000}
 FIRST_ID = {"train": 0, "val": 100000, "test": 200000}
 SIDE = 64                                                              # pixels; a cell of the 3x3 grid is 21.3 of them
-MAX_WORDS = 20                                                         # a caption's words and commas; + [CLS], [SEP] = 22 tokens
+MAX_WORDS = 20                                                         # a sentence's words and commas; + [CLS], [SEP] = 22 tokens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words. Everything that is ever written comes from the tables of this section, so `vocabulary` can read it off them.
@@ -376,13 +376,17 @@ def edit(text, rng, synonyms=0.25):
     return re.sub(r"\ban? (?=(\w))", lambda m: "an " if m[1] in "aeiou" else "a ", " ".join(words))
 
 
+def short(text):
+    return len(text.split()) + text.count(",") <= MAX_WORDS
+
+
 def captions_of(scene, rng, n=5):
     """n captions of a scene, all different, and n paraphrases: the same Plan in other words, at the same position."""
     captions, paraphrases = [], []
     while len(captions) < n:
         plan = draw_plan(scene, rng)
         one, two = say(plan, rng), say(plan, rng, 0.6)
-        if one != two and one not in captions and all(len(s.split()) + s.count(",") <= MAX_WORDS for s in (one, two)):
+        if one != two and one not in captions and short(one) and short(two):
             captions.append(one)
             paraphrases.append(two)
     return captions, paraphrases
@@ -594,14 +598,16 @@ def write_ve(root, seed, scale, split):
     for n in range(3 * (len(scenes) * (3 if split == "train" else 4) // 6)):
         i, label = rng.randrange(len(scenes)), ("entailment", "neutral", "contradiction")[n % 3]
         scene = scenes[i]
-        if label == "neutral":
-            text = rng.choice(NEUTRAL).format(x=name(rng.choice(scene)._replace(size=None), rng, 0.25, "the"))
-        else:
-            text = say(draw_plan(scene, rng, brief=True), rng)
-        while label == "contradiction" and holds(parse(text), scene):
-            near = rng.random() < 0.5
-            text = say(draw_plan(scene if near else rng.choice(scenes), rng, brief=True), rng)
-            text = edit(text, rng) if near else text
+        text = None
+        while text is None or not short(text):
+            if label == "neutral":
+                text = rng.choice(NEUTRAL).format(x=name(rng.choice(scene)._replace(size=None), rng, 0.25, "the"))
+            else:
+                text = say(draw_plan(scene, rng, brief=True), rng)
+            while label == "contradiction" and holds(parse(text), scene):
+                near = rng.random() < 0.5
+                text = say(draw_plan(scene if near else rng.choice(scenes), rng, brief=True), rng)
+                text = edit(text, rng) if near else text
         stem = f"{FIRST_ID[split] + i:06d}"
         records.append({"Flickr30K_ID": stem, "captionID": f"{stem}.jpg#0", "gold_label": label, "pairID": f"{stem}.jpg#{n}{label[0]}",
                         "sentence2": text, "image": picture_path(split, i)})
@@ -684,7 +690,7 @@ def write_sts(root, seed, scale, split):
                 continue
             two = say(other, rng)
         pair = tuple(rng.sample((one, two), 2))
-        if one == two or pair in used or max(len(t.split()) + t.count(",") for t in pair) > MAX_WORDS:
+        if one == two or pair in used or not all(map(short, pair)):
             continue
         used.add(pair)
         grades = [min(5, max(0, level + rng.choice((-1, 0, 0, 0, 0, 0, 0, 0, 1)))) for _ in range(5)]

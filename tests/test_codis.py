@@ -1111,3 +1111,50 @@ def test_codis_learns_one_batch_by_heart():
         scores = torch.stack([model.match({**batch, "image": batch["image"][i:i + 1].expand(6, -1, -1, -1)}) for i in range(6)])
     assert torch.equal(sim.argmax(1), torch.arange(6))
     assert scores.diag().min() > 0 and scores.diag().mean() > scores[~torch.eye(6).bool()].mean() + 2
+
+
+def test_codis_gradcam_points_at_the_named_object():
+    """Figure 4 on shapes: a small matcher learns whether a color is in the picture; then the share of the word's map in the box of the
+    object of that color is at least 1.5 times the box's share of the picture."""
+    import numpy as np
+
+    import shapes
+    from eval import box_cover
+    rng, cells, colors = np.random.default_rng(0), 4, list(shapes.COLORS)
+    cfg = Config(image_size=64, stem="conv", vision_width=64, vision_layers=1, vision_heads=4, width=64, text_layers=1, fusion_layers=2, heads=4,
+                 mlp_ratio=2, act="relu", dropout=0.0, embed_dim=16, max_text=3, vocab_size=16, mask_id=4, cls_id=2, sep_id=3, first_word=5,
+                 queue_size=4, codewords=4, init_std=0.08)
+    pictures, present, boxes = [], [], []
+    for _ in range(256):
+        color, other = rng.choice(len(colors), 2, replace=False)
+        cell, beside = rng.choice(9, 2, replace=False)
+        shape, kind = rng.choice(shapes.SHAPES, 2)
+        picture, masks = shapes.draw_scene((shapes.Obj(cell // 3, cell % 3, "large", colors[color], str(shape)),
+                                            shapes.Obj(beside // 3, beside % 3, "small", colors[other], str(kind))), rng)
+        ys, xs = masks[0].nonzero()
+        pictures.append(torch.from_numpy(picture.copy()).permute(2, 0, 1) / 64 - 2)
+        present.append((color, other))
+        boxes.append((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+    pictures, present = torch.stack(pictures), torch.tensor(present)
+
+    def ask(rows, color):
+        text = torch.stack([torch.full_like(color, 2), 5 + color, torch.full_like(color, 3)], 1)
+        return {"image": pictures[rows], "text": text, "text_mask": torch.ones_like(text)}
+
+    model = Codis(cfg, "retrieval").train()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for step in range(300):
+        rows = torch.randint(0, 192, (32,))
+        absent = (present[rows].sum(1) + torch.randint(1, 7, (32,))) % 8
+        truth = torch.arange(32) % 2 == 0
+        color = torch.where(truth, present[rows, 0], absent)
+        truth = (present[rows] == color[:, None]).any(1)
+        loss = F.binary_cross_entropy_with_logits(model.match(ask(rows, color)), truth.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = torch.arange(192, 256)
+    word = model.gradcam(ask(rows, present[rows, 0]))["word"][:, 1].double().numpy()                  # (64, 4, 4)
+    cover = np.stack([box_cover([boxes[i]], (64, 64), (cells, cells)) for i in rows])
+    inside, uniform = (word * cover).sum() / word.sum(), cover.mean()
+    assert inside > 1.5 * uniform, (loss.item(), inside, uniform)

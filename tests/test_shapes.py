@@ -122,7 +122,7 @@ def test_records(world):
             assert [shapes.SHAPES[k] for k in r["labels"]] == r["label_names"]
             assert set(r["label_names"]) <= set(r["tags"])
             for text in r["caption"] + r["paraphrase"]:
-                assert len(words(text)) <= 22 and set(words(text)) <= set(vocabulary), text
+                assert len(words(text)) <= 20 and set(words(text)) <= set(vocabulary), text
             with Image.open(world / r["image"]) as picture:
                 assert picture.size == (64, 64) and picture.mode == "RGB"
 

@@ -321,7 +321,7 @@ def test_train_starts_from_a_bert_file_and_says_what_it_filled(tmp_path, monkeyp
 
 
 def test_a_hub_name_offline_says_what_to_download_and_where_to_put_it(monkeypatch):
-    import huggingface_hub
+    import huggingface_hub.constants
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("nobody/bert", "bert-not-here", "a/b/c"):
         refused([f"hf download {name} model.safetensors", "give its path"], lambda: train.local_weights(name, 0, 1))

@@ -434,23 +434,29 @@ def visual_features(v_hat, te_tav, s):
     return te_tav(v_hat) + s
 
 
+def full(x):
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def pool(x, mask=None, gpo=None):
     """Eq. (4): Pooling(TE_WS(F)), to unit norm. x: (B, S, D); mask: (B, S) 1 = token, or None; gpo: a GPO, or None for the mean
     -> (B, D) float32."""
+    x = full(x)
     if gpo is not None:
         x = gpo(x, mask)
     elif mask is None:
-        x = x.float().mean(1)
+        x = x.mean(1)
     else:
-        mask = mask.to(torch.float32)[..., None]
+        mask = mask.to(x.dtype)[..., None]
         x = (x * mask).sum(1) / mask.sum(1)
-    return F.normalize(x.float() if x.dtype != torch.float64 else x, dim=-1)
+    return F.normalize(x, dim=-1)
 
 
 def similarity(q, k):
     """q . k' in float32 (float64 stays) whatever autocast says. (B, d), (N, d) -> (B, N)."""
     with torch.autocast(q.device.type, enabled=False):
-        return q.to(torch.promote_types(q.dtype, torch.float32)) @ k.to(torch.promote_types(k.dtype, torch.float32)).T
+        return full(q) @ full(k).T
 
 
 def other_views(ids, key_ids, own):
@@ -555,7 +561,7 @@ def csq_loss(a, target, weight, quantization):
     a: (B, K) before tanh; target: (B, K) +-1; weight: (B,) 1, or 0 for an image without labels -> L_C, L_Q, 0-d. (tanh(a) + 1) / 2 is
     sigmoid(2 a), so that the logarithms are safe.
     """
-    a = a.float() if a.dtype != torch.float64 else a
+    a = full(a)
     share = weight.to(a.dtype) / weight.sum().clamp(min=1)
     central = F.binary_cross_entropy_with_logits(2 * a, (target.to(a.dtype) + 1) / 2, reduction="none").mean(1)
     return (share * central).sum(), (share * (a.tanh().abs() - 1).square().mean(1)).sum()
@@ -608,8 +614,8 @@ class Cookie(nn.Module):
         if task == "retrieval":
             self.register_buffer("hard", torch.tensor(float(cfg.warmup_epochs == 0)))
         self.norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
-        for method, there in (("hash_codes", codes), ("encode_text", not codes), ("encode_image", joint and not codes),
-                              ("token_scores", joint and not codes and not clips)):
+        for method, there in (("hash_codes", codes), ("encode_text", not codes), ("encode_image", sees and not codes),
+                              ("encode_clip", clips), ("token_scores", sees and not codes)):
             if not there:
                 setattr(self, method, None)                                          # what this task does not offer
 
@@ -664,8 +670,12 @@ class Cookie(nn.Module):
         return pool(tokens, text_mask, getattr(self, "gpo_text", None))
 
     def encode_image(self, batch):
-        """-> (B, D) unit norm; of clips where the batch has `frames`."""
-        return self.embed_frames(batch["frames"], batch["frames_mask"]) if self.task == "vtm" else self.embed_image(batch["image"])
+        """-> (B, D) unit norm."""
+        return self.embed_image(batch["image"])
+
+    def encode_clip(self, batch):
+        """-> (B, D) unit norm, of the frames of clips."""
+        return self.embed_frames(batch["frames"], batch["frames_mask"])
 
     def encode_text(self, batch):
         """-> (B, D) unit norm."""

@@ -878,7 +878,7 @@ def speed(ev):
         ways = {"dual encoder": score_dual} if has("encode_image", "encode_text") else {}
         ways |= {"match, every pair": score_pairs} if has("match") else {}
         for way, score in ways.items():
-            seconds = []
+            seconds, name = [], str(run.info.get("path") or run.info["task"])
             for n in sizes:
                 part = records.subset(range(n))
                 images, texts = list(run.batches(part, "image")), list(run.batches(part, "text"))
@@ -886,12 +886,12 @@ def speed(ev):
                     score(run, images[:1], texts[:1])                                       # the first call is slower
                 seconds.append(timed(lambda: score(run, images, texts), run.device, 3 if way == "dual encoder" else 1))
                 growth = math.log(seconds[-1] / seconds[-2]) / math.log(n / last) if len(seconds) > 1 else None
-                rows.append({"run": Path(run.info.get("path") or ".").name, "way": way, "pictures": n,
+                rows.append({"run": name, "way": way, "pictures": n,
                              "captions": sum(len(b["index"]) for b in texts), "seconds": f"{seconds[-1]:.4f}",
                              "growth": None if growth is None else f"{growth:.2f}"})
                 last = n
             slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0] if len(sizes) > 1 else math.nan
-            metrics[f"{rows[-1]['run']}, {way}: growth"] = float(slope)
+            metrics[f"{name}, {way}: growth"] = float(slope)
     ev.protocol.update(sizes=sizes, threads=torch.get_num_threads(), batch_size=ev.opts.batch_size, pairs=ev.opts.pairs)
     return {"rows": rows, "metrics": metrics}
 

@@ -42,6 +42,7 @@ Run: python models/cookie.py      (2 s: shapes, parameters and every loss on a r
 
 import contextlib
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -397,14 +398,16 @@ def gather_grad(x):
 
 @contextlib.contextmanager
 def frozen_statistics(norms):
-    """Batch norm layers normalize by the batch, as in training, but leave their running statistics alone."""
+    """Batch norm layers normalize by the batch, as in training, but leave their running statistics alone. (Without
+    track_running_stats they would save other tensors for backward, which checkpoint() refuses.)"""
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def in_chunks(fn, chunk, norms, *inputs):
@@ -630,7 +633,10 @@ class Cookie(nn.Module):
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
 
     def adapt(self, state):
-        """Another run's state, its position embeddings interpolated to this one's grid."""
+        """Another run's state, its position embeddings interpolated to this one's grid. Of it, clips take the text
+        encoder alone, with vtm_te all but the FC of images."""
+        if self.task == "vtm" and "image_pos" in state:
+            return {k: v for k, v in state.items() if k.startswith("text.") or self.cfg.vtm_te and not k.startswith("image_fc.")}
         pos = state.get("image_pos")
         if pos is not None and hasattr(self, "image_pos"):
             side = math.isqrt(self.image_pos.shape[1])
@@ -740,7 +746,7 @@ class Cookie(nn.Module):
         text = dict(zip(names, self.encode(self.embed_text, *map(torch.cat, zip(*texts))).chunk(len(names))))
 
         queries = {"i2t": image[cfg.ccl_on], "t2i": text[cfg.ccl_on]}
-        keys = [image[cfg.ccl_on], text[cfg.ccl_on]] + [image["view2"]] * cfg.vcl + [text["view2"]] * cfg.tcl
+        keys = [image[cfg.ccl_on], text[cfg.ccl_on]] + ([image["view2"]] if cfg.vcl else []) + ([text["view2"]] if cfg.tcl else [])
         (all_image, all_text, *views), all_ids, own = self.everyone(keys, ids)
         losses = dict(zip(queries, cross_modal(*queries.values(), all_image, all_text, ids, all_ids, own, temp)))
         if cfg.vcl:
@@ -809,34 +815,55 @@ def resize_grid(pos, height, width):
 # ----------------------------------------------------------------------------------------------------------------------
 # Foreign weights
 
+RENAMES = {  # per tower, in order: (pattern, what stands for it). First match of each; all other letters of a key stay
+    "vision": ((r"^module\.", ""),),                                                 # torchvision's and WSL's ResNet keys are ours
+    "text": ((r"^module\.", ""), (r"^bert\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+}
+UNUSED = {"vision": ("fc.",), "text": ("pooler.", "cls.", "embeddings.position_ids")}   # heads and constants that we do not build
+
+
 def read_state(path):
-    """{name: tensor} of a safetensors or PyTorch file, without `module.`."""
-    state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
-    return {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
+    """{name: tensor} of a safetensors or PyTorch file. SystemExit, one line, if it is neither."""
+    try:
+        state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:                                                           # each format has its own kinds of damage
+        raise SystemExit(f"{path}: not a readable safetensors or PyTorch file ({type(e).__name__}: {str(e).splitlines()[0]})")
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise SystemExit(f"{path}: not a file of named tensors")
+    return state
 
 
-def fill(module, state, path, ignored):
-    """Loads `state` into `module`; each key is either used or in `ignored`, each parameter filled, or SystemExit says which is not."""
-    dropped = [k for k in state if k.startswith(ignored)]
-    state, mine = {k: v for k, v in state.items() if k not in dropped}, module.state_dict()
-    wrong = [f"{k} is missing" for k in mine if k not in state and not k.endswith("num_batches_tracked")]
-    wrong += [f"{k} is {tuple(v.shape)}, not {tuple(mine[k].shape)}" for k, v in state.items() if k in mine and v.shape != mine[k].shape]
-    wrong += [f"{k} is unknown" for k in state if k not in mine]
-    if wrong:
-        raise SystemExit(f"{path}: does not fit: {'; '.join(wrong[:3])}" + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-    module.load_state_dict(state, strict=False)
-    return f"{len(state)} tensors, not used: {', '.join(sorted({k.split('.')[0] for k in dropped})) or 'none'}"
+def load_pretrained(model, **paths):
+    """Fills towers from foreign files: vision=PATH, a torchvision ResNet or ResNeXt (also WSL's); text=PATH, a Hugging Face BERT.
 
-
-def load_pretrained(model, vision=None, text=None):
-    """vision: a torchvision ResNet/ResNeXt file (also WSL's); text: a Hugging Face BERT file. -> one line that says what was loaded."""
+    -> a line per tower: what matched, what is missing, what was not expected. SystemExit unless every tensor of the tower is filled
+    and every tensor of the file is either used or one of UNUSED.
+    """
     said = []
-    if vision:
-        said.append(f"vision from {vision}: " + fill(model.vision, read_state(vision), vision, ("fc.",)))
-    if text:
-        state = {k.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): v for k, v in read_state(text).items()}
-        said.append(f"text from {text}: " + fill(model.text, state, text, ("pooler.", "cls.", "embeddings.position_ids")))
-    return "; ".join(said)
+    for side, path in paths.items():
+        tower, state, unused = getattr(model, side, None), {}, []
+        if tower is None:
+            raise SystemExit(f"--init_{side} {path}: a model for {model.task} has no {side} tower")
+        for key, value in read_state(path).items():
+            for pattern, new in RENAMES[side]:
+                key = re.sub(pattern, new, key, count=1)
+            if key.startswith(UNUSED[side]):
+                unused.append(key)
+            else:
+                state[key] = value
+        mine = {k: v for k, v in tower.state_dict().items() if not k.endswith("num_batches_tracked")}    # WSL's files lack them
+        missing = [f"{k} is missing" for k in mine if k not in state]
+        unexpected = [f"{k} is unexpected" for k in state if k not in mine and not k.endswith("num_batches_tracked")]
+        shapes = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in mine.items() if k in state and state[k].shape != v.shape]
+        matched = len(mine) - len(missing) - len(shapes)
+        wrong = shapes + missing + unexpected
+        if wrong:
+            raise SystemExit(f"--init_{side} {path}: {matched} of {len(mine)} tensors match; {'; '.join(wrong[:3])}"
+                             + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        tower.load_state_dict(state, strict=False)
+        said.append(f"{side} from {path}: {matched} tensors matched, 0 missing, 0 unexpected; not used: {', '.join(unused) or 'none'}")
+    return "\n  ".join(said)
 
 
 Model = Cookie

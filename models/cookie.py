@@ -862,7 +862,7 @@ def load_pretrained(model, **paths):
             raise SystemExit(f"--init_{side} {path}: {matched} of {len(mine)} tensors match; {'; '.join(wrong[:3])}"
                              + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""))
         tower.load_state_dict(state, strict=False)
-        said.append(f"{side} from {path}: {matched} tensors matched, 0 missing, 0 unexpected; not used: {', '.join(unused) or 'none'}")
+        said.append(f"{side} from {path}: {matched} tensors matched, 0 missing, 0 unexpected; not used: {', '.join(sorted(unused)) or 'none'}")
     return "\n  ".join(said)
 
 

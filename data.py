@@ -431,7 +431,7 @@ def pairs_questions(path, root, data, ctx, joined):
         yield where, pair(where, {"image_id": key, "caption": questions}, ctx.here.first(under(bases, image)), ctx)
 
 
-PAIR_FORMATS = {"questions": pairs_questions, "records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco, "instances": pairs_coco,
+PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco, "instances": pairs_coco, "questions": pairs_questions,
                 "tsv": pairs_tsv, "tar": pairs_tar}
 
 

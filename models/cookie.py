@@ -104,9 +104,9 @@ class Config:
 PRESETS = {
     "base": dict(),
     "tiny": dict(image_size=64, backbone="tiny", width=128, text_layers=2, heads=4, act="relu", dropout=0.0, embed_dim=128, te_heads=4,
-                 te_ratio=2, max_text=24, vision_lr=1.0, text_lr=1.0, hash_dropout=0.0,
+                 te_ratio=2, max_text=22, vision_lr=1.0, text_lr=1.0, hash_dropout=0.0,
                  pretrain=[dict(batch_size=64, steps=1000, lr=1e-3, warmup_steps=50, weight_decay=0.02, schedule="cosine", min_lr=1e-4),
-                           dict(batch_size=64, steps=150, lr=2e-4, weight_decay=0.02, schedule="step", crop_scale=(0.6, 1.0))],
+                           dict(batch_size=32, steps=250, lr=2e-4, weight_decay=0.02, schedule="step", crop_scale=(0.6, 1.0))],
                  retrieval=dict(image_view="plain", batch_size=64, steps=300, lr=2e-4, vision_lr=1.0, text_lr=1.0, warmup_epochs=0.2),
                  vtm=dict(batch_size=40, steps=300, lr=5e-4, text_lr=0.2),
                  hashing=dict(image_size=64, backbone="tiny", batch_size=64, steps=400, lr=1e-3, vision_lr=1.0, hash_dropout=0.0,

@@ -268,7 +268,7 @@ def pair(where, raw, image, ctx):
 
 
 def sniff(path):
-    """(format, data) of a file of image-text pairs: tar, tsv, records, karpathy, coco, instances."""
+    """(format, data) of a file of image-text pairs: tar, tsv, records, karpathy, coco, instances, questions."""
     if os.path.isdir(path) or path.endswith(".tar"):
         return "tar", None
     if path.endswith((".tsv", ".txt")):
@@ -283,7 +283,10 @@ def sniff(path):
         return "karpathy", data
     if isinstance(images, list) and isinstance(notes, list):
         return "coco" if any("caption" in n for n in notes[:1]) else "instances", data
-    fail(f"{path}: neither records, Karpathy's nor COCO's json (its keys: {', '.join(data)})")
+    first = next(iter(data.values()), None)
+    if isinstance(data.get("questions"), list) or isinstance(first, dict) and "imageId" in first:
+        return "questions", data
+    fail(f"{path}: neither records, Karpathy's, COCO's, VQA's nor GQA's json (its keys: {', '.join(list(data)[:8])})")
 
 
 def read_instances(path, data, ctx):
@@ -406,7 +409,29 @@ def pairs_tar(path, root, data, ctx, joined):
             yield where, pair(where, {"caption": raw.get("caption")}, (shard,) + image, ctx)
 
 
-PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco, "instances": pairs_coco,
+def pairs_questions(path, root, data, ctx, joined):
+    """The questions of VQA v2 {questions: [{image_id, question}], data_subtype} or GQA {id: {imageId, question}} as the captions of
+    their picture, one record each."""
+    subtype, asked = data.get("data_subtype", ""), {}
+    if isinstance(data.get("questions"), list):
+        for n, raw in enumerate(data["questions"]):
+            where = f"{path} questions[{n}]"
+            key = get(where, raw, "image_id", int)
+            image = raw.get("image") or f"COCO_{subtype.replace('test-dev', 'test')}_{key:012d}.jpg"
+            if "image" not in raw and not subtype:
+                fail(f"{where}: no key 'image', and the file has no 'data_subtype' to name COCO's image by")
+            asked.setdefault((key, image), (where, []))[1].append(get(where, raw, "question", str))
+    else:
+        for name, raw in data.items():
+            where = f"{path} question {name}"
+            key = str(get(where, as_dict(raw, where), "imageId"))
+            asked.setdefault((key, f"{key}.jpg"), (where, []))[1].append(get(where, raw, "question", str))
+    bases = folders(path, root, subtype.replace("test-dev", "test"))
+    for (key, image), (where, questions) in asked.items():
+        yield where, pair(where, {"image_id": key, "caption": questions}, ctx.here.first(under(bases, image)), ctx)
+
+
+PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco, "instances": pairs_coco, "questions": pairs_questions,
                 "tsv": pairs_tsv, "tar": pairs_tar}
 
 
@@ -765,6 +790,10 @@ def stats(records, answers=3192):
     """What a model must know of the training records -> dict: answers (vqa); num_labels, label_names (where there is a label)."""
     if records.name == "vqa":
         return {"answers": answer_list(records, answers)}
+    if records.name == "hashing":
+        return {"num_labels": len(records[0]["labels"])}
+    if records.name == "clips":
+        return {"frame_width": read_frames(records[0]["feature"]).shape[1]}
     if "label" in records[0]:
         labels = Counter(r["label"] for r in records)
         return {"num_labels": max(len(records.label_names or ()), max(labels) + 1), "label_names": records.label_names}
@@ -1023,6 +1052,30 @@ def view_tags(views, key, record, rng, c):
     return {key: torch.tensor(ids + [-1] * (views.tag_width - len(ids)))}
 
 
+def view_sentence(views, key, record, rng, c):
+    """One sentence of a graded pair; the key is its name in the record, `s1` or `s2`."""
+    return views.text(key, record[key])
+
+
+def view_frames(views, key, record, rng, c):
+    """(FRAMES, D) float32 features of a clip, zero padded, and KEY_mask (1 = frame). Of a longer clip FRAMES evenly spread ones."""
+    x = read_frames(record["feature"])
+    if len(x) > FRAMES:
+        x = x[np.linspace(0, len(x) - 1, FRAMES).round().astype(int)]
+    out, mask = torch.zeros(FRAMES, x.shape[1]), torch.zeros(FRAMES, dtype=torch.long)
+    out[:len(x)], mask[:len(x)] = torch.from_numpy(x.astype(np.float32)), 1
+    return {key: out, key + "_mask": mask}
+
+
+def read_frames(path):
+    """A clip's .npy -> (frames, D), memory-mapped. DataError if it is damaged or of another shape."""
+    try:
+        x = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as e:
+        fail(f"{path}: not a readable .npy file ({e})")
+    return x if x.ndim == 2 and len(x) else fail(f"{path}: shape {x.shape}, not (frames, D)")
+
+
 def view_label(views, key, record, rng, c):
     return {key: torch.tensor(record["label"])}
 
@@ -1031,8 +1084,10 @@ def view_labels(views, key, record, rng, c):
     return {key: torch.tensor(record["labels"], dtype=torch.float32)}
 
 
-TEXT_VIEWS = {"caption": view_caption, "paraphrase": view_paraphrase, "question": view_question, "answer": view_answer}
-OTHER_VIEWS = {"tags": view_tags, "label": view_label, "labels": view_labels}
+FRAMES = 32                                                 # most frames of a clip
+TEXT_VIEWS = {"caption": view_caption, "paraphrase": view_paraphrase, "question": view_question, "answer": view_answer,
+              "sentence": view_sentence}
+OTHER_VIEWS = {"tags": view_tags, "label": view_label, "labels": view_labels, "frames": view_frames}
 VIEW_FNS = IMAGE_VIEWS | TEXT_VIEWS | OTHER_VIEWS
 NEEDS = {"caption": "caption", "paraphrase": "caption", "question": "question", "answer": "answers", "tags": "tags",
          "label": "label", "labels": "labels"}
@@ -1258,7 +1313,7 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
     dataset = Views(records, views, tokenizer, image_size, max_text, train=False, **options)
     texts = [k for k, v in dataset.keys.items() if v in ("caption", "paraphrase")]
     if what == "image":
-        images = [k for k, v in dataset.keys.items() if v in IMAGE_VIEWS]
+        images = [k for k, v in dataset.keys.items() if v in IMAGE_VIEWS or v == "frames"]
         items = [(i, 0, 0, images, n) for n, i in enumerate(unique_images(records)[0])]
     elif what == "text":
         counts = ((i, 1 if isinstance(r.get("caption"), str) else len(r.get("caption") or ())) for i, r in enumerate(records))

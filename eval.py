@@ -21,10 +21,12 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -219,6 +221,41 @@ def average(results):
     return {k: sum(r[k] for r in results) / len(results) for k in results[0]}
 
 
+def pearson(x, y):
+    """Pearson's correlation of two sequences of n numbers, in [-1, 1]; NaN where one is constant."""
+    x, y = (np.asarray(v, np.float64) - np.mean(v) for v in (x, y))
+    norm = np.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / norm) if norm > 0 else math.nan
+
+
+def average_ranks(x):
+    """Ranks 1..n of n numbers, equal ones at the mean of their places -> (n,) float64."""
+    _, place, count = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[place]
+
+
+def spearman(x, y):
+    """Spearman's correlation: Pearson's of the average_ranks()."""
+    return pearson(average_ranks(x), average_ranks(y))
+
+
+def map_at(query, database, query_labels, database_labels, r=5000, chunk=64):
+    """MAP@r of hash codes, in percent, with both denominators. Codes: (Q, K), (N, K) of +1 and -1; labels: (Q, C), (N, C) 0/1; two
+    images that share a label are relevant to each other. The database is ordered by Hamming distance, equal ones in its own order.
+
+    -> (AP over the relevant within the top r, 0 if none [CSQ's], AP over the relevant in the whole database)."""
+    within, whole = [], []
+    for q, labels in zip(query.float().split(chunk), query_labels.float().split(chunk)):
+        order = (q @ database.float().T).sort(dim=1, descending=True, stable=True).indices[:, :r]    # (q, r)
+        relevant = labels @ database_labels.float().T > 0                                    # (q, N)
+        hit = relevant.gather(1, order).double()
+        gain = (hit * hit.cumsum(1) / torch.arange(1, order.shape[1] + 1, device=q.device)).sum(1)
+        within.append(gain / hit.sum(1).clamp(min=1))
+        whole.append(gain / relevant.sum(1).clamp(min=1))
+    return 100 * torch.cat(within).mean().item(), 100 * torch.cat(whole).mean().item()
+
+
 def vqa_accuracy(answer, answers):
     """The official VQA score in [0, 1]: over each leaving-out of one annotator, min(1, matches among the others / 3), averaged;
     answer and answers are normalized first (data.normalize_answer). With a single annotator: equal or not."""
@@ -270,7 +307,10 @@ class Eval:
 
     def open(self, need=()):
         """The records of the split (test; without one, val), with what the checkpoint was trained on in the protocol."""
-        split = self.opts.split or "test"
+        split, module = self.opts.split or "test", sys.modules[type(self.model).__module__]
+        own = module.VIEWS[self.info["task"]]["source"]
+        if not self.opts.data and self.views["source"] != own and self.spec == self.loop.get("data") != "shapes":
+            raise SystemExit(f"{self.task}: it reads {self.views['source']}, the run's data are {own}: name files with --data")
         read = lambda split: data.open_source(self.views["source"], self.spec, split, self.root, limit=self.opts.limit, need=need)
         try:
             records = read(split)
@@ -279,11 +319,21 @@ class Eval:
                 raise
             records, split = read("val"), "val"
         seen, start = self.loop.get("data") or "shapes", f", from {self.loop['init']}" if self.loop.get("init") else ""
-        how = "pre-trained only" if self.info["task"] == "pretrain" else f"fine-tuned ({self.info['task']})"
+        task = self.info["task"]                                                            # one that is no TASK is a stage of pre-training
+        how = "pre-trained only" if task == "pretrain" or task not in module.TASKS else f"fine-tuned ({task})"
         known = set(seen.split(",")) & set(self.spec.split(","))
         self.protocol.update(data=self.spec, split=split, records=len(records), limit=self.opts.limit,
                              protocol=f"{'in domain' if known else 'zero-shot'}, {how}, trained on {seen}{start}")
+        if records.protocol:
+            self.protocol.update(lists=records.protocol)
         return records
+
+    def other(self, path):
+        """Another run under the same options, for a comparison."""
+        model, info = load_run(path, self.device)
+        if self.task not in offered(model):
+            raise SystemExit(f"{path}: {type(model).__name__} trained for {info['task']} does not offer {self.task}")
+        return Eval(model, info, self.task, self.opts, self.rank, self.world)
 
     def batches(self, records, what, views=None):
         """This rank's batches, on the device: images, flattened captions ("text") or whole records ("sample")."""
@@ -357,25 +407,34 @@ def match_scores(ev, records, texts, keys=None):
     return out.cpu()
 
 
+def visual_encoder(model):
+    """The method that embeds what texts are matched with, pictures or clips; None if the model has neither."""
+    return next((f for f in (getattr(model, name, None) for name in ("encode_image", "encode_clip")) if callable(f)), None)
+
+
 def retrieval(ev):
     """Image->text and text->image over the whole split, in its order; 5,000 images also as five folds of 1,000. The dual
     encoder's scores, then its k best put in the order of match(); a model without encoders has every pair scored by match()."""
     records = ev.open(need=("caption",))
     owner, order = data.flat_captions(records)[1].sort(stable=True)                         # captions in the images' order
     n, m, rule, k = int(owner[-1]) + 1, len(owner), ev.setting("rerank", "itm"), ev.setting("rerank_k", 128)
-    dual = callable(getattr(ev.model, "encode_image", None))
-    rerank = dual and rule != "none" and k > 0 and callable(getattr(ev.model, "match", None))
+    dual = visual_encoder(ev.model) is not None
+    rerank = dual and rule != "none" and k > 0 and callable(getattr(ev.model, "match", None)) and not ev.opts.ensemble
     texts = {}
     if rerank or not dual:
         texts = ev.collect(records, "text", m, lambda b: ev.states("text", b), "texts")
     if dual:
         base = "dual encoder"
-        image_emb = ev.collect(records, "image", n, lambda b: {"e": ev.model.encode_image(b).float()}, "images")["e"]
+        image_emb = ev.collect(records, "image", n, lambda b: {"e": visual_encoder(ev.model)(b).float()}, "images")["e"]
         if "text_emb" not in texts:                                                         # states may come with the embedding
             texts["text_emb"] = ev.collect(records, "text", m, lambda b: {"e": ev.model.encode_text(b)}, "texts")["e"]
     texts = {name: t[order] for name, t in texts.items()}
     if dual:
         sim = image_emb.to(ev.device) @ texts.pop("text_emb").float().to(ev.device).T       # (N, M) float32: 0.5 GB for COCO 5K
+        if ev.opts.ensemble:
+            sim, base = ensemble(ev, records, sim, order)
+    elif ev.opts.ensemble:
+        raise SystemExit(f"--ensemble averages similarities of dual encoders; {type(ev.model).__name__} has none")
     else:
         base, sim = f"match, all {n * m:,} pairs", match_scores(ev, records, texts).view(n, m)
     owner, how = owner.to(sim.device), f"re-ranked, {rule}, k={k}" if rerank else base
@@ -405,7 +464,7 @@ def retrieval(ev):
         if rerank:
             found[how] = [summary(*reranked(*spans[span], *tops[span], *scores[span])) for span in part]
         metrics = metrics or average(found[how])
-        if ev.spec == "shapes" and part == [(0, n)] and ev.opts.limit is None:
+        if ev.spec == "shapes" and records.name == "pairs" and part == [(0, n)] and ev.opts.limit is None:
             oracle = shapes.oracle_recall(records.root, records.split)                      # reads captions without a fault
             found["oracle ceiling"] = [{key: 100 * oracle[key] for key in ("i2t_r1", "t2i_r1")}]
         rows += [{"images": name, "scores": row, **average(results)} for row, results in found.items()]
@@ -414,6 +473,24 @@ def retrieval(ev):
                        ties="a wrong candidate with an equal score ranks first", rerank=RULES[rule] if rerank else RULES["none"],
                        rerank_k=[min(k, m), min(k, n)] if rerank else None)
     return {"rows": rows, "metrics": metrics}
+
+
+def ensemble(ev, records, sim, order):
+    """The mean of `sim` (N, M) and the similarities of the runs in --ensemble (this run itself counts once) -> (N, M), its name."""
+    mine = Path(ev.info["path"]).resolve()
+    others = {p.resolve(): p for p in map(find_run, ev.opts.ensemble)}
+    others = [p for full, p in others.items() if full != mine]
+    if not others:
+        raise SystemExit("--ensemble: name at least one other run")
+    n, m = sim.shape
+    for path in others:
+        run = ev.other(path)
+        image_emb = run.collect(records, "image", n, lambda b: {"e": visual_encoder(run.model)(b).float()}, "images")["e"]
+        text_emb = run.collect(records, "text", m, lambda b: {"e": run.model.encode_text(b).float()}, "texts")["e"][order]
+        sim = sim + image_emb.to(ev.device) @ text_emb.to(ev.device).T
+        ev.bad |= run.bad
+    ev.protocol.update(ensemble=[str(mine)] + [str(p) for p in others])
+    return sim / (1 + len(others)), f"mean similarity of {1 + len(others)} runs"
 
 
 RULES = {"itm": "the k best by their match score alone (ALBEF), all others below",
@@ -696,6 +773,226 @@ def draw_gallery(parts, path, width=192):
     sheet.save(path)
 
 
+def vtm(ev):
+    """Video-text retrieval: retrieval() with clips for images; `lists` in the output names the split, "full" or "1k-A"."""
+    records, width = ev.open(need=("caption",)), ev.cfg.frame_width
+    found = data.read_frames(records[0]["feature"]).shape[1]
+    if found != width:
+        raise SystemExit(f"{records[0]['feature']}: {found} features a frame, the run was trained on {width}")
+    result = retrieval(ev)
+    ev.protocol.update(frames=f"at most {data.FRAMES} a clip, evenly spread")
+    result["rows"] = [{"clips": row["images"], **{k: v for k, v in row.items() if k != "images"}} for row in result["rows"]]
+    return result
+
+
+def bag_of_words(a, b):
+    """Cosine of two sentences' word counts, in [0, 1]."""
+    a, b = (Counter(re.findall(r"\w+", s.lower())) for s in (a, b))
+    norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
+    return sum(a[w] * b[w] for w in a) / norm if norm else 0.0
+
+
+def graded(score, gold, subsets):
+    """Correlations in percent of n scores with n grades. `pearson`, `spearman` over all pairs at once, "P+S / 2" their mean;
+    `mean` and `wmean`: Spearman within each subset, averaged plainly or by size (subsets of one pair are left out)."""
+    p, s = 100 * pearson(score, gold), 100 * spearman(score, gold)
+    groups = [[i for i, name in enumerate(subsets) if name == g] for g in dict.fromkeys(subsets)]
+    groups = [g for g in groups if len(g) > 1]
+    inner = [100 * spearman([score[i] for i in g], [gold[i] for i in g]) for g in groups]
+    return {"P+S / 2": (p + s) / 2, "pearson": p, "spearman": s, "mean": sum(inner) / len(inner),
+            "wmean": sum(v * len(g) for v, g in zip(inner, groups)) / sum(map(len, groups))}
+
+
+def sts(ev):
+    """Cosines of sentence vectors against graded pairs, without training, beside a bag of words; each dataset (STS12, ..., STSB) on
+    its own, over all its subsets at once."""
+    ev.views = {"source": "sts", "s1": "sentence", "s2": "sentence"}
+    records = ev.open()
+    if len(records) < 2:
+        raise SystemExit("sts: a correlation needs two pairs of sentences")
+    encode = lambda b, key: ev.model.encode_text({"text": b[key], "text_mask": b[key + "_mask"]}).float()
+    cosine = ev.collect(records, "sample", len(records), lambda b: {"c": (encode(b, "s1") * encode(b, "s2")).sum(1)})["c"].tolist()
+    scores = {"bag of words": [bag_of_words(r["s1"], r["s2"]) for r in records], "model": cosine}
+    rows, sets = [], defaultdict(list)
+    for i, r in enumerate(records):
+        sets[r["dataset"]].append(i)
+    for name, at in sets.items():
+        for who, score in scores.items():
+            rows.append({"data": name, "pairs": len(at), "scores": who,
+                         **graded([score[i] for i in at], [records[i]["score"] for i in at], [records[i]["subset"] for i in at])})
+    kept = ("P+S / 2", "spearman", "pearson")
+    metrics = {k: sum(r[k] for r in rows[1::2]) / len(sets) for k in kept}
+    metrics["baseline"] = sum(r["spearman"] for r in rows[::2]) / len(sets)
+    ev.protocol.update(similarity="cosine, no training", unscored=records.notes.get("unscored", 0))
+    return {"rows": rows, "metrics": metrics}
+
+
+def hashing(ev):
+    """MAP@5000 of hash codes: the test list's pictures ask, the database list answers; beside random codes."""
+    queries, opts = ev.open(need=("labels",)), ev.opts
+    if not (opts.database or ev.spec == "shapes" or os.path.isdir(ev.spec)):
+        raise SystemExit("hashing: --data names the queries' list; name the database's with --database (or give the folder of both)")
+    database = data.open_source("hashing", opts.database or ev.spec, "database", ev.root, need=("labels",))
+    codes, labels, left_out = [], [], []
+    for records, text in ((queries, "queries"), (database, "database")):
+        y = torch.tensor([r["labels"] for r in records])
+        labeled = y.any(1)
+        codes.append(ev.collect(records, "sample", len(records), lambda b: {"h": ev.model.hash_codes(b)}, text)["h"][labeled])
+        labels.append(y[labeled])
+        left_out.append(int((~labeled).sum()))
+    if labels[0].shape[1] != labels[1].shape[1] or not min(map(len, codes)):
+        raise SystemExit(f"hashing: {labels[0].shape[1]} labels in the queries' list, {labels[1].shape[1]} in the database's; "
+                         f"{len(codes[0])} and {len(codes[1])} labeled images")
+    r, g = min(opts.map_at, len(codes[1])), torch.Generator().manual_seed(0)
+    chance = [torch.randint(0, 2, c.shape, generator=g) * 2.0 - 1 for c in codes]
+    rows, name = [], f"MAP@{opts.map_at}"
+    for who, (q, d) in (("random codes", chance), ("model", codes)):
+        within, whole = map_at(q, d, *labels, r)
+        rows.append({"codes": who, "bits": q.shape[1], "queries": len(q), "database": len(d), name: within, f"{name}, all relevant": whole})
+    ev.protocol.update(r=r, denominator=f"{name}: the relevant within the top {r} (CSQ); 'all relevant': those in the whole database",
+                       ties="equal distances in the database's order", left_out_without_label=left_out)
+    return {"rows": rows, "metrics": {"map": rows[1][name], "map_all_relevant": rows[1][f"{name}, all relevant"],
+                                      "baseline": rows[0][name]}}
+
+
+def by_rank(picture, scores):
+    """The picture, each area as bright as its score ranks: 20 % the lowest, 100 % the highest. scores: (h, w)."""
+    order = scores.flatten().argsort().argsort().view(scores.shape).float()
+    light = 0.2 + 0.8 * order / max(1, order.numel() - 1)
+    light = F.interpolate(light[None, None], (picture.height, picture.width), mode="nearest")[0, 0].numpy()
+    return Image.fromarray(np.uint8(np.asarray(picture) * light[..., None]))
+
+
+def draw_ranks(picture, panels, path, width=256):
+    """One PNG: the picture, then for each (title, scores (h, w), [(word, score)]) the picture by_rank() and the sentence, its five
+    best words marked."""
+    picture = picture.resize((width, max(1, round(width * picture.height / picture.width))), Image.BICUBIC)
+    font = ImageFont.load_default(13)
+    tiles, rows = len(panels) + 1, 1 + max(len(words) for _, _, words in panels) // 4
+    sheet = Image.new("RGB", (tiles * (width + 10) + 10, picture.height + 40 + 20 * (rows + 1)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((10, 6), "picture", "black", font)
+    sheet.paste(picture, (10, 26))
+    for n, (title, scores, words) in enumerate(panels, 1):
+        left, x, y = 10 + n * (width + 10), 0, picture.height + 34
+        pen.text((left, 6), title, "black", font)
+        sheet.paste(by_rank(picture, scores), (left, 26))
+        best = sorted(range(len(words)), key=lambda i: -words[i][1])[:5]
+        for i, (word, _) in enumerate(words):
+            length = pen.textlength(word, font)
+            if x and x + length > width:
+                x, y = 0, y + 20
+            if i in best:
+                pen.rectangle((left + x - 1, y - 1, left + x + length + 1, y + 17), fill=(255, 214, 102))
+            pen.text((left + x, y), word, "black", font)
+            x += length + 7
+    sheet.save(path)
+    return path
+
+
+def attention(ev):
+    """Figure 3: how near each area and each word lies to the final vector, by rank; with --beside, another run next to it."""
+    runs = ([ev.other(ev.opts.beside)] if ev.opts.beside else []) + [ev]
+    for run in runs:
+        run.views, middle = seen_by(run.views)
+        run.rank, run.world = 0, 1                                                          # one picture: each process looks at it
+    if bool(ev.opts.image) != bool(ev.opts.text):
+        raise SystemExit("attention: --image and --text go together (without them: the split's first picture and caption)")
+    if ev.opts.image:
+        records = data.Records("pairs", None)
+        records.append({"image": ev.opts.image, "image_id": 0, "caption": [ev.opts.text]})
+    else:
+        records = ev.open(need=("caption",)).subset([0])
+    text = records[0]["caption"][0]
+    try:
+        picture = data.load_image(records[0]["image"])
+    except data.BadImage as e:
+        raise SystemExit(f"{records[0]['image']}: {e}")
+    panels, rows = [], []
+    for run in runs:
+        batch = next(run.batches(records, "sample"))
+        scores, mask = run.model.token_scores(batch), batch["text_mask"][0].bool()
+        tokens = run.tokenizer.tokens(batch["text"][0][mask].tolist())
+        words = [(w, float(s)) for w, s in word_maps(tokens, scores["text"][0][mask].float().cpu())]
+        areas, title = scores["image"][0].float().cpu(), str(run.info.get("path") or run.info["task"])
+        panels.append((title if len(title) < 38 else "..." + title[-35:], areas, words))
+        row, column = divmod(int(areas.argmax()), areas.shape[1])
+        top = sorted(words, key=lambda w: -w[1])[:5]
+        rows.append({"run": title, "grid": "x".join(map(str, areas.shape)), "brightest": f"row {row + 1}, column {column + 1}",
+                     "top words": ", ".join(w for w, _ in top)})
+    picture = data.center(picture, min(picture.size)) if middle else picture
+    out = Path(ev.opts.out) if ev.opts.out else result_path(ev, "attention.png")
+    draw_ranks(picture, panels, out)
+    ev.protocol.update(text=text, image=records[0]["image"], brightness="by rank of the cosine with the final vector", file=str(out))
+    return {"rows": rows, "metrics": {}}
+
+
+def timed(fn, device, repeats):
+    """Seconds of the fastest of `repeats` calls, the device waited for."""
+    best = math.inf
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        fn()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def score_dual(ev, images, texts):
+    """Batches -> (N, M): every picture and every caption through its encoder once, then one matrix product."""
+    image_emb, text_emb = (torch.cat([encode(b).float() for b in part]) for encode, part in
+                           ((ev.model.encode_image, images), (ev.model.encode_text, texts)))
+    return image_emb @ text_emb.T
+
+
+def score_pairs(ev, images, texts):
+    """Batches -> (N * M,): every picture with every caption through match()."""
+    states = [ev.states("text", b) for b in texts]
+    states = {k: torch.cat([s[k] for s in states]) for k in states[0]}
+    m, out = len(next(iter(states.values()))), []
+    for batch in images:
+        image = ev.states("image", batch)
+        n = len(next(iter(image.values())))
+        for pair in torch.arange(n * m, device=ev.device).split(ev.opts.pairs):
+            out.append(ev.model.match({**{k: v[pair // m] for k, v in image.items()}, **{k: v[pair % m] for k, v in states.items()}}))
+    return torch.cat(out)
+
+
+def speed(ev):
+    """Figure 4: seconds of embedding and scoring a gallery of n pictures and their captions, reading files not counted; for a dual
+    encoder, and for a model that scores pairs; with --beside, those of another run too. `growth` = log of the ratio of seconds over
+    log of the ratio of pictures, from one size to the next: 1 is O(n), 2 is O(n^2)."""
+    rows, metrics, sizes = [], {}, sorted({int(s) for s in ev.opts.sizes.split(",")})
+    for run in [ev] + ([ev.other(ev.opts.beside)] if ev.opts.beside else []):
+        run.rank, run.world, run.views = 0, 1, seen_by(run.views)[0]
+        records = run.open(need=("caption",))
+        if len(records) < sizes[-1]:
+            raise SystemExit(f"--sizes {ev.opts.sizes}: the split has {len(records)} pictures")
+        has = lambda *names: all(callable(getattr(run.model, n, None)) for n in names)
+        ways = {"dual encoder": score_dual} if has("encode_image", "encode_text") else {}
+        ways |= {"match, every pair": score_pairs} if has("match") else {}
+        for way, score in ways.items():
+            seconds, name = [], str(run.info.get("path") or run.info["task"])
+            for n in sizes:
+                part = records.subset(range(n))
+                images, texts = list(run.batches(part, "image")), list(run.batches(part, "text"))
+                if not seconds:
+                    score(run, images[:1], texts[:1])                                       # the first call is slower
+                seconds.append(timed(lambda: score(run, images, texts), run.device, 3 if way == "dual encoder" else 1))
+                growth = math.log(seconds[-1] / seconds[-2]) / math.log(n / last) if len(seconds) > 1 else None
+                rows.append({"run": name, "way": way, "pictures": n,
+                             "captions": sum(len(b["index"]) for b in texts), "seconds": f"{seconds[-1]:.4f}",
+                             "growth": None if growth is None else f"{growth:.2f}"})
+                last = n
+            slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0] if len(sizes) > 1 else math.nan
+            metrics[f"{name}, {way}: growth"] = float(slope)
+    ev.protocol.update(sizes=sizes, threads=torch.get_num_threads(), batch_size=ev.opts.batch_size, pairs=ev.opts.pairs)
+    return {"rows": rows, "metrics": metrics}
+
+
 # name -> (function, what the model must have: any of these sets of methods)
 TASKS = {
     "retrieval": (retrieval, (("encode_image", "encode_text"), ("match",))),
@@ -706,6 +1003,11 @@ TASKS = {
     "pointing": (pointing, (("gradcam",),)),
     "cross_attention": (cross_attention, (("cross_attention",),)),
     "gallery": (gallery, (("encode_image", "encode_text"),)),
+    "vtm": (vtm, (("encode_clip", "encode_text"),)),
+    "sts": (sts, (("encode_text",),)),
+    "hashing": (hashing, (("hash_codes",),)),
+    "attention": (attention, (("token_scores",),)),
+    "speed": (speed, (("encode_image", "encode_text"), ("match",))),
 }
 
 
@@ -790,10 +1092,15 @@ def parser():
     p.add_argument("--folds", type=int, help="retrieval also as the mean over so many folds; default: 5 for 5,000 images")
     p.add_argument("--answers", help="vqa: the answer list, JSON or one a line; default: the run's")
     p.add_argument("--shortlist", type=int, help="vqa: answers kept by their first token (default: 128)")
-    p.add_argument("--image", help="gradcam, gallery: the picture")
-    p.add_argument("--text", help="gradcam: what is said of it; gallery: the query")
+    p.add_argument("--ensemble", nargs="+", metavar="RUN", help="retrieval: average the similarities with those of these runs")
+    p.add_argument("--beside", metavar="RUN", help="attention, speed: another run to show beside this one")
+    p.add_argument("--sizes", default="16,32,64,128", help="speed: gallery sizes in pictures (default: 16,32,64,128)")
+    p.add_argument("--database", help="hashing: the database's list; default: database.txt in the folder --data")
+    p.add_argument("--map_at", type=int, default=5000, help="hashing: how many answers count (default: 5000)")
+    p.add_argument("--image", help="gradcam, attention, gallery: the picture")
+    p.add_argument("--text", help="gradcam, attention: what is said of it; gallery: the query")
     p.add_argument("--block", type=int, help="gradcam: which fusion layer, from 0; default: the model's")
-    p.add_argument("--out", help="gradcam, gallery: the PNG; default: RUN/<task>.png")
+    p.add_argument("--out", help="gradcam, attention, gallery: the PNG; default: RUN/<task>.png")
     return p
 
 

@@ -114,7 +114,7 @@ class Config:
     joint_dim: int = 1024           # retrieval_gru: d of the joint space
     tag_dim: int = 4096             # tagging: d of the PMI embeddings, at most V
     tag_hidden: int = 2048          # tagging: hidden width of the MLP
-    detect_sizes: tuple = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short sides: training draws, evaluation has the last
+    detect_sizes: tuple = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short sides: drawn; the last in evaluation
     detect_max: int = 1333          # longest side
     anchors: tuple = (32, 64, 128, 256, 512)  # anchor sides in pixels; with FPN one per level
     rois: int = 512                 # RoIs sampled per image in training
@@ -125,10 +125,10 @@ PRESETS = {
     "base": dict(),                                                # COCO
     "stock": dict(queue_size=65536, pretrain=dict(epochs=60)),
     "tiny": dict(image_size=64, block="basic", layers=(1, 1, 1, 1), stem="small", vision_width=32, width=128, text_layers=2,
-                 text_heads=4, act="relu", dropout=0.0, max_text=24, head_hidden=256, intra_dim=64, inter_dim=128, queue_size=1024,
-                 momentum=0.99, lambda_ic=3.2e-3, lambda_ci=3.2e-3, bn_groups=2, joint_dim=256, word_dim=64, tag_hidden=256,
+                 text_heads=4, act="relu", dropout=0.0, max_text=24, head_hidden=256, intra_dim=64, inter_dim=128,
+                 queue_size=1024, momentum=0.99, lambda_ic=3.2e-3, lambda_ci=3.2e-3, bn_groups=2, joint_dim=256, word_dim=64, tag_hidden=256,
                  detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=32, proposals=(100, 100),
-                 pretrain=dict(batch_size=64, steps=1000, lr=0.03, text_lr=0.03, crop_scale=(0.4, 1.0), evals="retrieval,probe"),
+                 pretrain=dict(batch_size=64, steps=1000, lr=0.03, text_lr=0.03, crop_scale=(0.4, 1.0)),
                  linear=dict(epochs=60),
                  detection=dict(batch_size=8, steps=300, lr=0.01, warmup_steps=20),
                  segmentation=dict(batch_size=8, steps=300, lr=0.01, warmup_steps=20),
@@ -138,8 +138,7 @@ PRESETS = {
 
 # Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults, [V] = VSE++'s code, [-] = ours.
 RECIPE = {
-    "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200, batch_size=512,
-                     evals="retrieval"),                           # the probe needs an ImageFolder: eval.py RUN --task probe --data
+    "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200, batch_size=512),
     "linear": dict(optimizer="sgd", lr=30.0, weight_decay=0.0, schedule="step", milestones="0.5,0.66667,0.83333", gamma=0.2,
                    epochs=60, batch_size=256),
     "detection": dict(optimizer="sgd", lr=0.02, weight_decay=1e-4,                 # weight decay [D]
@@ -156,7 +155,8 @@ RECIPE = {
 
 TASKS = tuple(RECIPE)
 EVALS = {"pretrain": ("retrieval", "probe"), "linear": ("linear",), "detection": ("detection",),
-         "segmentation": ("segmentation",), "retrieval_gru": ("retrieval",), "tagging": ("tagging",), "tag_supervised": ("tagging",)}
+         "segmentation": ("segmentation",), "retrieval_gru": ("retrieval",), "tagging": ("tagging",),
+         "tag_supervised": ("tagging",)}
 INITS = ("vision", "text")
 FEATURES = dict(features="features", features_eval="center", norm="imagenet")      # of the frozen ResNet, computed once
 VIEWS = {
@@ -453,7 +453,7 @@ def unshuffle(x, restore):
 
 @torch.no_grad()
 def push_(rings, ptr, rows):
-    """Writes rows (N, ...) at `ptr` of rings (K, ...), two lists of tensors, around their end, and moves ptr; of more rows the last K."""
+    """Writes rows (N, ...) at `ptr` of rings (K, ...), two lists of tensors, around their end (of more, the last K); moves ptr."""
     size = len(rings[0])
     count = len(rows[0])
     slots = (ptr + count - min(count, size) + torch.arange(min(count, size), device=ptr.device)) % size
@@ -678,11 +678,11 @@ class Mct(nn.Module):
         self.spaces = {"vision": ["intra"] * (cfg.lambda_ii > 0 or self.tagged) + ["inter"] * cross,
                        "text": ["intra"] * (cfg.lambda_cc > 0) + ["inter"] * cross}
         if not self.spaces["vision"]:
-            raise SystemExit("models/mct.py: lambda_ii, lambda_tag, lambda_ic and lambda_ci are 0: nothing trains the image encoder")
+            raise SystemExit("models/mct.py: lambda_ii, _tag, _ic and _ci are all 0: nothing trains the image encoder")
         if cfg.heads not in ("distinct", "unified"):
             raise SystemExit(f"models/mct.py: --heads {cfg.heads}: distinct or unified")
         if cfg.heads == "unified" and cfg.intra_dim != cfg.inter_dim:
-            raise SystemExit(f"models/mct.py: --heads unified: --intra_dim {cfg.intra_dim} and --inter_dim {cfg.inter_dim} must be equal")
+            raise SystemExit(f"models/mct.py: --heads unified: --intra_dim ({cfg.intra_dim}) and --inter_dim ({cfg.inter_dim}) differ")
         groups = cfg.bn_groups if world() == 1 else 1
         self.vision = resnet(cfg, partial(SplitBatchNorm, groups=groups))
         self.vision_heads = self.make_heads(width, self.spaces["vision"])
@@ -750,7 +750,7 @@ class Mct(nn.Module):
         return batch["features"] if "features" in batch else self.vision(batch["image"])
 
     def project(self, side, features, m=""):
-        """Pooled features (B, D) of side "vision" or "text" -> {"intra", "inter": (B, d) unit norm, float32}. m="_m": the copy's."""
+        """Pooled features (B, D) of side "vision" or "text" -> {"intra", "inter": (B, d) unit norm}. m="_m": by the copy's heads."""
         out = {name: F.normalize(head(features).float(), dim=-1) for name, head in getattr(self, f"{side}_heads{m}").items()}
         return {space: out.get(space, out.get("both")) for space in self.spaces[side]}
 
@@ -814,7 +814,7 @@ class Mct(nn.Module):
         return k
 
     def nce(self, q, k, side, ids):
-        """Eq. (3), (8): the log-sum-exp (B,) over own key and queue, and the own key's score (B,); the loss is their difference."""
+        """Eq. (3), (8): log-sum-exp (B,) over own key and queue, and the own key's score (B,); the loss is their difference."""
         cfg = self.cfg
         present = self.queue_captioned if side == "text" else None
         own = (q * k).sum(-1) / cfg.tau
@@ -833,7 +833,7 @@ class Mct(nn.Module):
         cfg, ids = self.cfg, batch["image_id"]
         b = len(ids)
         if self.training and world() == 1 and (b % cfg.bn_groups or b == cfg.bn_groups):
-            raise SystemExit(f"models/mct.py: a batch of {b} is not {cfg.bn_groups} virtual groups of two or more: set --bn_groups")
+            raise SystemExit(f"models/mct.py: a batch of {b} is not {cfg.bn_groups} virtual groups of 2 or more: set --bn_groups")
         captioned = batch.get("text_valid", torch.ones_like(ids)).bool()
         q, all_keys = self.queries(batch), self.keys(batch)
         k = {side: {space: z[rank() * b:rank() * b + b] for space, z in keys.items()} for side, keys in all_keys.items()}
@@ -843,8 +843,8 @@ class Mct(nn.Module):
             rows["ii"] = lse - own                                                    # Eq. 3
             if self.tagged:                                                           # Eq. 4, 5
                 tags = batch["tags"]
-                total, count = tag_sums(self.queue_vision_intra, ids, self.queue_ids, tags, self.queue_tags, self.num_tags, cfg.tag_eps,
-                                        cfg.queue_chunk)
+                total, count = tag_sums(self.queue_vision_intra, ids, self.queue_ids, tags, self.queue_tags, self.num_tags,
+                                        cfg.tag_eps, cfg.queue_chunk)
                 mean = (own + (q["vision"]["intra"] * total).sum(-1) / cfg.tau) / (1 + count)
                 rows["tag"] = (lse - mean) * (tags >= 0).any(-1)
                 logs["positives"] = 1 + count.mean()
@@ -964,7 +964,7 @@ def read_state(path):
 def load_pretrained(model, vision=None, text=None):
     """Fills the ResNet from torchvision's key names, the text encoder from Hugging Face's BERT; a momentum copy follows.
 
-    -> a line that says what was done. Every key must find its place or be known as not needed here; SystemExit names the first that does not.
+    -> a line that says what was done. Every key must find its place or be known as not needed; SystemExit names the first other.
     """
     news = []
     for side, path in (("vision", vision), ("text", text)):

@@ -139,13 +139,14 @@ PRESETS = {
 # Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults, [V] = VSE++'s code, [-] = ours.
 RECIPE = {
     "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200, batch_size=512),
-    "linear": dict(optimizer="sgd", lr=30.0, weight_decay=0.0, schedule="step", milestones="0.5,0.66667,0.83333", gamma=0.2,
+    "linear": dict(optimizer="sgd", lr=30.0, weight_decay=0.0, schedule="step", milestones="0.5,0.6666666,0.8333333", gamma=0.2,
                    epochs=60, batch_size=256),
     "detection": dict(optimizer="sgd", lr=0.02, weight_decay=1e-4,                 # weight decay [D]
                       warmup_steps=100, warmup_lr=2e-5, schedule="step",           # warm-up from lr/1000 [D]
-                      milestones="0.75,0.916667", steps=24000, batch_size=16),
+                      milestones="0.75,0.9166666", steps=24000, batch_size=16),
     "segmentation": dict(optimizer="sgd", lr=0.02, weight_decay=1e-4, warmup_steps=1000, warmup_lr=2e-5, schedule="step",   # [D]
-                         milestones="0.666667,0.888889", steps=180000, batch_size=16,
+                         milestones="0.6666666,0.8888888", steps=180000, batch_size=16,
+                         proposals=(1000, 1000),                                   # [D]
                          detect_sizes=(640, 672, 704, 736, 768, 800)),             # [M]
     "retrieval_gru": dict(optimizer="adam", lr=2e-4, schedule="step", milestones="0.5", gamma=0.1, clip=2.0,     # clip [V]
                           epochs=150, batch_size=128),                             # 30 epochs of 5 captions an image
@@ -961,38 +962,51 @@ def read_state(path):
     return state.get("state_dict", state.get("model", state))
 
 
+# Foreign names: what they are called here, after the tower's own prefix; and what a checkpoint may hold beside the tower.
+RENAMES = {"vision": {}, "text": {"bert.": "", "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}}
+BESIDE = {"vision": ("fc.",), "text": ("cls.", "embeddings.position_ids", "dropout.", "classifier.")}
+
+
 def load_pretrained(model, vision=None, text=None):
     """Fills the ResNet from torchvision's key names, the text encoder from Hugging Face's BERT; a momentum copy follows.
 
-    -> a line that says what was done. Every key must find its place or be known as not needed; SystemExit names the first other.
+    -> a line that says what matched, was missing and was unexpected. SystemExit unless every tensor of the tower is filled (but
+    for batch norm's counters of batches, which old files lack) and every other key is known as a classifier or a constant.
     """
     news = []
     for side, path in (("vision", vision), ("text", text)):
         if not path:
             continue
         if side == "text" and not hasattr(model, "text"):
-            raise SystemExit(f"--init_text {path}: task {model.task} has no BERT")
-        state, dropped, found = read_state(path), [], {}
+            raise SystemExit(f"--init_text {path}: task {model.task} trains no BERT")
+        state, beside, found = read_state(path), [], {}
         for key, value in state.items():
-            name = key.removeprefix("bert.").replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-            if name.startswith(("fc.", "cls.", "seq_relationship.")) or name == "embeddings.position_ids":
-                dropped.append(key)                                     # classifiers, and a constant
+            name = key
+            for theirs, ours in RENAMES[side].items():
+                name = name.replace(theirs, ours)
+            if name.startswith(BESIDE[side]):
+                beside.append(key)
             else:
                 found[f"{side}.{name}"] = value
         found, mine = model.adapt(found), model.state_dict()
-        prefixes = BACKBONE if side == "vision" else ("text.",)
-        absent = [k for k in mine if k.startswith(prefixes) and k not in found and not k.endswith("num_batches_tracked")]
-        extra = [k for k in found if k not in mine]
-        wrong = [k for k in found if k in mine and found[k].shape != mine[k].shape]
-        if absent or extra or wrong:
-            raise SystemExit(f"--init_{side} {path}: " + (
-                f"{wrong[0]} is {tuple(found[wrong[0]].shape)}, not {tuple(mine[wrong[0]].shape)}" if wrong
-                else f"{extra[0]} has no place here" if extra else f"it does not fill {absent[0]}"))
+        tower = BACKBONE if side == "vision" else ("text.",)
+        missing = [k for k in mine if k.startswith(tower) and k not in found]
+        unexpected = [k for k in found if not (k in mine and k.startswith(tower))]
+        wrong = [f"{k} is {tuple(v.shape)}, not {tuple(mine[k].shape)}" for k, v in found.items()
+                 if k in mine and v.shape != mine[k].shape]
+        report = (f"--init_{side} {path}: matched {len(found) - len(unexpected) - len(wrong)}, missing {listed(missing)}, "
+                  f"unexpected {listed(unexpected + beside)}")
+        if wrong or unexpected or [k for k in missing if not k.endswith("num_batches_tracked")]:
+            raise SystemExit(report + (f"; {wrong[0]}" if wrong else ""))
         model.load_state_dict(found, strict=False)
         if side in model.students:
             getattr(model, side + "_m").load_state_dict(getattr(model, side).state_dict())
-        news.append(f"{side} from {path}: {len(found)} tensors; dropped: {', '.join(dropped) or 'none'}")
+        news.append(report)
     return "; ".join(news)
+
+
+def listed(keys):
+    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
 
 
 def export_backbone(source, target):

@@ -441,7 +441,7 @@ def test_mct_backbone_is_torchvisions(tmp_path):
     with torch.no_grad():
         close(theirs.eval()(image), model.vision(image))
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "foreign.pth")
-    print(mct.load_pretrained(model, vision=tmp_path / "foreign.pth"))
+    assert "matched 318, missing none, unexpected 2 (fc.weight, fc.bias)" in mct.load_pretrained(model, vision=tmp_path / "foreign.pth")
     assert all(torch.equal(v, model.vision_m.state_dict()[n]) for n, v in model.vision.state_dict().items())
     detector = Mct(Config(), "detection", 20)
     state = {f"vision.{n}": v for n, v in model.vision.state_dict().items()}
@@ -459,16 +459,18 @@ def test_mct_bert_weights(tmp_path):
     foreign = {"bert." + n.replace("LayerNorm.weight", "LayerNorm.gamma"): v for n, v in mine.items()}
     foreign |= {"cls.predictions.bias": torch.zeros(3), "bert.embeddings.position_ids": torch.arange(3)}
     torch.save(foreign, tmp_path / "b.pth")
-    assert "cls.predictions.bias" in mct.load_pretrained(model, text=tmp_path / "b.pth")
+    said = mct.load_pretrained(model, text=tmp_path / "b.pth")
+    assert f"matched {len(mine)}, missing none, unexpected 2 (cls.predictions.bias" in said
     assert all(torch.equal(v, mine[n]) and torch.equal(model.text_m.state_dict()[n], v) for n, v in model.text.state_dict().items())
-    for spoil, words in ((lambda s: s.pop("bert.pooler.dense.bias"), "does not fill"), (lambda s: s.update(x=torch.ones(1)), "no place"),
-                         (lambda s: s.update({"bert.pooler.dense.bias": torch.ones(1)}), "not")):
+    for spoil, words in ((lambda s: s.pop("bert.pooler.dense.bias"), "missing 1 .text.pooler.dense.bias"),
+                         (lambda s: s.update(x=torch.ones(1)), "unexpected 3 .text.x"),
+                         (lambda s: s.update({"bert.pooler.dense.bias": torch.ones(1)}), "not .24,")):
         bad = dict(foreign)
         spoil(bad)
         torch.save(bad, tmp_path / "bad.pth")
         with pytest.raises(SystemExit, match=words):
             mct.load_pretrained(model, text=tmp_path / "bad.pth")
-    with pytest.raises(SystemExit, match="no BERT"):
+    with pytest.raises(SystemExit, match="trains no BERT"):
         mct.load_pretrained(make_model("linear"), text=tmp_path / "b.pth")
 
 

@@ -839,6 +839,21 @@ def answer_list(records, n=3192):
     return sorted((a for a in counts if a), key=lambda a: (-counts[a], a))[:n]
 
 
+def caption_tags(records, path):
+    """Records whose tags are the words of their captions that stand in a word list (a text file, one word a line), in place
+    of their own. A word counts as it stands, lower-cased: list plurals too. Errors: DataError where the file or its words are missing."""
+    words = {line.strip().lower() for line in text_lines(path)} - {""}
+    if not words:
+        fail(f"{path}: no word in it")
+    out = records.subset(())
+    for record in records:
+        spoken = re.findall(r"[^\W\d_]+", " ".join(record.get("caption") or ()).lower())
+        out.append(record | {"tags": sorted(words.intersection(spoken))})
+    out.notes["with_tags"] = sum(bool(record["tags"]) for record in out)
+    out.notes["nouns_listed"] = len(words)
+    return out
+
+
 def tag_list(records, n=None):
     """The n most frequent tags (ties by alphabet) -> list of str: the vocabulary of the "tags" view."""
     counts = Counter(t for r in records for t in r.get("tags") or ())

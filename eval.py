@@ -555,7 +555,9 @@ def tag_overlap(top, truth, k):
 def tagging(ev):
     """mIOU@5/10/15/20 of the k best tags of tag_scores() against an image's tags that are in the vocabulary, beside always
     predicting the most frequent tags of training."""
-    records, names = ev.open(need=("tags",)), ev.info["stats"]["tags"]
+    words, names = ev.loop.get("tag_words"), ev.info["stats"]["tags"]
+    records = ev.open(need=("caption" if words else "tags",))
+    records = data.caption_tags(records, words) if words else records
     place = {name: n for n, name in enumerate(names)}
     truth = [{place[t] for t in r["tags"] if t in place} for r in records]
     most = min(20, len(names))
@@ -564,7 +566,8 @@ def tagging(ev):
     often = torch.arange(most).expand(len(truth), -1)                                       # the vocabulary goes by frequency
     guesses = {"the most frequent tags": often, "model": top}
     found = {name: {f"mIOU@{k}": tag_overlap(guess, truth, k) for k in ks} for name, guess in guesses.items()}
-    ev.protocol.update(vocabulary=len(names), tags_per_image=round(sum(map(len, truth)) / len(truth), 2),
+    ev.protocol.update(vocabulary=len(names), tags=f"caption words listed in {words}" if words else "the records'",
+                       tags_per_image=round(sum(map(len, truth)) / len(truth), 2),
                        tags_outside_vocabulary=sum(t not in place for r in records for t in r["tags"]))
     return {"rows": [{"predicted": name, "images": len(truth), **row} for name, row in found.items()], "metrics": found["model"]}
 

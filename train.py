@@ -41,6 +41,7 @@ class Loop:
     vocab: str = ""                 # BERT vocabulary file (default: that of shapes, or of --init)
     split: str = "train"            # which split to train on
     limit: int = 0                  # use so many records, drawn by --seed; 0 = all
+    tag_words: str = ""             # word list, one a line: a record's tags are its captions' words in it, not the tags it came with
     eval_data: str = ""             # data of the evaluations at the end (default: --data)
     eval_root: str = ""             # its image folder (default: --image_root)
     eval_split: str = ""            # and its split (default: test, or val where there is no test)
@@ -250,8 +251,11 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
 
     # data
     views = {**module.VIEWS[task]}
+    need = tuple("caption" if n == "tags" and loop.tag_words else n for n in data.needs(views))
     records = data.open_source(views["source"], loop.data, loop.split, loop.image_root or None, limit=loop.limit or None,
-                               seed=loop.seed, need=data.needs(views))
+                               seed=loop.seed, need=need)
+    if loop.tag_words:
+        records = data.caption_tags(records, loop.tag_words)
     loop.vocab = loop.vocab or default_vocab(loop)
     tokenizer = data.get_tokenizer(loop.vocab)
     for field in ("vocab_size", "pad_id", "cls_id", "sep_id", "mask_id", "first_word"):

@@ -86,6 +86,7 @@ class Config:
     mlp_ratio: int = 4              # hidden width of a feed-forward block over D
     act: str = "gelu"               # "gelu" or "relu", of the text encoder
     dropout: float = 0.1            # in the text encoder, as BERT
+    init_std: float = 0.02          # standard deviation of the text encoder's initial weights, where it starts from scratch
     max_text: int = 30              # tokens of a caption, [CLS] and [SEP] included
     positions: int = 512            # position embeddings of the text encoder, as BERT
     vocab_size: int = 30522         # taken from the vocabulary file
@@ -125,8 +126,9 @@ PRESETS = {
     "base": dict(),                                                # COCO
     "stock": dict(queue_size=65536, pretrain=dict(epochs=60)),
     "tiny": dict(image_size=64, block="basic", layers=(1, 1, 1, 1), stem="small", vision_width=32, width=128, text_layers=2,
-                 text_heads=4, act="relu", dropout=0.0, max_text=24, head_hidden=256, intra_dim=64, inter_dim=128,
-                 queue_size=1024, momentum=0.99, lambda_ic=3.2e-3, lambda_ci=3.2e-3, bn_groups=2, joint_dim=256, word_dim=64, tag_hidden=256,
+                 text_heads=4, act="relu", dropout=0.0, init_std=0.08, max_text=24, head_hidden=256, intra_dim=64, inter_dim=128,
+                 queue_size=1024, momentum=0.99, lambda_ic=3.2e-3, lambda_ci=3.2e-3, bn_groups=2,
+                 joint_dim=256, word_dim=64, tag_hidden=256,
                  detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=32, proposals=(100, 100),
                  pretrain=dict(batch_size=64, steps=1000, lr=0.03, text_lr=0.03, crop_scale=(0.4, 1.0)),
                  linear=dict(epochs=60),
@@ -137,6 +139,18 @@ PRESETS = {
 }
 
 # Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults, [V] = VSE++'s code, [-] = ours.
+# Data: COCO 2017, --data captions_train2017.json,instances_train2017.json (tags: its 80 objects), or Stock with --preset stock
+# (caption = title). Below, pre-training is `train.py --model mct --preset base --init_text bert.safetensors`, R = its directory.
+# Table 1: `--task linear --init R --data imagenet`. Its rows, of the pre-training:
+#   Ours                --lambda_tag 0                              Ours (scratch)    --lambda_tag 0, without --init_text
+#   MoCo-v2             --lambda_tag 0 --lambda_cc 0 --lambda_ic 0 --lambda_ci 0      Ours (with tag)   (the default)
+# Table 2: `--task detection --init R --data VOCdevkit`; Random Init: without --init. 1,000 epochs: --epochs 1000.
+# Table 3: `--task segmentation --init R --data instances_train2017.json --eval_data instances_val2017.json`
+# Table 4: `--task retrieval_gru --init R --data dataset_coco.json`. Table 6: on Stock; Stock-sup: --init out/mct-tag_supervised
+# Table 5: `--task tagging --init R`, beside `--task tag_supervised` (Stock-sup).
+# Table 7: `eval.py R --task retrieval`; RS = its row "chance"; Inter-modal: --lambda_ii 0 --lambda_tag 0 --lambda_cc 0.
+# Section 4.4: --heads unified|distinct with --intra_dim and --inter_dim both 128, 1024 or 1152; J_ii alone is MoCo-v2 above;
+#   J_ii + J_tag: --lambda_cc 0 --lambda_ic 0 --lambda_ci 0; tags from captions: --tag_words nouns.txt.
 RECIPE = {
     "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200, batch_size=512),
     "linear": dict(optimizer="sgd", lr=30.0, weight_decay=0.0, schedule="step", milestones="0.5,0.6666666,0.8333333", gamma=0.2,
@@ -340,15 +354,15 @@ class BertPooled(Bert):
         super().__init__(cfg)
         self.pooler = nn.Sequential()
         self.pooler.dense = nn.Linear(cfg.width, cfg.width)
-        self.apply(bert_init)
+        self.apply(partial(bert_init, std=cfg.init_std))
 
     def forward(self, text, text_mask):
         return self.pooler(super().forward(text, text_mask)[:, 0]).tanh()
 
 
-def bert_init(module):
+def bert_init(module, std):
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
 

@@ -656,6 +656,19 @@ def test_mct_optional_views(tmp_path, tok):
     assert cfg.lambda_tag == 0 and not Mct(cfg, "pretrain", 0).tagged
 
 
+def test_mct_tags_from_captions(tmp_path, tok):
+    """A word list makes tags of captions, whatever tags the records had; without captions there are none."""
+    _, pairs = photos(tmp_path)
+    records = data.open_source("pairs", str(pairs), "train", str(tmp_path))
+    made = data.caption_tags(records, write(tmp_path / "nouns.txt", "Square\n\nred\ncircle\n"))
+    assert made[0]["tags"] == [] and made[1]["tags"] == ["red", "square"] and made[2]["tags"] == ["square"]
+    assert (len(made), made.notes["with_tags"], records[1]["tags"]) == (12, 11, ["red"])
+    assert data.tag_list(made) == ["square", "red"]
+    for bad in ("missing.txt", write(tmp_path / "empty.txt", "\n")):
+        with pytest.raises(data.DataError, match=Path(bad).name):
+            data.caption_tags(records, tmp_path / bad)
+
+
 def test_mct_miou():
     top, truth = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]), [{0, 1, 9}, set()]
     close(evaluation.tag_overlap(top, truth, 2), 100 * (2 / 3 + 0) / 2)

@@ -68,7 +68,8 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -78,7 +79,7 @@ class Config:
     image_size: int = 224           # pixels a side
     block: str = "bottleneck"       # residual block: "bottleneck" (ResNet-50) or "basic"
     layers: tuple = (3, 4, 6, 3)    # blocks in the four stages
-    stem: str = "imagenet"          # "imagenet": 7x7 stride 2 and max pool; "small": 3x3 stride 2 (tiny)
+    stem: str = "imagenet"          # convolution before the max pool, "imagenet": 7x7 or "small": 3x3 (tiny)
     vision_width: int = 64          # channels of the first stage, with the small stem
     width: int = 768                # D of the text encoder
     text_layers: int = 12           # its layers
@@ -118,6 +119,7 @@ class Config:
     detect_sizes: tuple = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short sides: drawn; the last in evaluation
     detect_max: int = 1333          # longest side
     anchors: tuple = (32, 64, 128, 256, 512)  # anchor sides in pixels; with FPN one per level
+    fpn_width: int = 256            # segmentation: channels of the feature pyramid and of the mask head
     rois: int = 512                 # RoIs sampled per image in training
     proposals: tuple = (2000, 1000)  # RPN's boxes kept, in training and evaluation
 
@@ -129,13 +131,11 @@ PRESETS = {
                  text_heads=4, act="relu", dropout=0.0, init_std=0.08, max_text=24, head_hidden=256, intra_dim=64, inter_dim=128,
                  queue_size=1024, momentum=0.99, lambda_ic=3.2e-3, lambda_ci=3.2e-3, bn_groups=2,
                  joint_dim=256, word_dim=64, tag_hidden=256,
-                 detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=32, proposals=(100, 100),
-                 pretrain=dict(batch_size=64, steps=1000, lr=0.03, text_lr=0.03, crop_scale=(0.4, 1.0)),
-                 linear=dict(epochs=60),
-                 detection=dict(batch_size=8, steps=300, lr=0.01, warmup_steps=20),
-                 segmentation=dict(batch_size=8, steps=300, lr=0.01, warmup_steps=20),
-                 retrieval_gru=dict(epochs=30), tagging=dict(epochs=30),
-                 tag_supervised=dict(batch_size=64, steps=1000)),
+                 detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=16, proposals=(50, 20), fpn_width=64,
+                 pretrain=dict(batch_size=64, steps=1000, lr=0.1, text_lr=0.1, crop_scale=(0.4, 1.0), workers=1),
+                 detection=dict(batch_size=4, steps=300, lr=0.01, warmup_steps=20),
+                 segmentation=dict(batch_size=4, steps=300, lr=0.01, warmup_steps=20),
+                 retrieval_gru=dict(epochs=10), tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),
 }
 
 # Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults, [V] = VSE++'s code, [-] = ours.
@@ -400,7 +400,7 @@ def resnet(cfg, norm=nn.BatchNorm2d):
     net = torchvision.models.ResNet(block, list(cfg.layers), norm_layer=norm)
     if cfg.stem == "small":
         w = net.inplanes = cfg.vision_width
-        net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, w, 3, 2, 1, bias=False), norm(w), nn.Identity()
+        net.conv1, net.bn1 = nn.Conv2d(3, w, 3, 2, 1, bias=False), norm(w)
         for n, blocks in enumerate(cfg.layers):
             setattr(net, f"layer{n + 1}", net._make_layer(block, w << n, blocks, stride=1 if n == 0 else 2))
         for m in net.modules():
@@ -644,12 +644,14 @@ def c4_detector(cfg, classes, common):
 
 
 def fpn_detector(cfg, classes, common):
-    """Mask R-CNN on a feature pyramid of 256 channels."""
-    net, width = resnet(cfg), feature_dim(cfg)
-    body = BackboneWithFPN(net, {f"layer{n}": str(n - 1) for n in (1, 2, 3, 4)}, [width >> n for n in (3, 2, 1, 0)], 256,
+    """Mask R-CNN on a feature pyramid. With fpn_width 256 its heads are torchvision's."""
+    net, width, c = resnet(cfg), feature_dim(cfg), cfg.fpn_width
+    body = BackboneWithFPN(net, {f"layer{n}": str(n - 1) for n in (1, 2, 3, 4)}, [width >> n for n in (3, 2, 1, 0)], c,
                            norm_layer=nn.BatchNorm2d)
     anchors = AnchorGenerator(tuple((a,) for a in cfg.anchors), ((0.5, 1.0, 2.0),) * len(cfg.anchors))
-    return MaskRCNN(body, classes + 1, rpn_anchor_generator=anchors, **common)
+    return MaskRCNN(body, rpn_anchor_generator=anchors, box_head=TwoMLPHead(49 * c, 4 * c),
+                    box_predictor=FastRCNNPredictor(4 * c, classes + 1), mask_head=MaskRCNNHeads(c, (c,) * 4, 1),
+                    mask_predictor=MaskRCNNPredictor(c, c, classes + 1), **common)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def small(**over):
         mlp_ratio=2, act="relu", dropout=0.0, max_text=9, positions=12, vocab_size=57,
         head_hidden=20, intra_dim=16, inter_dim=14, queue_size=21, momentum=0.9, lambda_ic=0.1, lambda_ci=0.2, bn_groups=1, tag_width=6,
         queue_chunk=8, word_dim=10, joint_dim=18, tag_dim=16, tag_hidden=12, detect_sizes=(64,), detect_max=80,
-        anchors=(8, 16, 24, 32, 48), rois=16, proposals=(30, 20)), **over})
+        anchors=(8, 16, 24, 32, 48), rois=16, fpn_width=16, proposals=(30, 20)), **over})
 
 
 def make_model(task="pretrain", fill=True, **over):

@@ -51,17 +51,22 @@ Run: python models/mct.py      (5 s: parameters and every loss of every task on 
      python models/mct.py export out/mct-pretrain/model.safetensors resnet50.pth      (the backbone for other people's code)
 """
 
+import json
 import math
+import pickle
+import re
 import sys
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
@@ -972,57 +977,131 @@ class Mct(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights from and for elsewhere
 
-def read_state(path):
-    """{name: tensor} of a .safetensors or a torch file, one level of wrapping taken off."""
-    state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state.get("model", state))
+# Copied from models/codis.py::read_foreign
+def read_foreign(path, where):
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
+
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
+    `where` begins each error, which is a SystemExit of one line.
+    """
+    path, config = Path(path), {}
+    if path.is_dir():
+        if (path / "config.json").exists():
+            config = json.loads((path / "config.json").read_text())
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        if not found:
+            raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
+        path = found[0]
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
+        raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise SystemExit(f"{where}: {path.name} is not a state dict, names and tensors and nothing else")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}, config
 
 
-# Foreign names: what they are called here, after the tower's own prefix; and what a checkpoint may hold beside the tower.
-RENAMES = {"vision": {}, "text": {"bert.": "", "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}}
-BESIDE = {"vision": ("fc.",), "text": ("cls.", "embeddings.position_ids", "dropout.", "classifier.")}
+# Copied from models/codis.py::short
+def short(names):
+    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    number, layers = r"(?<=\.)\d+(?=\.)", {}
+    for name in sorted(names):
+        layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
+    out = []
+    for name, numbers in layers.items():
+        for column in zip(*numbers):
+            low, high, some = min(column), max(column), sorted(set(column))
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+        out.append(name)
+    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    out = [name for name in out if name.removesuffix(".bias") not in both]
+    return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
+                     for name in out) or "none"
+
+
+# Copied from models/codis.py::fill
+def fill(model, state, where, rename, required, reads, ignored=()):
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
+    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
+    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
+    """
+    mine, source, unexpected = model.state_dict(), {}, []
+    for key, value in state.items():
+        names = [name for name in rename(key) if name in mine]
+        for name in names:
+            if value.shape != mine[name].shape:
+                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+            if not torch.equal(state[source.setdefault(name, key)], value):
+                raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
+        if not names and key not in ignored:
+            unexpected.append(key)
+    counts = [key for key in unexpected if reads(key)]
+    missing = [name for name in required if name not in source]
+    if len(missing) == len(required):
+        raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
+    if missing:
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+    if counts:
+        raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
+    with torch.no_grad():
+        for name, key in source.items():
+            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+    left = [key for key in state if key in ignored]
+    matched = len(state) - len(unexpected) - len(left)
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
+                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
+
+
+# Copied from models/codis.py::agree
+def agree(where, config, here):
+    """What the shapes of weights do not tell, as far as their config.json does. SystemExit where it says otherwise."""
+    for field, value in here.items():
+        if config.get(field, value) != value:
+            raise SystemExit(f"{where}: these weights have {field} {config[field]}, this model has {value}")
+
+
+# Copied from models/codis.py::told
+def told(config, heads):
+    """The report's words where nothing confirms the number of heads, which no shape shows."""
+    return "" if "num_attention_heads" in config else f"; how many heads it has the file does not tell, here {heads}"
+
+
+def load_vision(model, path):
+    """torchvision's ResNet -> `vision.`, or the places that a detector has for its parts. Its classifier is left out."""
+    where = f"--init_vision {path}"
+    state, _ = read_foreign(path, where)
+    required = [name for name in model.state_dict() if name.startswith(BACKBONE) and not name.endswith("num_batches_tracked")]
+    return fill(model, state, where, lambda key: list(model.adapt({"vision." + key: None})), required,
+                reads=lambda key: not key.startswith("fc."))[1]
+
+
+def load_text(model, path):
+    """Hugging Face's BERT -> `text.`, pooler included. Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta."""
+    cfg, where = model.cfg, f"--init_text {path}"
+    if not hasattr(model, "text"):
+        raise SystemExit(f"{where}: task {model.task} trains no BERT")
+    state, config = read_foreign(path, where)
+    agree(where, {"hidden_act": "gelu", **config}, {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.text_heads})
+    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
+             for k, v in state.items()}
+    required = [name for name in model.state_dict() if name.startswith("text.")]
+    return fill(model, state, where, lambda key: ["text." + key], required, ignored=("embeddings.position_ids",),
+                reads=lambda key: key.startswith(("embeddings.", "encoder.", "pooler.")))[1] + told(config, cfg.text_heads)
 
 
 def load_pretrained(model, vision=None, text=None):
-    """Fills the ResNet from torchvision's key names, the text encoder from Hugging Face's BERT; a momentum copy follows.
-
-    -> a line that says what matched, was missing and was unexpected. SystemExit unless every tensor of the tower is filled (but
-    for batch norm's counters of batches, which old files lack) and every other key is known as a classifier or a constant.
-    """
-    news = []
-    for side, path in (("vision", vision), ("text", text)):
-        if not path:
-            continue
-        if side == "text" and not hasattr(model, "text"):
-            raise SystemExit(f"--init_text {path}: task {model.task} trains no BERT")
-        state, beside, found = read_state(path), [], {}
-        for key, value in state.items():
-            name = key
-            for theirs, ours in RENAMES[side].items():
-                name = name.replace(theirs, ours)
-            if name.startswith(BESIDE[side]):
-                beside.append(key)
-            else:
-                found[f"{side}.{name}"] = value
-        found, mine = model.adapt(found), model.state_dict()
-        tower = BACKBONE if side == "vision" else ("text.",)
-        missing = [k for k in mine if k.startswith(tower) and k not in found]
-        unexpected = [k for k in found if not (k in mine and k.startswith(tower))]
-        wrong = [f"{k} is {tuple(v.shape)}, not {tuple(mine[k].shape)}" for k, v in found.items()
-                 if k in mine and v.shape != mine[k].shape]
-        report = (f"--init_{side} {path}: matched {len(found) - len(unexpected) - len(wrong)}, missing {listed(missing)}, "
-                  f"unexpected {listed(unexpected + beside)}")
-        if wrong or unexpected or [k for k in missing if not k.endswith("num_batches_tracked")]:
-            raise SystemExit(report + (f"; {wrong[0]}" if wrong else ""))
-        model.load_state_dict(found, strict=False)
-        if side in model.students:
-            getattr(model, side + "_m").load_state_dict(getattr(model, side).state_dict())
-        news.append(report)
-    return "; ".join(news)
-
-
-def listed(keys):
-    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
+    """Fills the towers from foreign weight files; paths, or None -> the report, a line per file. A momentum copy follows its tower."""
+    lines = [load(model, path) for load, path in ((load_vision, vision), (load_text, text)) if path]
+    for name in model.students:
+        getattr(model, name + "_m").load_state_dict(getattr(model, name).state_dict())
+    return "\n  ".join(lines)
 
 
 def export_backbone(source, target):

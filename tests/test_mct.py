@@ -441,9 +441,16 @@ def test_mct_backbone_is_torchvisions(tmp_path):
     with torch.no_grad():
         close(theirs.eval()(image), model.vision(image))
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "foreign.pth")
-    assert "matched 318, missing none, unexpected 2 (fc.weight, fc.bias)" in mct.load_pretrained(model, vision=tmp_path / "foreign.pth")
+    said = mct.load_pretrained(model, vision=tmp_path / "foreign.pth")
+    assert "matched 318 of 320 tensors" in said and "missing 0; unexpected 2: fc.{weight,bias}" in said
     assert all(torch.equal(v, model.vision_m.state_dict()[n]) for n, v in model.vision.state_dict().items())
     detector = Mct(Config(), "detection", 20)
+    assert "matched 318 of 320" in mct.load_pretrained(detector, vision=tmp_path / "foreign.pth")
+    assert torch.equal(detector.detector.roi_heads.box_head.layer4[0].conv1.weight, model.vision.layer4[0].conv1.weight)
+    spoiled = torchvision.models.resnet50().state_dict()
+    torch.save({k: v for k, v in spoiled.items() if k != "layer1.0.conv1.weight"}, tmp_path / "bad.pth")
+    with pytest.raises(SystemExit, match="not filled: vision.layer1.0.conv1.weight"):
+        mct.load_pretrained(model, vision=tmp_path / "bad.pth")
     state = {f"vision.{n}": v for n, v in model.vision.state_dict().items()}
     adapted = detector.adapt(state)
     mine = {n for n in detector.state_dict() if n.startswith(mct.BACKBONE)}
@@ -453,25 +460,31 @@ def test_mct_backbone_is_torchvisions(tmp_path):
 
 
 def test_mct_bert_weights(tmp_path):
-    """Hugging Face's names, with and without `bert.`, old LayerNorm names, heads dropped; what does not fit is one line."""
-    model = make_model()
+    """Hugging Face's names, with and without `bert.`, old LayerNorm names, heads left out; what does not fit is one line."""
+    model = make_model(act="gelu")
     mine = {n.removeprefix("text."): torch.randn_like(v) for n, v in model.state_dict().items() if n.startswith("text.")}
     foreign = {"bert." + n.replace("LayerNorm.weight", "LayerNorm.gamma"): v for n, v in mine.items()}
     foreign |= {"cls.predictions.bias": torch.zeros(3), "bert.embeddings.position_ids": torch.arange(3)}
     torch.save(foreign, tmp_path / "b.pth")
     said = mct.load_pretrained(model, text=tmp_path / "b.pth")
-    assert f"matched {len(mine)}, missing none, unexpected 2 (cls.predictions.bias" in said
+    assert f"matched {len(mine)} of {len(foreign)} tensors" in said and "missing 0; unexpected 1: cls.predictions.bias" in said
     assert all(torch.equal(v, mine[n]) and torch.equal(model.text_m.state_dict()[n], v) for n, v in model.text.state_dict().items())
-    for spoil, words in ((lambda s: s.pop("bert.pooler.dense.bias"), "missing 1 .text.pooler.dense.bias"),
-                         (lambda s: s.update(x=torch.ones(1)), "unexpected 3 .text.x"),
-                         (lambda s: s.update({"bert.pooler.dense.bias": torch.ones(1)}), "not .24,")):
+    (tmp_path / "hub").mkdir()
+    torch.save(mine, tmp_path / "hub" / "pytorch_model.bin")
+    write(tmp_path / "hub" / "config.json", {"model_type": "bert", "num_attention_heads": 3})
+    assert "unexpected 0" in mct.load_pretrained(model, text=tmp_path / "hub")
+    for spoil, words in ((lambda s: s.pop("bert.pooler.dense.bias"), "not filled: text.pooler.dense.bias"),
+                         (lambda s: s.update({"encoder.layer.1.x": torch.ones(1)}), "no place for encoder.layer.1.x"),
+                         (lambda s: s.update({"bert.pooler.dense.bias": torch.ones(1)}), r"is \(24,\) here")):
         bad = dict(foreign)
         spoil(bad)
         torch.save(bad, tmp_path / "bad.pth")
         with pytest.raises(SystemExit, match=words):
             mct.load_pretrained(model, text=tmp_path / "bad.pth")
-    with pytest.raises(SystemExit, match="trains no BERT"):
-        mct.load_pretrained(make_model("linear"), text=tmp_path / "b.pth")
+    write(tmp_path / "hub" / "config.json", {"model_type": "bert", "num_attention_heads": 4})
+    for task, path, words in (("linear", "b.pth", "trains no BERT"), ("pretrain", "hub", "num_attention_heads")):
+        with pytest.raises(SystemExit, match=words):
+            mct.load_pretrained(make_model(task, act="gelu"), text=tmp_path / path)
 
 
 # -------------------------------------------------------------------------------------------------------------- two processes

@@ -723,6 +723,8 @@ def test_mct_fit_linear():
     y = (x[:, 0] > x[:, 1]).long()
     weight, bias = evaluation.fit_linear(x, y, 2, lr=1.0, epochs=20, batch=64)
     assert (F.linear(x, weight, bias).argmax(1) == y).float().mean() > 0.95
+    weight, bias, lr = evaluation.fit_best(x, y, 2, [1e-6, 1.0])
+    assert lr == 1.0 and (F.linear(x, weight, bias).argmax(1) == y).float().mean() > 0.95
 
 
 # -------------------------------------------------------------------------------------------------- as a user would call it

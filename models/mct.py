@@ -138,9 +138,9 @@ PRESETS = {
                  joint_dim=256, word_dim=64, tag_hidden=256,
                  detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=16, proposals=(50, 20), fpn_width=64,
                  pretrain=dict(batch_size=64, steps=1000, lr=0.1, text_lr=0.1, crop_scale=(0.4, 1.0), workers=1),
-                 detection=dict(batch_size=4, steps=300, lr=0.01, warmup_steps=20),
-                 segmentation=dict(batch_size=4, steps=300, lr=0.01, warmup_steps=20),
-                 retrieval_gru=dict(epochs=10), tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),
+                 detection=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
+                 segmentation=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
+                 retrieval_gru=dict(epochs=6), tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),
 }
 
 # Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults, [V] = VSE++'s code, [-] = ours.

@@ -13,7 +13,7 @@ comma-separated list of files and folders; `{00000..00012}` in a name counts up.
   vqa        VQA v2 questions.json [+ annotations.json]      ve       SNLI-VE .jsonl          nlvr2   NLVR2 .json/.jsonl
   sts        SentEval folders STS1X-en-test, stsbenchmark/, sts-*.csv                         hashing CSQ list "path 0 1 0 ..."
   classes    ImageFolder                                     clips    MSR-VTT videodatainfo.json [+ 1k-A csv] + a folder of .npy
-  detection  COCO instances_*.json
+  detection  COCO instances_*.json (needs pycocotools); a VOCdevkit folder with VOC2007 and/or VOC2012
 
 `python data.py check PATH [--image_root R] [--split S] [--source NAME]` reads everything, opens every image, prints a table and
 exits with status 1 if an image is missing or corrupt (duplicates and skipped captions are only reported).
@@ -25,8 +25,10 @@ Nothing here reads or moves a global random state: a sample is a function of (re
 """
 import argparse
 import array
+import contextlib
 import copy
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -42,6 +44,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from xml.etree import ElementTree
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # workers fork, and we encode one string at a time
 import numpy as np
@@ -660,12 +663,93 @@ def read_clips(files, split, ctx):
             yield table[0], f"{table[1]} line {k}", clip(table[1], row["video_id"], [row["sentence"].strip()], "test")
 
 
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+               "sofa train tvmonitor").split()
+
+
 def read_detection(files, split, ctx):
-    """COCO instances: boxes (xyxy pixels) and labels (place in label_names)."""
-    for path, _ in files:
-        if not path.endswith(".json") or sniff(path)[0] != "instances":
-            fail(f"{path}: detection reads COCO's instances json")
-    return read_pairs(files, split, ctx)
+    """Objects of each picture, from COCO's instances json or from VOC, by torchvision's readers: boxes (xyxy pixels), labels (place
+    in label_names), crowd, difficult (0/1 each), height, width, and of COCO area and segmentation (polygons or RLE, as published)."""
+    for n, (path, root) in enumerate(files):
+        for where, record in detection_voc(path, split, ctx) if os.path.isdir(path) else detection_coco(path, root, ctx):
+            flat = [i for i, (x0, y0, x1, y1) in enumerate(record["boxes"]) if x1 <= x0 or y1 <= y0]
+            ctx.count("boxes_without_area", len(flat))
+            for key in [k for k, v in record.items() if isinstance(v, list)]:
+                record[key] = [v for i, v in enumerate(record[key]) if i not in flat]
+            yield n, where, record
+
+
+def detection_names(path, names, ctx):
+    if ctx.records.label_names not in (None, names):
+        fail(f"{path}: its classes differ from those of the files before it")
+    ctx.records.label_names = names
+
+
+def detection_coco(path, root, ctx):
+    if not path.endswith(".json") or sniff(path)[0] != "instances":
+        fail(f"{path}: detection reads COCO's instances json or a VOCdevkit folder")
+    with contextlib.redirect_stdout(io.StringIO()):                             # it reports its progress there
+        coco = coco_tools("torchvision.datasets").CocoDetection(root or os.path.dirname(path), path).coco
+    categories = sorted(coco.cats.values(), key=lambda c: c["id"])
+    detection_names(path, [c["name"] for c in categories], ctx)
+    place = {c["id"]: n for n, c in enumerate(categories)}
+    bases = folders(path, root, os.path.splitext(os.path.basename(path))[0].split("_")[-1])
+    for key in sorted(coco.imgs):
+        raw, notes = coco.imgs[key], coco.imgToAnns.get(key, [])
+        where = f"{path} image {key}"
+        for ann in notes:
+            if ann.get("category_id") not in place or len(ann.get("bbox", ())) != 4:
+                fail(f"{where}: annotation {ann.get('id')} has no known category_id or no bbox")
+        yield where, {"image": ctx.here.first(under(bases, get(where, raw, "file_name", str))), "image_id": key,
+                      "height": get(where, raw, "height", int), "width": get(where, raw, "width", int),
+                      "boxes": [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in notes)],
+                      "labels": [place[a["category_id"]] for a in notes], "crowd": [int(a.get("iscrowd", 0)) for a in notes],
+                      "difficult": [0] * len(notes), "area": [a.get("area") for a in notes],
+                      "segmentation": [a.get("segmentation") for a in notes]}
+
+
+def detection_voc(path, split, ctx):
+    """VOC as published: train = trainval of 2007 and 2012 (those that are there), val = their val, test = 2007's test. XML counts
+    pixels from 1, corners included: the box is [xmin - 1, ymin - 1, xmax, ymax]."""
+    from torchvision.datasets import VOCDetection
+    home = os.path.dirname(os.path.normpath(path)) if os.path.basename(os.path.normpath(path)) == "VOCdevkit" else path
+    part = {"train": "trainval"}.get(split, split)
+    years = [y for y in (("2007",) if part == "test" else ("2007", "2012"))
+             if os.path.isfile(os.path.join(home, "VOCdevkit", f"VOC{y}", "ImageSets", "Main", f"{part}.txt"))]
+    if not years:
+        fail(f"{path}: no VOCdevkit/VOC2007/ImageSets/Main/{part}.txt in it")
+    detection_names(path, VOC_CLASSES, ctx)
+    for year in years:
+        found = VOCDetection(home, year, part)
+        for image, file in zip(found.images, found.annotations):
+            try:
+                raw = found.parse_voc_xml(ElementTree.parse(file).getroot())["annotation"]
+                things, size = raw.get("object", []), raw["size"]
+                record = {"image": image, "height": int(size["height"]), "width": int(size["width"]),
+                          "boxes": [[float(o["bndbox"][k]) - k.endswith("min") for k in ("xmin", "ymin", "xmax", "ymax")]
+                                    for o in things],
+                          "labels": [VOC_CLASSES.index(o["name"]) for o in things], "crowd": [0] * len(things),
+                          "difficult": [int(o.get("difficult", 0)) for o in things]}
+            except (ElementTree.ParseError, OSError, KeyError, ValueError) as e:
+                fail(f"{file}: not a VOC annotation ({type(e).__name__}: {e})")
+            yield file, record
+
+
+def coco_tools(module="pycocotools.mask"):
+    """A module that needs pycocotools, or an error that says how to get it."""
+    try:
+        importlib.import_module("pycocotools.mask")
+        return importlib.import_module(module)
+    except ImportError:
+        fail("COCO's masks and average precision need pycocotools: pip install pycocotools")
+
+
+def coco_rle(segmentation, height, width):
+    """One object's polygons or RLE (uncompressed too) -> pycocotools' compressed RLE."""
+    tools = coco_tools()
+    if isinstance(segmentation, list):
+        return tools.merge(tools.frPyObjects(segmentation, height, width))
+    return tools.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
 
 
 SOURCES = {"pairs": read_pairs, "vqa": read_vqa, "ve": read_ve, "nlvr2": read_nlvr2, "sts": read_sts, "hashing": read_hashing,
@@ -780,14 +864,36 @@ def answer_list(records, n=3192):
     return sorted((a for a in counts if a), key=lambda a: (-counts[a], a))[:n]
 
 
+def caption_tags(records, path):
+    """Records whose tags are the words of their captions that stand in a word list (a text file, one word a line), in place
+    of their own. A word counts as it stands, lower-cased: list plurals too. Errors: DataError where the file or its words are missing."""
+    words = {line.strip().lower() for line in text_lines(path)} - {""}
+    if not words:
+        fail(f"{path}: no word in it")
+    out = records.subset(())
+    for record in records:
+        spoken = re.findall(r"[^\W\d_]+", " ".join(record.get("caption") or ()).lower())
+        out.append(record | {"tags": sorted(words.intersection(spoken))})
+    out.notes["with_tags"] = sum(bool(record["tags"]) for record in out)
+    out.notes["nouns_listed"] = len(words)
+    return out
+
+
 def tag_list(records, n=None):
     """The n most frequent tags (ties by alphabet) -> list of str: the vocabulary of the "tags" view."""
     counts = Counter(t for r in records for t in r.get("tags") or ())
     return sorted(counts, key=lambda t: (-counts[t], t))[:n]
 
 
-def stats(records, answers=3192):
-    """What a model must know of the training records -> dict: answers (vqa); num_labels, label_names (where there is a label)."""
+def stats(records, answers=3192, views=None, tags=None):
+    """What a model must know of the training records -> dict: answers (vqa); num_labels, label_names (where there is a label or
+    are boxes); where `views` ask for tags: tags, the `tags` most frequent, num_labels of them, tag_width, the most a record has."""
+    if {"tags", "any_tags"} & set(view_keys(views or {}).values()):
+        names = tag_list(records, tags)
+        width = max([1] + [len(r.get("tags") or ()) for r in records])
+        return {"tags": names, "num_labels": len(names), "tag_width": width}
+    if records.name == "detection":
+        return {"num_labels": len(records.label_names), "label_names": records.label_names}
     if records.name == "vqa":
         return {"answers": answer_list(records, answers)}
     if records.name == "hashing":
@@ -1019,7 +1125,8 @@ def simclr(image, size, rng, crop_scale):
 IMAGE_VIEWS = {"plain": resize, "resize": resize, "center": center, "crop": crop, "randaug": randaug, "flip": flip, "moco": moco,
                "simclr": simclr}
 NORMS = {"clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-         "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+         "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+         "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}         # 0 to 1
 
 
 # -------------------------------------------------------------------------------------------------------------------- views
@@ -1047,8 +1154,8 @@ def view_answer(views, key, record, rng, c):
 
 
 def view_tags(views, key, record, rng, c):
-    """(L,) ids in views.tag_names, padded with -1; L = most tags a record has. Tags outside the list are left out."""
-    ids = [views.tag_ids[t] for t in record.get("tags") or () if t in views.tag_ids]
+    """(L,) ids in views.tag_names, each once, padded with -1; L = most tags a record has. Tags outside the list are left out."""
+    ids = [views.tag_ids[t] for t in dict.fromkeys(record.get("tags") or ()) if t in views.tag_ids]
     return {key: torch.tensor(ids + [-1] * (views.tag_width - len(ids)))}
 
 
@@ -1084,13 +1191,56 @@ def view_labels(views, key, record, rng, c):
     return {key: torch.tensor(record["labels"], dtype=torch.float32)}
 
 
+def view_any_caption(views, key, record, rng, c):
+    """A caption, or an empty text where the record has none; KEY_valid (1 = there is one)."""
+    there = bool(record.get("caption"))
+    return (view_caption(views, key, record, rng, c) if there else views.text(key, "")) | {key + "_valid": torch.tensor(int(there))}
+
+
+def view_any_paraphrase(views, key, record, rng, c):
+    """As "paraphrase", but an empty text where the record has no caption."""
+    if record.get("caption"):
+        return view_paraphrase(views, key, record, rng, c)
+    return views.text(key, "") | {key + "_is_copy": torch.tensor(0)}
+
+
+def view_features(views, key, record, rng, c):
+    """What a frozen model made of the picture: a row of views.features (see store_features). c: here the record's place."""
+    return {key: torch.from_numpy(np.array(views.features[c]))}
+
+
+def view_objects(views, key, record, rng, c, masks=False):
+    """The whole picture at its own size with its objects, mirrored in half of the training samples. KEY (3, H, W), boxes (n, 4)
+    xyxy in pixels, labels (n,): lists of tensors in a batch, for sizes differ. Crowds are no targets. Raises BadImage."""
+    image = load_image(record["image"])
+    if image.size != (record["width"], record["height"]):
+        raise BadImage(f"{image.width}x{image.height} pixels, its annotation says {record['width']}x{record['height']}")
+    keep = [i for i, crowd in enumerate(record["crowd"]) if not crowd]
+    boxes = torch.tensor([record["boxes"][i] for i in keep], dtype=torch.float32).reshape(-1, 4)
+    out = {key: views.pixels(image), "labels": torch.tensor([record["labels"][i] for i in keep], dtype=torch.long)}
+    if masks:
+        shapes = [coco_tools().decode(coco_rle(record["segmentation"][i], image.height, image.width)) for i in keep]
+        shapes = np.stack(shapes) if shapes else np.zeros((0, image.height, image.width), np.uint8)
+        out["masks"] = torch.from_numpy(shapes)
+    if views.train and rng.random() < 0.5:
+        out |= {k: out[k].flip(-1) for k in (key, "masks") if k in out}
+        boxes = torch.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
+    return {k: [v] for k, v in (out | {"boxes": boxes}).items()}
+
+
+def view_masks(views, key, record, rng, c):
+    """As "objects", with masks (n, H, W) uint8."""
+    return view_objects(views, key, record, rng, c, masks=True)
+
+
 FRAMES = 32                                                 # most frames of a clip
 TEXT_VIEWS = {"caption": view_caption, "paraphrase": view_paraphrase, "question": view_question, "answer": view_answer,
-              "sentence": view_sentence}
-OTHER_VIEWS = {"tags": view_tags, "label": view_label, "labels": view_labels, "frames": view_frames}
+              "sentence": view_sentence, "any_caption": view_any_caption, "any_paraphrase": view_any_paraphrase}
+OTHER_VIEWS = {"tags": view_tags, "any_tags": view_tags, "label": view_label, "labels": view_labels, "frames": view_frames,
+               "features": view_features, "objects": view_objects, "masks": view_masks}
 VIEW_FNS = IMAGE_VIEWS | TEXT_VIEWS | OTHER_VIEWS
 NEEDS = {"caption": "caption", "paraphrase": "caption", "question": "question", "answer": "answers", "tags": "tags",
-         "label": "label", "labels": "labels"}
+         "label": "label", "labels": "labels", "objects": "boxes", "masks": "segmentation"}
 
 
 def view_keys(views):
@@ -1108,7 +1258,9 @@ class Views(Dataset):
     K_mask (1 = token); image_id, index (place in records), bad (1 = stands in for an unreadable image), all int64 0-d.
 
     `ds[i, draw]`: every random choice is a function of (seed, i, draw). `ds[i]` = draw 0. train=False: KEY_eval views
-    ("resize" if there is none), caption 0. image_view replaces the training view of every key "image*".
+    ("resize" if there is none; None: the key is not made), caption 0. image_view replaces the training view of every key
+    "image*". A key with view "features" gives rows of the attribute `features`; in evaluation the picture, as `image`, by KEY_eval.
+    A value that is a list of one tensor (objects, whose sizes differ) stays a list of tensors in a batch.
     tag_names: vocabulary of the "tags" view (default: all tags of these records); give the training one to evaluation."""
 
     def __init__(self, records, views, tokenizer, image_size, max_text, train=True, seed=0, crop_scale=(0.2, 1.0),
@@ -1117,7 +1269,10 @@ class Views(Dataset):
         self.train, self.seed, self.crop_scale, self.max_bad = train, seed, tuple(crop_scale), max_bad
         if views.get("source", records.name) != records.name:
             fail(f"these views are of '{views['source']}', the records are '{records.name}'")
-        self.keys = view_keys(views)
+        self.keys, self.features = view_keys(views), None
+        if not train:
+            self.keys = {"image" if v == "features" else k: views.get(k + "_eval", "resize") if v == "features" else v
+                         for k, v in self.keys.items() if views.get(k + "_eval", v) is not None}
         for key, name in self.keys.items():
             image = name in IMAGE_VIEWS
             if image and train and image_view and key.startswith("image"):
@@ -1134,7 +1289,7 @@ class Views(Dataset):
         mean, std = torch.tensor(NORMS[views.get("norm", "clip")]).view(2, 3, 1, 1)
         self.scale, self.shift = 1 / (255 * std), -mean / std
         self.tag_names = tag_names
-        if "tags" in self.keys.values():
+        if {"tags", "any_tags"} & set(self.keys.values()):
             self.tag_names = tag_list(records) if tag_names is None else list(tag_names)
             self.tag_ids = {t: n for n, t in enumerate(self.tag_names)}
             self.tag_width = max([1] + [len(r.get("tags") or ()) for r in records])
@@ -1180,8 +1335,17 @@ class Views(Dataset):
         for key, name in self.keys.items():
             if keys is not None and key not in keys:
                 continue
+            if name in ("objects", "masks"):
+                try:
+                    out.update(VIEW_FNS[name](self, key, record, rng, c))
+                except BadImage as e:
+                    trouble.append(f"{record['image']}: {e}")
+                    if self.train:
+                        return None
+                    out[key] = [torch.full((3, record["height"], record["width"]), 0.5)]
+                continue
             if name not in IMAGE_VIEWS:
-                out.update(VIEW_FNS[name](self, key, record, rng, c))
+                out.update(VIEW_FNS[name](self, key, record, rng, i if name == "features" else c))
                 continue
             file = record["image2" if key == "image2" and "image2" in record else "image"]
             if file not in opened:
@@ -1198,6 +1362,10 @@ class Views(Dataset):
                 out[key] = self.pixels(IMAGE_VIEWS[name](opened[file], self.size, rng, self.crop_scale))
         return out
 
+    def tag_rows(self):
+        """(N, L) int64: the "tags" view of every record, without opening a picture."""
+        return torch.stack([view_tags(self, "tags", record, None, 0)["tags"] for record in self.records])
+
     def report(self, trouble, samples=1, bad=None):
         """Counts samples and stand-ins, names each unreadable file once, stops when more than max_bad of 100 or more are bad."""
         self.seen += samples
@@ -1213,8 +1381,16 @@ class Views(Dataset):
 # ------------------------------------------------------------------------------------------------------------------ batches
 
 def collate(samples):
-    """List of sample dicts -> dict of stacked tensors (B, ...)."""
-    return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+    """List of sample dicts -> dict of stacked tensors (B, ...); of values that are lists, dict of lists of tensors."""
+    return {key: sum((s[key] for s in samples), []) if isinstance(value, list) else torch.stack([s[key] for s in samples])
+            for key, value in samples[0].items()}
+
+
+def move(batch, device):
+    """A batch on a device."""
+    def to(x):
+        return [to(part) for part in x] if isinstance(x, list) else x.to(device, non_blocking=True)
+    return {key: to(value) for key, value in batch.items()}
 
 
 class Plan(Dataset):
@@ -1311,7 +1487,7 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
     what="image": each picture once, `index` = its number among the unique images; "text": each caption, `index` = its number in
     flat_captions; "sample": each record, `index` = its number. options: more of Views' arguments."""
     dataset = Views(records, views, tokenizer, image_size, max_text, train=False, **options)
-    texts = [k for k, v in dataset.keys.items() if v in ("caption", "paraphrase")]
+    texts = [k for k, v in dataset.keys.items() if v in ("caption", "paraphrase", "any_caption", "any_paraphrase")]
     if what == "image":
         images = [k for k, v in dataset.keys.items() if v in IMAGE_VIEWS or v == "frames"]
         items = [(i, 0, 0, images, n) for n, i in enumerate(unique_images(records)[0])]
@@ -1324,6 +1500,36 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
         raise ValueError(f"what={what!r}: image, text or sample")
     items = items[rank::world]
     return Plan(dataset, Chunks(items, batch_size)).run(range(math.ceil(len(items) / batch_size)), workers)
+
+
+def store_features(path, key, fn, records, views, tokenizer, image_size, max_text, device, batch_size=64, rank=0, world=1,
+                   workers=0):
+    """What the frozen function fn(batch) -> (B, D) makes of every record's picture, under the evaluation views, once -> (N, D)
+    float32, memory-mapped from `path`. A file there is used again when `key` (of model and data) is the one it was made with.
+
+    Every rank does its share and writes its rows into rank 0's file: the folder must be shared."""
+    shape, note = None, path.with_suffix(".json")
+    if not (path.is_file() and note.is_file() and json.loads(note.read_text()) == key):
+        views = {k: v for k, v in views.items() if v == "features" or k in ("source", "norm") or k.endswith("_eval")}
+        made = iter_eval(records, views, tokenizer, image_size, max_text, "sample", batch_size, rank, world, workers)
+        store = None
+        barrier = torch.distributed.barrier if world > 1 else lambda: None
+        for batch in tqdm(made, "features", math.ceil(len(records) / world / batch_size), leave=False, delay=2, disable=rank > 0):
+            rows = fn(move(batch, device)).float().cpu().numpy()
+            if store is None:
+                shape = (len(records), rows.shape[1])
+                if rank == 0:
+                    note.unlink(missing_ok=True)
+                    np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+                barrier()
+                store = np.load(path, mmap_mode="r+")
+            store[batch["index"].numpy()] = rows
+        store.flush()
+        barrier()
+        if rank == 0:
+            note.write_text(json.dumps(key))
+        barrier()
+    return np.load(path, mmap_mode="r")
 
 
 # -------------------------------------------------------------------------------------------------------------------- check

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -341,7 +342,7 @@ class Eval:
                                     what=what, batch_size=self.opts.batch_size, rank=self.rank, world=self.world,
                                     workers=max(0, self.setting("workers", 0))):
             self.bad.update(batch["index"][batch["bad"].bool()].tolist())
-            yield {k: v.to(self.device) for k, v in batch.items()}
+            yield data.move(batch, self.device)
 
     def progress(self, batches, total, text):
         steps = math.ceil(total / self.world / self.opts.batch_size)
@@ -547,18 +548,19 @@ CLASSES = {"ve": ("entailment", "neutral", "contradiction"), "nlvr2": ("False", 
 def classification(ev):
     """Accuracy of predict() against the labels, beside that of the split's most frequent class; for NLVR2 also the consistency:
     the share of sentences that are judged right on all their picture pairs (identifier split-set-pair-sentence)."""
-    records, names = ev.open(need=("label",)), CLASSES[ev.task]
+    records = ev.open(need=("label",))
+    names = CLASSES.get(ev.task) or records.label_names
     label = torch.tensor([r["label"] for r in records])
     logits = ev.collect(records, "sample", len(records), lambda b: {"y": ev.model.predict(b).float()})["y"]      # (N, C)
     if logits.shape[1] != len(names):
-        raise SystemExit(f"{ev.task}: the model has {logits.shape[1]} classes, the task {len(names)}: {', '.join(names)}")
+        raise SystemExit(f"{ev.task}: the model has {logits.shape[1]} classes, the task {len(names)}: {', '.join(names[:20])}")
     right = logits.argmax(1) == label
     share = torch.bincount(label, minlength=len(names)) / len(label)
     metrics = {"accuracy": 100 * right.double().mean().item(), "baseline": 100 * share.max().item()}
     rows = [{"classes": f"always '{names[share.argmax()]}'", "records": len(label), "accuracy": metrics["baseline"]},
             {"classes": "model", "records": len(label), "accuracy": metrics["accuracy"]}]
     for c, name in enumerate(names):
-        if (label == c).any():
+        if (label == c).any() and len(names) <= 20:
             rows.append({"classes": f"  {name}", "records": int((label == c).sum()),
                          "accuracy": 100 * right[label == c].double().mean().item()})
     parts = [str(r.get("identifier", "")).split("-") for r in records]
@@ -568,8 +570,211 @@ def classification(ev):
             groups[split, group, sentence].append(ok)
         metrics["consistency"] = 100 * sum(map(all, groups.values())) / len(groups)
         rows.append({"classes": "consistency", "records": len(groups), "accuracy": metrics["consistency"]})
-    ev.protocol.update(classes=dict(enumerate(names)))
+    ev.protocol.update(classes=dict(enumerate(names)) if len(names) <= 20 else len(names))
     return {"rows": rows, "metrics": metrics}
+
+
+def fit_linear(x, y, classes, lr=30.0, epochs=60, batch=256, seed=0):
+    """A linear layer on fixed features: SGD, momentum 0.9, no weight decay, lr divided by 5 at 1/2, 2/3 and 5/6 of the epochs.
+    x: (N, D) float32; y: (N,) int64 -> weight (classes, D), bias (classes,)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = (0.01 * torch.randn(classes, x.shape[1], generator=generator)).to(x.device).requires_grad_()
+    bias = torch.zeros(classes, device=x.device, requires_grad=True)
+    optimizer, batch = torch.optim.SGD([weight, bias], lr=lr, momentum=0.9), min(batch, len(x))
+    for epoch in range(epochs):
+        optimizer.param_groups[0]["lr"] = lr * 0.2 ** sum(epoch >= share * epochs for share in (1 / 2, 2 / 3, 5 / 6))
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        for part in order[:len(x) // batch * batch].split(batch):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                F.cross_entropy(F.linear(x[part], weight, bias), y[part]).backward()
+            optimizer.step()
+    return weight.detach(), bias.detach()
+
+
+def fit_best(x, y, classes, lrs):
+    """fit_linear() with the learning rate that does best on every tenth sample, held out for that -> (weight, bias, learning rate)."""
+    held = torch.arange(len(x), device=x.device) % 10 == 9
+    score = {}
+    for lr in lrs if len(lrs) > 1 else ():
+        weight, bias = fit_linear(x[~held], y[~held], classes, lr)
+        score[lr] = (F.linear(x[held], weight, bias).argmax(1) == y[held]).double().mean().item()
+    lr = max(score, key=score.get) if score else lrs[0]
+    return *fit_linear(x, y, classes, lr), lr
+
+
+def probe(ev):
+    """Linear probe: a layer trained on the frozen features of an ImageFolder's train split, top-1 on its val split; beside the
+    same on a model of the same shape with random weights, and the most frequent class."""
+    shown = ev.views.get("image_eval") or ev.views.get("features_eval", "resize")
+    ev.views = {"source": "classes", "image": "resize", "image_eval": shown, "label": "label", "norm": ev.views.get("norm", "clip")}
+    if ev.spec != "shapes" and not all(map(os.path.isdir, ev.spec.split(","))):
+        hint = f"not measured, {ev.spec} is no ImageFolder: python eval.py RUN --task probe --data imagenet"
+        if ev.opts.data:
+            raise SystemExit(f"probe: {hint}")
+        return {"rows": [{"linear probe": hint}], "metrics": {}}
+    splits = {}
+    for name, split in (("train", "train"), ("test", "val")):
+        splits[name] = data.open_source("classes", ev.spec, split, ev.root, limit=ev.opts.limit, need=("label",))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ev.loop.get("seed", 0))
+        labels = ev.info.get("stats", {}).get("num_labels", 0)
+        fresh = type(ev.model)(ev.cfg, ev.info["task"], num_labels=labels).to(ev.device).eval()
+    classes, lrs = len(splits["train"].label_names), [ev.opts.probe_lr] if ev.opts.probe_lr else [30.0, 10.0, 3.0, 1.0, 0.3]
+    truth = {name: torch.tensor([r["label"] for r in records]).to(ev.device) for name, records in splits.items()}
+    share = truth["test"].bincount(minlength=classes) / len(truth["test"])
+    metrics, took = {"always the most frequent class": 100 * share.max().item()}, {}
+    for name, model in (("random weights", fresh), ("model", ev.model)):
+        look = lambda batch: {"x": model.visual_features(batch).float()}
+        x = {s: ev.collect(records, "sample", len(records), look, s)["x"].to(ev.device) for s, records in splits.items()}
+        weight, bias, took[name] = fit_best(x["train"], truth["train"], classes, lrs)
+        metrics[name] = 100 * (F.linear(x["test"], weight, bias).argmax(1) == truth["test"]).double().mean().item()
+    chosen = ", ".join(f"{lr:g}" for lr in lrs) + (": the best on a held-out tenth of train" if len(lrs) > 1 else "")
+    ev.protocol.update(data=ev.spec, train=len(truth["train"]), test=len(truth["test"]), classes=classes, lr=chosen, optimizer=
+                       "SGD momentum 0.9, lr /5 at 30, 40, 50 of 60 epochs, batch 256, no weight decay, no augmentation")
+    rows = [{"linear probe on": name, "images": len(truth["test"]), "lr": took.get(name), "top-1": value}
+            for name, value in metrics.items()]
+    return {"rows": rows, "metrics": metrics}
+
+
+def tag_overlap(top, truth, k):
+    """mIOU@k: mean over images of |first k of top & truth| / |their union| in percent. top: (N, >= k) ids; truth: N sets."""
+    both = [(set(row), gold) for row, gold in zip(top[:, :k].tolist(), truth)]
+    return 100 * sum(len(a & b) / len(a | b) for a, b in both) / len(both)
+
+
+def tagging(ev):
+    """mIOU@5/10/15/20 of the k best tags of tag_scores() against an image's tags that are in the vocabulary, beside always
+    predicting the most frequent tags of training."""
+    words, names = ev.loop.get("tag_words"), ev.info["stats"]["tags"]
+    records = ev.open(need=("caption" if words else "tags",))
+    records = data.caption_tags(records, words) if words else records
+    place = {name: n for n, name in enumerate(names)}
+    truth = [{place[t] for t in r["tags"] if t in place} for r in records]
+    most = min(20, len(names))
+    top = ev.collect(records, "sample", len(records), lambda b: {"t": ev.model.tag_scores(b).topk(most).indices})["t"]
+    ks = [k for k in (5, 10, 15, 20) if k <= most]
+    often = torch.arange(most).expand(len(truth), -1)                                       # the vocabulary goes by frequency
+    guesses = {"the most frequent tags": often, "model": top}
+    found = {name: {f"mIOU@{k}": tag_overlap(guess, truth, k) for k in ks} for name, guess in guesses.items()}
+    ev.protocol.update(vocabulary=len(names), tags=f"caption words listed in {words}" if words else "the records'",
+                       tags_per_image=round(sum(map(len, truth)) / len(truth), 2),
+                       tags_outside_vocabulary=sum(t not in place for r in records for t in r["tags"]))
+    return {"rows": [{"predicted": name, "images": len(truth), **row} for name, row in found.items()], "metrics": found["model"]}
+
+
+def box_iou(box, boxes):
+    """IoU of one box with n. (4,), (n, 4) xyxy, numpy -> (n,)."""
+    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+    both = (high - low).clip(0).prod(1)
+    return both / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - both)
+
+
+def voc_ap(found, truth, threshold):
+    """VOC07's 11-point average precision of one class, as VOC's devkit and Detectron2 have it, in 0..1; nan without objects.
+
+    found: list of (score, image, box (4,)); truth: {image: (boxes (n, 4), difficult (n,))}. By falling score, a detection goes to
+    the object it overlaps most: over the threshold right the first time and wrong thereafter, no matter if that object is
+    difficult; at or under the threshold wrong."""
+    total = sum((~difficult.astype(bool)).sum() for _, difficult in truth.values())
+    if not total:
+        return math.nan
+    taken, right, wrong = set(), [], []
+    for score, image, box in sorted(found, key=lambda f: -f[0]):
+        boxes, difficult = truth.get(image, (np.zeros((0, 4)), ()))
+        iou = box_iou(box, boxes)
+        best = int(iou.argmax()) if len(iou) else -1
+        hit = best >= 0 and iou[best] > threshold
+        if hit and difficult[best]:
+            continue
+        right.append(hit and (image, best) not in taken)
+        wrong.append(not right[-1])
+        if hit:
+            taken.add((image, best))
+    right, wrong = np.cumsum(right), np.cumsum(wrong)
+    recall_, precision = right / total, right / np.maximum(right + wrong, 1)
+    return sum(precision[recall_ >= t].max(initial=0) for t in np.arange(0, 1.1, 0.1)) / 11
+
+
+def voc_scores(found, records, classes):
+    """{AP, AP50, AP75} in percent by voc_ap(), mean over the classes that have objects; AP over IoU 0.50 to 0.95 by 0.05.
+    found: {record: dict of boxes, labels, scores (numpy)}."""
+    table = np.full((classes, 10), math.nan)
+    for c in range(classes):
+        truth, mine = {}, []
+        for i, record in enumerate(records):
+            which = [k for k, label in enumerate(record["labels"]) if label == c]
+            if which:
+                ignored = np.array([record["difficult"][k] or record["crowd"][k] for k in which])
+                truth[i] = np.array([record["boxes"][k] for k in which]), ignored
+            d = found[i]
+            mine += [(d["scores"][k], i, d["boxes"][k]) for k in np.flatnonzero(d["labels"] == c)]
+        if truth:
+            table[c] = [voc_ap(mine, truth, (50 + 5 * n) / 100) for n in range(10)]
+    mean = 100 * np.nanmean(table, 0) if np.isfinite(table).any() else np.zeros(10)
+    return {"AP": float(mean.mean()), "AP50": float(mean[0]), "AP75": float(mean[5])}
+
+
+def coco_scores(found, records, kind):
+    """{AP, AP50, AP75} in percent by pycocotools. kind: "bbox" or "segm". Difficult objects count as crowds: ignored."""
+    COCO, COCOeval = data.coco_tools("pycocotools.coco").COCO, data.coco_tools("pycocotools.cocoeval").COCOeval
+    notes, results = [], []
+    for i, r in enumerate(records):
+        for k, (x0, y0, x1, y1) in enumerate(r["boxes"]):
+            area = r["area"][k] if r.get("area") and r["area"][k] else (x1 - x0) * (y1 - y0)
+            notes.append({"id": len(notes) + 1, "image_id": i, "category_id": r["labels"][k], "bbox": [x0, y0, x1 - x0, y1 - y0],
+                          "area": area, "iscrowd": int(r["crowd"][k] or r["difficult"][k])})
+            if kind == "segm":
+                notes[-1]["segmentation"] = data.coco_rle(r["segmentation"][k], r["height"], r["width"])
+        d = found[i]
+        for k, (x0, y0, x1, y1) in enumerate(d["boxes"].tolist()):
+            row = {"image_id": i, "category_id": int(d["labels"][k]), "score": float(d["scores"][k])}
+            results.append(row | ({"segmentation": d["masks"][k]} if kind == "segm" else {"bbox": [x0, y0, x1 - x0, y1 - y0]}))
+    if not results:
+        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    with contextlib.redirect_stdout(io.StringIO()):                                         # it prints its progress
+        truth = COCO()
+        truth.dataset = {"images": [{"id": i, "height": r["height"], "width": r["width"]} for i, r in enumerate(records)],
+                         "annotations": notes, "categories": [{"id": c, "name": n} for c, n in enumerate(records.label_names)]}
+        truth.createIndex()
+        run = COCOeval(truth, truth.loadRes(results), kind)
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return {name: 100 * max(0.0, float(value)) for name, value in zip(("AP", "AP50", "AP75"), run.stats)}
+
+
+def detection(ev):
+    """Average precision of detect() on every picture of the split: of boxes VOC's 11-point one and pycocotools', of masks the latter."""
+    ev.opts.batch_size = min(ev.opts.batch_size, 4)                                         # pictures of up to 1,333 pixels
+    records, found = ev.open(need=("boxes",)), {}
+    mine = ev.info.get("stats", {}).get("label_names")
+    if mine and mine != records.label_names:
+        raise SystemExit(f"{ev.task}: the run's classes ({', '.join(mine[:5])}, ...) are not those of {ev.spec} "
+                         f"({', '.join(records.label_names[:5])}, ...)")
+    masks = False
+    for batch in ev.progress(ev.batches(records, "sample"), len(records), "detecting"):
+        for i, d in zip(batch["index"].tolist(), ev.model.detect(batch)):
+            masks = "masks" in d
+            found[i] = {k: d[k].float().cpu().numpy() for k in ("boxes", "scores", "labels")}
+            if masks:
+                tools = data.coco_tools()
+                found[i]["masks"] = [tools.encode(np.asfortranarray(m.cpu().numpy().astype(np.uint8))) for m in d["masks"]]
+    if ev.world > 1:
+        pieces = [None] * ev.world
+        dist.all_gather_object(pieces, (found, masks))
+        found, masks = {k: v for piece, _ in pieces for k, v in piece.items()}, any(m for _, m in pieces)
+    rows = [{"measure": "boxes, VOC07 11-point", **voc_scores(found, records, len(records.label_names))},
+            {"measure": "boxes, pycocotools", **coco_scores(found, records, "bbox")}]
+    if masks:
+        rows.append({"measure": "masks, pycocotools", **coco_scores(found, records, "segm")})
+    objects = sum(len(r["boxes"]) for r in records)
+    count = sum(len(d["scores"]) for d in found.values())
+    ev.protocol.update(objects=objects, classes=len(records.label_names), detections=count,
+                       AP="mean over IoU 0.50:0.05:0.95 and the classes that occur; difficult objects and crowds ignored")
+    metrics = {f"{row['measure'].split(',')[0]}_{'voc' if 'VOC' in row['measure'] else 'coco'}_{k}": v
+               for row in rows for k, v in row.items() if k != "measure"}
+    return {"rows": [{"pictures": len(records), **row} for row in rows], "metrics": metrics}
 
 
 def word_maps(tokens, maps):
@@ -1008,6 +1213,11 @@ TASKS = {
     "hashing": (hashing, (("hash_codes",),)),
     "attention": (attention, (("token_scores",),)),
     "speed": (speed, (("encode_image", "encode_text"), ("match",))),
+    "linear": (classification, (("predict",),)),
+    "probe": (probe, (("visual_features",),)),
+    "tagging": (tagging, (("tag_scores",),)),
+    "detection": (detection, (("detect",),)),
+    "segmentation": (detection, (("detect",),)),
 }
 
 
@@ -1101,6 +1311,7 @@ def parser():
     p.add_argument("--text", help="gradcam, attention: what is said of it; gallery: the query")
     p.add_argument("--block", type=int, help="gradcam: which fusion layer, from 0; default: the model's")
     p.add_argument("--out", help="gradcam, attention, gallery: the PNG; default: RUN/<task>.png")
+    p.add_argument("--probe_lr", type=float, help="probe: learning rate (default: of 30, 10, 3, 1, 0.3 the best on a held-out tenth)")
     return p
 
 

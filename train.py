@@ -12,6 +12,7 @@ A flag's value: the default below < RECIPE[task] (the paper's) < PRESETS[preset]
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
@@ -40,6 +41,7 @@ class Loop:
     vocab: str = ""                 # BERT vocabulary file (default: that of shapes, or of --init)
     split: str = "train"            # which split to train on
     limit: int = 0                  # use so many records, drawn by --seed; 0 = all
+    tag_words: str = ""             # word list, one a line: a record's tags are its captions' words in it, not the tags it came with
     eval_data: str = ""             # data of the evaluations at the end (default: --data)
     eval_root: str = ""             # its image folder (default: --image_root)
     eval_split: str = ""            # and its split (default: test, or val where there is no test)
@@ -249,19 +251,22 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
 
     # data
     views = {**module.VIEWS[task]}
+    need = tuple("caption" if n == "tags" and loop.tag_words else n for n in data.needs(views))
     records = data.open_source(views["source"], loop.data, loop.split, loop.image_root or None, limit=loop.limit or None,
-                               seed=loop.seed, need=data.needs(views))
+                               seed=loop.seed, need=need)
+    if loop.tag_words:
+        records = data.caption_tags(records, loop.tag_words)
     loop.vocab = loop.vocab or default_vocab(loop)
     tokenizer = data.get_tokenizer(loop.vocab)
     for field in ("vocab_size", "pad_id", "cls_id", "sep_id", "mask_id", "first_word"):
         if hasattr(cfg, field):
             setattr(cfg, field, getattr(tokenizer, field))
-    stats = data.stats(records)
+    stats = data.stats(records, views=views, tags=getattr(cfg, "tag_vocab", None))
     if hasattr(module, "setup"):
         module.setup(cfg, task, stats)
     workers = loop.workers if loop.workers >= 0 else max(0, (os.cpu_count() or 1) // 4)
     samples = data.Views(records, views, tokenizer, cfg.image_size, cfg.max_text, seed=loop.seed, crop_scale=loop.crop_scale,
-                         image_view=loop.image_view or None)
+                         image_view=loop.image_view or None, tag_names=stats.get("tags"))
     epoch_steps = max(1, len(records) // loop.batch_size)
     total = loop.steps or math.ceil(loop.epochs * epoch_steps)
     if "steps" in given:
@@ -275,6 +280,14 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     if paths and not stage:
         news.append(module.load_pretrained(raw, **paths))
     raw.to(device).train()
+    if "features" in data.view_keys(views).values():               # of a frozen model: computed once, kept beside the run
+        out.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad():
+            samples.features = data.store_features(out / "features.npy", feature_key(raw, loop, views), raw.visual_features, records,
+                                                   views, tokenizer, cfg.image_size, cfg.max_text, device, rank=rank, world=world,
+                                                   workers=workers)
+    if hasattr(raw, "prepare") and not (loop.resume and (out / "state.pt").exists()):
+        raw.prepare(samples)
     optimizer = make_optimizer(raw.param_groups(loop), loop)
     amp = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(loop.amp, loop.amp)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]
@@ -301,7 +314,7 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     say(f"  {total:,} steps of {loop.batch_size} = {world} processes x {loop.accum} x {micro}, {total / epoch_steps:.2f} epochs; {amp} on {device}; "
         f"{loop.optimizer} lr {learning_rate(0, total, loop):.2g} -> {loop.lr:.2g} -> {learning_rate(max(0, total - 1), total, loop):.2g} ({loop.schedule})")
     say("  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
-    for line in news:
+    for line in news + getattr(raw, "remarks", []):
         say("  " + line)
 
     # the loop
@@ -317,7 +330,7 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
         for i in range(loop.accum):
             batch = next(stream)
             bad += batch.pop("bad").sum()
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            batch = data.move(batch, device)
             last = i + 1 == loop.accum
             with contextlib.nullcontext() if last or world == 1 else model.no_sync():
                 with autocast:
@@ -361,6 +374,16 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
 
 def count(parameters):
     return sum(p.numel() for p in parameters)
+
+
+def feature_key(raw, loop, views):
+    """What stored features hang on: the data, the views, all weights that are not trained."""
+    digest, trained = hashlib.sha256(), {n for n, p in raw.named_parameters() if p.requires_grad}
+    for name, value in raw.state_dict().items():
+        if name not in trained:
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+    return {"data": loop.data, "split": loop.split, "limit": loop.limit, "root": loop.image_root, "seed": loop.seed,
+            "views": views, "weights": digest.hexdigest()}
 
 
 def default_vocab(loop):
@@ -473,7 +496,8 @@ def main(argv=None):
         raw, info = train(module, name, preset, task, given, folder, stage, init)
         init = str(folder)
     loop = info["loop"]
-    evals = {"default": module.EVALS[task], "none": ()}.get(loop["evals"], loop["evals"].split(","))
+    own = [e for e in module.EVALS[task] if e in evaluation.offered(raw)]      # a loss left out may leave an encoder out
+    evals = {"default": own, "none": ()}.get(loop["evals"], loop["evals"].split(","))
     options = {"split": loop["eval_split"] or None, "data": loop["eval_data"] or None, "image_root": loop["eval_root"] or None}
     results = {e: evaluation.evaluate(raw, {**info, "step": info["total_steps"], "path": str(folder)}, e, options, rank, world) for e in evals}
     if rank == 0:

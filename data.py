@@ -1445,8 +1445,10 @@ def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False):
     parts, plan = f"{out}.parts", json.dumps({**metadata, "items": total, "shard": shard}, indent=1)
     os.makedirs(parts, exist_ok=True)
     note = os.path.join(parts, "plan.json")
-    if os.path.exists(note) and read_text(note) != plan:
-        fail(f"{parts}: begun with other settings (see {note}): go on with those, or delete the folder")
+    if os.path.exists(note):
+        with open(note, encoding="utf-8") as f:
+            if f.read() != plan:
+                fail(f"{parts}: begun with other settings (see {note}): go on with those, or delete the folder")
     with open(note, "w", encoding="utf-8") as f:
         f.write(plan)
     items, files, bad = iter(items), [], 0
@@ -1480,7 +1482,8 @@ def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False):
 
 def pack(found, metadata):
     """What look() gave for some pictures -> {tensor name: [array]}. float16 holds up to 65,504: a larger feature is an error."""
-    out = {k: [np.concatenate([f[k] for f in found]).astype(t)] if found else [np.zeros(0, t)] for k, t in ROW_ARRAYS.items()}
+    with np.errstate(over="ignore"):                                        # said below, in words
+        out = {k: [np.concatenate([f[k] for f in found]).astype(t)] if found else [np.zeros(0, t)] for k, t in ROW_ARRAYS.items()}
     if not np.isfinite(out["features"][0]).all():
         fail("a region's feature is not finite in float16: are these a detector's weights?")
     names = [f["name"].encode() for f in found]

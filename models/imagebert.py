@@ -365,10 +365,10 @@ def triplet_loss(s_pos, s_neg, live, margin=0.2):
     return ((margin - s_pos + s_neg).clamp(min=0) * live).sum() / live.sum().clamp(min=1)
 
 
-# Copied from models/codis.py::mask_tokens with Section 3.3.2->Section 4.3, task 1
+# Copied from models/codis.py::mask_tokens with 3.3.2->4.3
 @torch.no_grad()
 def mask_tokens(text, maskable, mask_id, first_word, vocab_size, prob=0.15, mask_only=False):
-    """Section 4.3, task 1: chooses max(1, round(prob n)) of a row's n maskable tokens; 80 % become [MASK], 10 % a random word, 10 % stay.
+    """Section 4.3: chooses max(1, round(prob n)) of a row's n maskable tokens; 80 % become [MASK], 10 % a random word, 10 % stay.
 
     text: (B, T) int64; maskable: (B, T) bool -> masked text (B, T), positions (B, M), labels (B, M) with -100 where a row has
     fewer than M = max(1, round(prob T)) chosen. Shapes depend on T alone. Random words come from first_word..vocab_size-1.
@@ -457,6 +457,8 @@ class ImageBert(nn.Module):
             self.itm_head = nn.Linear(cfg.width, 1)
         else:
             self.match = None                                        # eval.py asks
+        if task != "pretrain":
+            self.masked_predictions = None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -555,7 +557,7 @@ class ImageBert(nn.Module):
     def loss_retrieval(self, batch):
         """Section 4.4: any weighted sum of Eq. 6, 7 and 9, against P - 1 negatives in one or both directions, without masks."""
         cfg, ids = self.cfg, batch["image_id"]
-        b, n = len(ids), min(cfg.pool, len(ids)) - 1
+        b, n = len(ids), max(1, min(cfg.pool, len(ids)) - 1)         # others() says which are none
         ways = ("text", "image") if cfg.negatives == "both" else (cfg.negatives,)
         own = torch.arange(b, device=ids.device)
         image, sentence, live = [own], [own], []

@@ -640,8 +640,8 @@ def pointing(ev):
 
 # name -> (function, what the model must have: any of these sets of methods)
 TASKS = {
-    "masked": (masked, (("masked_predictions",),)),
     "retrieval": (retrieval, (("encode_image", "encode_text"), ("match",))),
+    "masked": (masked, (("masked_predictions",),)),
     "vqa": (vqa, (("rank_answers",),)),
     "ve": (classification, (("predict",),)),
     "nlvr2": (classification, (("predict",),)),

@@ -45,10 +45,12 @@ Run: python models/imagebert.py      (2 s: shapes, parameters and every loss on 
 
 import math
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
@@ -88,6 +90,7 @@ class Config:
     margin: float = 0.2             # of Eq. 9
     pool: int = 4                   # P: the positive and P - 1 negatives a direction, fewer where the batch has fewer
     negatives: str = "both"         # "text": sentences for each image; "image": images for each sentence; "both"
+    init_std: float = 0.02          # standard deviation of initial weights, BERT's
     checkpointing: bool = False     # recompute layers in backward instead of keeping their activations
 
 
@@ -99,7 +102,14 @@ PRESETS = {
                  retrieval=dict(optimizer="adamw", batch_size=24, steps=600, lr=2e-4, schedule="cosine", eval_limit=100)),
 }
 
-# The paper's sections 5.1 (pre-training, both stages alike) and 5.2 (fine-tuning). Stage 1 is LAIT, stage 2 CC + SBU: --stage_data.
+# Sections 5.1 (pre-training, both stages alike) and 5.2 (fine-tuning). Stage 1 is LAIT, stage 2 CC + SBU: --stage_data LAIT CC,SBU.
+# Table 1: pre-trained only; Table 2: `--task retrieval --init RUN --data FLICKR|COCO`. COCO is evaluated on 5,000 images and 5 x 1,000.
+# Table 3, all on `--task pretrain`, evaluated on Flickr30K without fine-tuning:
+#   LAIT; CC; CC+SBU                    --stage_data LAIT; CC; CC,SBU                (one stage each)
+#   LAIT+CC+SBU                         --stage_data LAIT,CC,SBU                     (one stage)
+#   LAIT -> (CC+SBU)                    --stage_data LAIT CC,SBU                     (two stages, the default)
+# Table 4, part 1: --global_feature (regions made with data.py regions --global_feature NAME); 2: --mrfr 0 and --mrfr 1;
+#   3: --max_regions 36 and 100; 4: --ce 1 --triplet 1; --bce 0 --ce 1; --bce 0 --triplet 1; the default.
 STAGE = dict(optimizer="adam", lr=1e-4, schedule="constant", epochs=17, batch_size=48)
 RECIPE = {
     "pretrain": [dict(STAGE, limit=2_000_000), STAGE],  # "we only sampled 2M from LAIT"
@@ -461,7 +471,7 @@ class ImageBert(nn.Module):
             self.masked_predictions = None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=cfg.init_std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
@@ -477,7 +487,8 @@ class ImageBert(nn.Module):
         """embed_images() of a batch's images, or of those at `index`; `regions` in place of their features, where masked."""
         keys = ["regions_box", "regions_size", "regions_mask"] + ["regions_global"] * self.cfg.global_feature
         box, size, mask, *image = [batch[k] if index is None else batch[k][index] for k in keys]
-        return self.embed_images(batch["regions"].float() if regions is None else regions, box.float(), size.float(), mask, *[x.float() for x in image])
+        regions = batch["regions"] if regions is None else regions
+        return self.embed_images(regions.float(), box.float(), size.float(), mask, *[x.float() for x in image])
 
     def encode(self, words, text_mask, image_tokens, image_mask, *places):
         """[CLS] text [SEP] regions through the transformer. words: (R, T, D), image_tokens: (R, S-T, D), both embedded, with masks
@@ -603,24 +614,31 @@ class ImageBert(nn.Module):
 
 RENAME = (("cls.predictions.transform.", "mlm_head.transform."), ("cls.predictions.bias", "mlm_head.bias"),
           ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-UNUSED = ("bert.pooler.", "cls.seq_relationship.", "cls.predictions.decoder.", "bert.embeddings.position_ids")   # decoder = word embeddings
+UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids",
+          "cls.predictions.decoder.")                               # the word embeddings once more, and the bias
 
 
 def load_pretrained(model, text):
-    """Fills `bert.` (and the MLM head, if both have it) from a Hugging Face BERT file, .safetensors or a state dict -> a line for the log.
-    SystemExit on a key that is unknown, absent or of another shape."""
-    state = load_file(text) if text.endswith(".safetensors") else torch.load(text, map_location="cpu", weights_only=True)
-    mine, found, dropped = model.state_dict(), {}, []
+    """Fills all of `bert.`, and the MLM head if both have one, from a Hugging Face BERT file, .safetensors or a state dict
+    -> a line for the log. SystemExit if a key is unknown or of another shape, or a tensor of `bert.` stays unfilled."""
+    try:
+        state = load_file(text) if text.endswith(".safetensors") else torch.load(text, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as e:
+        raise SystemExit(f"--init_text {text}: not a file of weights ({' '.join(str(e).split())[:100]})") from None
+    if not (isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())):
+        raise SystemExit(f"--init_text {text}: not a state dict (name -> tensor)")
+    mine, found, unused = model.state_dict(), {}, []
     for key, value in state.items():
         key = key if key.startswith(("bert.", "cls.")) else "bert." + key             # saved without its heads
         for old, new in RENAME:
             key = key.replace(old, new)
         if key.startswith(UNUSED) or key.startswith("mlm_head.") and key not in mine:
-            dropped.append(key)
+            unused.append(key)
         elif key not in mine:
             raise SystemExit(f"--init_text {text}: {key} has no place in this model of {model.cfg.layers} layers")
         elif value.shape != mine[key].shape:
-            raise SystemExit(f"--init_text {text}: {key} is {tuple(value.shape)} there and {tuple(mine[key].shape)} here: other sizes or vocabulary")
+            raise SystemExit(f"--init_text {text}: {key} is {tuple(value.shape)} there and {tuple(mine[key].shape)} here: "
+                             "other sizes or vocabulary")
         else:
             found[key] = value
     empty = [k for k in mine if k.startswith("bert.") and k not in found]
@@ -628,7 +646,8 @@ def load_pretrained(model, text):
         raise SystemExit(f"--init_text {text}: it does not fill {empty[0]}" + f" and {len(empty) - 1} more" * (len(empty) > 1))
     model.load_state_dict(found, strict=False)
     new = sorted({k.split(".")[0] for k in mine if k not in found})
-    return f"text from {text}: {len(found)} tensors; new: {', '.join(new)}; dropped: {', '.join(sorted(dropped)) or 'none'}"
+    return (f"text from {text}: matched {len(found)} tensors, all of bert; missing, so they start at random: {', '.join(new)}; "
+            f"unexpected, left out: {', '.join(sorted(unused)) or 'none'}")
 
 
 Model = ImageBert

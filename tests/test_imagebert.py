@@ -3,8 +3,10 @@ import base64
 import copy
 import json
 import math
+import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -420,7 +422,9 @@ def test_bert_weights(tmp_path, heads):
     state |= {"bert.pooler.dense.weight": torch.zeros(2), "cls.seq_relationship.bias": torch.zeros(2)} if heads else {"pooler.dense.bias": torch.zeros(2)}
     save_file(state, tmp_path / "bert.safetensors")
     line = ib.load_pretrained(model, text=str(tmp_path / "bert.safetensors"))
-    assert "new: itm_head" in line and "pooler" in line and ("mlm_head" in line) == (not heads)
+    unfilled = "itm_head, mlm_head, moc_head, mrfr_head, regions".replace("mlm_head, ", "" if heads else "mlm_head, ")
+    assert f"missing, so they start at random: {unfilled};" in line and "unexpected, left out: bert.pooler" in line
+    assert f"matched {sum(k.startswith(('bert.', 'mlm_head.')[:1 + heads]) for k in model.state_dict())} tensors" in line
     for key, value in model.state_dict().items():
         loaded = key.startswith("bert.") or heads and key.startswith("mlm_head.")
         assert torch.equal(value, source.state_dict()[key]) == loaded, key
@@ -434,6 +438,12 @@ def test_bert_weights(tmp_path, heads):
     torch.save({**state, key: torch.zeros(30, 16)}, tmp_path / "other.pt")
     with pytest.raises(SystemExit, match="vocabulary"):
         ib.load_pretrained(make_model(), text=str(tmp_path / "other.pt"))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "bert.safetensors").read_bytes()[:200])
+    torch.save([1], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    for name, words in (("cut.safetensors", "not a file of weights"), ("text.pt", "not a file of weights"), ("list.pt", "not a state dict")):
+        with pytest.raises(SystemExit, match=words):
+            ib.load_pretrained(make_model(), text=str(tmp_path / name))
 
 
 # ------------------------------------------------------------------------------------------------------------ region files
@@ -725,6 +735,18 @@ def test_all_pairs_and_a_shortlist(world, tmp_path, capsys):
         ev.main(opts + ["--candidates", "2"])
     with pytest.raises(SystemExit, match="has no dual encoder"):
         ev.main(opts + ["--candidates", "2", "--candidates_from", str(tmp_path / "run")])
+
+
+def test_two_processes(world, tmp_path):
+    """No parameter goes unused under DDP; a shared evaluation has the numbers of one process."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / "train.py"),
+                           *ours(world, tmp_path / "two", "--evals", "retrieval", "--eval_split", "train", "--log_every", 1)],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes x 1 x 4" in done.stdout
+    two = json.loads((tmp_path / "two" / "eval-retrieval.json").read_text())
+    one = ev.main([str(tmp_path / "two"), "--task", "retrieval", "--split", "train"])["retrieval"]
+    assert two["metrics"] == pytest.approx(one["metrics"]) and two["protocol"]["captions"] == 48
 
 
 # -------------------------------------------------------------------------------------------------------------------- stages

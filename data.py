@@ -1330,7 +1330,8 @@ def write_safetensors(path, tensors, metadata):
     for name in order:
         parts = tensors[name]
         size = sum(p.nbytes for p in parts)
-        header[name] = {"dtype": SAFE_TYPES[parts[0].dtype], "shape": [sum(map(len, parts)), *parts[0].shape[1:]], "data_offsets": [at, at + size]}
+        shape = [sum(map(len, parts)), *parts[0].shape[1:]]
+        header[name] = {"dtype": SAFE_TYPES[parts[0].dtype], "shape": shape, "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -1420,8 +1421,8 @@ class Regions:
         if len(out) < len(records):
             out.notes["without_regions"] = len(records) - len(out)
             if not len(out):
-                fail(f"{', '.join(self.paths)}: none of the {len(records)} records' pictures is in it, for example {records[0]['image']} is not; "
-                     f"it holds for example {next((n for t in tables for n in t), 'nothing')}")
+                fail(f"{', '.join(self.paths)}: none of the {len(records)} records' pictures is in it, for example "
+                     f"{records[0]['image']} is not; it holds for example {next((n for t in tables for n in t), 'nothing')}")
             say(f"{len(records) - len(out)} of {len(records)} records left out: their pictures are not in {', '.join(self.paths)}")
         return out
 
@@ -1487,7 +1488,8 @@ def pack(found, metadata):
     if not np.isfinite(out["features"][0]).all():
         fail("a region's feature is not finite in float16: are these a detector's weights?")
     names = [f["name"].encode() for f in found]
-    out |= {"offsets": [np.cumsum([0] + [len(f["labels"]) for f in found], dtype=np.int64)], "names": [np.frombuffer(b"".join(names), np.uint8)],
+    out |= {"offsets": [np.cumsum([0] + [len(f["labels"]) for f in found], dtype=np.int64)],
+            "names": [np.frombuffer(b"".join(names), np.uint8)],
             "name_ends": [np.cumsum([len(n) for n in names], dtype=np.int64)],
             "sizes": [np.array([f["size"] for f in found], np.int64).reshape(-1, 2)]}
     if "global_feature" in metadata:
@@ -1496,7 +1498,8 @@ def pack(found, metadata):
 
 
 CROP, CROP_DIM = 8, 128
-STAND_IN = f"a stand-in for a detector: the boxes and labels of the data itself, each crop at {CROP}x{CROP} pixels times a fixed random matrix"
+STAND_IN = ("a stand-in for a detector: the boxes and labels of the data itself, each crop at "
+            f"{CROP}x{CROP} pixels times a fixed random matrix")
 
 
 def box_regions(record, name):
@@ -1506,8 +1509,8 @@ def box_regions(record, name):
     boxes = np.array(record["boxes"], np.float32).reshape(-1, 4)
     crops = [np.asarray(image.resize((CROP, CROP), Image.Resampling.BILINEAR, box=tuple(b))) for b in boxes.tolist()]
     crops = np.array(crops, np.float32).reshape(-1, 3 * CROP * CROP) / 127.5 - 1
-    return {"name": name, "size": image.size, "boxes": boxes, "labels": np.array(record["labels"], np.int64), "scores": np.ones(len(boxes)),
-            "features": crops @ matrix}
+    return {"name": name, "size": image.size, "boxes": boxes, "labels": np.array(record["labels"], np.int64),
+            "scores": np.ones(len(boxes)), "features": crops @ matrix}
 
 
 def shapes_regions(world, split):
@@ -1578,7 +1581,8 @@ def load_detector(weights, top, min_score, random=False):
             if isinstance(m, FrozenBatchNorm2d):
                 m.eps = 0.0                                                 # as torchvision sets it for its published detector
     names = names if classes == len(names) else [str(n) for n in range(classes)]
-    about = (f"torchvision Faster R-CNN R50-FPN, {classes} labels ({'COCO ids' if classes == 91 else 'numbered'}; not the 1,600 of Visual Genome), "
+    kind = "COCO ids" if classes == 91 else "numbered"
+    about = (f"torchvision Faster R-CNN R50-FPN, {classes} labels ({kind}; not the 1,600 of Visual Genome), "
              f"up to {top} regions over score {min_score}, weights {'RANDOM: it detects nothing' if random else weights}")
     return model.eval(), names, about
 
@@ -1621,7 +1625,8 @@ def extract_regions(args):
     """`data.py regions --images`: runs the detector over pictures -> number of unreadable ones."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if os.path.isdir(args.images) and not any(f.endswith(".tar") for f in os.listdir(args.images)):
-        pictures = [os.path.join(folder, f) for folder, _, files in sorted(os.walk(args.images)) for f in sorted(files) if f.lower().endswith(IMAGE_TYPES)]
+        pictures = [os.path.join(folder, f) for folder, _, files in sorted(os.walk(args.images)) for f in sorted(files)
+                    if f.lower().endswith(IMAGE_TYPES)]
         root = os.path.abspath(args.images)
     else:
         records = open_source("pairs", args.images, None, args.image_root)
@@ -1685,8 +1690,9 @@ def tsv_regions(item, classes):
         if len(array) % n or width and len(array) != n * width:
             fail(f"{where}: {key} holds {len(array)} numbers for {n} boxes")
         return array.reshape(n, -1)
-    known = "labels" in row
-    labels, scores = (decode("labels", np.int64, 1)[:, 0], decode("scores", np.float32, 1)[:, 0]) if known else (np.full(n, -1), np.ones(n))
+    labels, scores = np.full(n, -1), np.ones(n)
+    if "labels" in row:
+        labels, scores = decode("labels", np.int64, 1)[:, 0], decode("scores", np.float32, 1)[:, 0]
     if labels.max() >= classes:
         fail(f"{where}: label {labels.max()}, but there are {classes} label names")
     order = np.argsort(-scores, kind="stable")                              # the surest first; without scores the file's order
@@ -1702,7 +1708,8 @@ def convert_regions(args):
     names = [str(n) for n in range(1600)] if labeled else []                # the Visual Genome detector's, by number
     if args.label_names and labeled:
         names = [name for _, name in lines_of(args.label_names)]
-    metadata = {"detector": f"bottom-up-attention ({', '.join(os.path.basename(p) for p in paths)})", "root": "", "label_names": json.dumps(names)}
+    files = ", ".join(os.path.basename(p) for p in paths)
+    metadata = {"detector": f"bottom-up-attention ({files})", "root": "", "label_names": json.dumps(names)}
     return collect_regions(args.out, tsv_lines(paths), None, lambda item: tsv_regions(item, len(names)), metadata, args.shard)
 
 
@@ -1735,7 +1742,8 @@ def regions_main(args):
     counts = np.diff(regions.files[0][0]["offsets"])
     rows = {"pictures": len(regions), "unreadable, left out": bad, "regions": int(counts.sum()),
             "regions a picture": f"{counts.min()} to {counts.max()}, mean {counts.mean():.1f}", "feature size": regions.dim,
-            "labels": regions.classes or "none", "global feature": regions.global_dim or "none", "file": f"{args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB"}
+            "labels": regions.classes or "none", "global feature": regions.global_dim or "none",
+            "file": f"{args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB"}
     print("\n".join(f"  {k:<22}{v}" for k, v in rows.items()))
     return 0
 

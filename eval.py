@@ -282,7 +282,8 @@ class Eval:
             theirs, ours = data.stats(records), self.info.get("stats", {})
             wrong = [k for k in ("region_dim", "region_classes", "global_dim") if theirs[k] != ours.get(k, theirs[k])]
             if wrong:
-                raise SystemExit(f"{', '.join(records.regions.paths)}: {wrong[0]} is {theirs[wrong[0]]}, the run was trained with {ours[wrong[0]]}")
+                raise SystemExit(f"{', '.join(records.regions.paths)}: {wrong[0]} is {theirs[wrong[0]]}, "
+                                 f"the run was trained with {ours[wrong[0]]}")
             self.protocol.update(regions=records.regions.about)
         seen, start = self.loop.get("data") or "shapes", f", from {self.loop['init']}" if self.loop.get("init") else ""
         how = "pre-trained only" if self.info["task"] == "pretrain" else f"fine-tuned ({self.info['task']})"
@@ -294,8 +295,8 @@ class Eval:
     def batches(self, records, what, views=None):
         """This rank's batches, on the device: images, flattened captions ("text") or whole records ("sample")."""
         for batch in data.iter_eval(records, views or self.views, self.tokenizer, getattr(self.cfg, "image_size", None),
-                                    self.cfg.max_text, max_regions=getattr(self.cfg, "max_regions", None), what=what, batch_size=self.opts.batch_size, rank=self.rank, world=self.world,
-                                    workers=max(0, self.setting("workers", 0))):
+                                    self.cfg.max_text, max_regions=getattr(self.cfg, "max_regions", None), what=what,
+                                    batch_size=self.opts.batch_size, rank=self.rank, world=self.world, workers=max(0, self.setting("workers", 0))):
             self.bad.update(batch["index"][batch["bad"].bool()].tolist())
             yield {k: v.to(self.device) for k, v in batch.items()}
 
@@ -447,7 +448,8 @@ def masked(ev):
     rows, metrics = [], {}
     for name in dict.fromkeys(name for name, _ in found):
         guess, truth = (found[name, part][found[name, "truth"] != -100] for part in ("guess", "truth"))
-        metrics |= {name: 100 * (guess == truth).double().mean().item(), f"{name}_baseline": 100 * truth.bincount().max().item() / len(truth)}
+        metrics[name] = 100 * (guess == truth).double().mean().item()
+        metrics[f"{name}_baseline"] = 100 * truth.bincount().max().item() / len(truth)
         rows.append({"hidden": name, "places": len(truth), "accuracy": metrics[name], "most frequent": metrics[f"{name}_baseline"]})
     ev.protocol.update(masks="drawn as in training, seed 0")
     return {"rows": rows, "metrics": metrics}

@@ -267,8 +267,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     if hasattr(module, "setup"):
         module.setup(cfg, task, stats)
     workers = loop.workers if loop.workers >= 0 else max(0, (os.cpu_count() or 1) // 4)
-    samples = data.Views(records, views, tokenizer, getattr(cfg, "image_size", None), cfg.max_text, seed=loop.seed, crop_scale=loop.crop_scale,
-                         image_view=loop.image_view or None, max_regions=getattr(cfg, "max_regions", None))
+    samples = data.Views(records, views, tokenizer, getattr(cfg, "image_size", None), cfg.max_text, seed=loop.seed,
+                         crop_scale=loop.crop_scale, image_view=loop.image_view or None, max_regions=getattr(cfg, "max_regions", None))
     epoch_steps = max(1, len(records) // loop.batch_size)
     total = loop.steps or math.ceil(loop.epochs * epoch_steps)
     if "steps" in given:

@@ -98,7 +98,7 @@ PRESETS = {
     "base": dict(),
     "tiny": dict(width=128, layers=3, heads=4, mlp_ratio=4, act="relu", dropout=0.0, max_text=24, max_regions=3,
                  init_std=0.05, itm=3.0,                            # matching is learnt last: so it starts after 600 steps, not 1,400
-                 pretrain=[dict(optimizer="adamw", batch_size=64, steps=4000, lr=1e-3, warmup_steps=100, schedule="cosine",
+                 pretrain=[dict(optimizer="adamw", batch_size=64, steps=3000, lr=1e-3, warmup_steps=100, schedule="cosine",
                                 min_lr=1e-5, eval_limit=100)],
                  retrieval=dict(optimizer="adamw", batch_size=24, steps=400, lr=2e-4, schedule="cosine", eval_limit=100)),
 }

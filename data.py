@@ -25,6 +25,7 @@ Nothing here reads or moves a global random state: a sample is a function of (re
 """
 import argparse
 import array
+import base64
 import contextlib
 import copy
 import csv
@@ -80,11 +81,12 @@ class Records:
 
     `image` (and `image2`, `feature`) is a path that opens as it is, or (tar path, offset, size) in bytes. `image_id` is an int,
     the same for two records of one picture. Attributes: name (the source), split, root, notes (dict of counts),
-    label_names (list or None: what the ints in `labels`/`label` mean), protocol (str or None), splits (those in the files)."""
+    label_names (list or None: what the ints in `labels`/`label` mean), protocol (str or None), splits (those in the files),
+    regions (Regions or None: see with_regions)."""
 
     def __init__(self, name, split, root=None):
         self.name, self.split, self.root = name, split, root
-        self.notes, self.label_names, self.protocol, self.splits = {}, None, None, []
+        self.notes, self.label_names, self.protocol, self.splits, self.regions = {}, None, None, [], None
         self._blob, self._ends = bytearray(), array.array("q", [0])
 
     def append(self, record):
@@ -887,7 +889,11 @@ def tag_list(records, n=None):
 
 def stats(records, answers=3192, views=None, tags=None):
     """What a model must know of the training records -> dict: answers (vqa); num_labels, label_names (where there is a label or
-    are boxes); where `views` ask for tags: tags, the `tags` most frequent, num_labels of them, tag_width, the most a record has."""
+    are boxes); where `views` ask for tags: tags, the `tags` most frequent, num_labels of them, tag_width, the most a record has;
+    region_dim, region_classes, global_dim, regions (what made them)."""
+    if records.regions:
+        r = records.regions
+        return {"region_dim": r.dim, "region_classes": r.classes, "global_dim": r.global_dim, "regions": r.about}
     if {"tags", "any_tags"} & set(view_keys(views or {}).values()):
         names = tag_list(records, tags)
         width = max([1] + [len(r.get("tags") or ()) for r in records])
@@ -1183,6 +1189,21 @@ def read_frames(path):
     return x if x.ndim == 2 and len(x) else fail(f"{path}: shape {x.shape}, not (frames, D)")
 
 
+def view_regions(views, key, record, rng, c):
+    """The max_regions surest regions, padded with zeros: KEY (R, F), KEY_box (R, 4) xyxy pixels, KEY_label (R,), -1 = none, KEY_mask
+    (R,), 1 = a region, KEY_size (2,) width and height of the picture, KEY_global (G,) where the file has it."""
+    regions = views.records.regions
+    found, most = regions[record["regions"]], views.max_regions or regions.most
+    n = min(most, len(found["labels"]))
+    out = {key: torch.zeros(most, regions.dim, dtype=torch.float16), key + "_box": torch.zeros(most, 4),
+           key + "_label": torch.full((most,), -1), key + "_mask": torch.zeros(most, dtype=torch.long)}
+    for name, source in ((key, "features"), (key + "_box", "boxes"), (key + "_label", "labels")):
+        out[name][:n] = torch.from_numpy(np.array(found[source][:n]))
+    out[key + "_mask"][:n] = 1
+    out[key + "_size"] = torch.tensor(found["sizes"].tolist(), dtype=torch.float32)
+    return out | ({key + "_global": torch.from_numpy(np.array(found["globals"]))} if regions.global_dim else {})
+
+
 def view_label(views, key, record, rng, c):
     return {key: torch.tensor(record["label"])}
 
@@ -1237,7 +1258,7 @@ FRAMES = 32                                                 # most frames of a c
 TEXT_VIEWS = {"caption": view_caption, "paraphrase": view_paraphrase, "question": view_question, "answer": view_answer,
               "sentence": view_sentence, "any_caption": view_any_caption, "any_paraphrase": view_any_paraphrase}
 OTHER_VIEWS = {"tags": view_tags, "any_tags": view_tags, "label": view_label, "labels": view_labels, "frames": view_frames,
-               "features": view_features, "objects": view_objects, "masks": view_masks}
+               "features": view_features, "objects": view_objects, "masks": view_masks, "regions": view_regions}
 VIEW_FNS = IMAGE_VIEWS | TEXT_VIEWS | OTHER_VIEWS
 NEEDS = {"caption": "caption", "paraphrase": "caption", "question": "question", "answer": "answers", "tags": "tags",
          "label": "label", "labels": "labels", "objects": "boxes", "masks": "segmentation"}
@@ -1261,10 +1282,11 @@ class Views(Dataset):
     ("resize" if there is none; None: the key is not made), caption 0. image_view replaces the training view of every key
     "image*". A key with view "features" gives rows of the attribute `features`; in evaluation the picture, as `image`, by KEY_eval.
     A value that is a list of one tensor (objects, whose sizes differ) stays a list of tensors in a batch.
-    tag_names: vocabulary of the "tags" view (default: all tags of these records); give the training one to evaluation."""
+    tag_names: vocabulary of the "tags" view (default: all tags of these records); give the training one to evaluation.
+    max_regions: width of the "regions" view (default: the most regions that a picture has)."""
 
     def __init__(self, records, views, tokenizer, image_size, max_text, train=True, seed=0, crop_scale=(0.2, 1.0),
-                 image_view=None, max_bad=0.1, tag_names=None):
+                 image_view=None, max_bad=0.1, tag_names=None, max_regions=None):
         self.records, self.tokenizer, self.size, self.max_text = records, tokenizer, image_size, max_text
         self.train, self.seed, self.crop_scale, self.max_bad = train, seed, tuple(crop_scale), max_bad
         if views.get("source", records.name) != records.name:
@@ -1288,6 +1310,7 @@ class Views(Dataset):
             fail(f"--max_text {max_text}: [CLS], one token and [SEP] need 3")
         mean, std = torch.tensor(NORMS[views.get("norm", "clip")]).view(2, 3, 1, 1)
         self.scale, self.shift = 1 / (255 * std), -mean / std
+        self.max_regions = max_regions
         self.tag_names = tag_names
         if {"tags", "any_tags"} & set(self.keys.values()):
             self.tag_names = tag_list(records) if tag_names is None else list(tag_names)
@@ -1489,7 +1512,7 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
     dataset = Views(records, views, tokenizer, image_size, max_text, train=False, **options)
     texts = [k for k, v in dataset.keys.items() if v in ("caption", "paraphrase", "any_caption", "any_paraphrase")]
     if what == "image":
-        images = [k for k, v in dataset.keys.items() if v in IMAGE_VIEWS or v == "frames"]
+        images = [k for k, v in dataset.keys.items() if v in IMAGE_VIEWS or v in ("frames", "regions")]
         items = [(i, 0, 0, images, n) for n, i in enumerate(unique_images(records)[0])]
     elif what == "text":
         counts = ((i, 1 if isinstance(r.get("caption"), str) else len(r.get("caption") or ())) for i, r in enumerate(records))
@@ -1530,6 +1553,460 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
             note.write_text(json.dumps(key))
         barrier()
     return np.load(path, mmap_mode="r")
+
+
+# ---------------------------------------------------------------------------------------------------------- region features
+# What a detector found in N pictures, T regions in all: one safetensors file, memory-mapped, so that its size is not that of RAM.
+#   features (T, F) float16     boxes (T, 4) float32, xyxy in pixels     labels (T,) int64, -1 = none     scores (T,) float32
+#   offsets (N+1,) int64: picture n has rows offsets[n]:offsets[n+1], the surest first      sizes (N, 2) int64: width, height
+#   names (bytes,) uint8, name_ends (N,) int64: the pictures' file names, UTF-8             globals (N, G) float16: optional
+# Metadata: detector (text), label_names (JSON list), root (folder that names start from; empty: names are image ids).
+
+ROW_ARRAYS = {"labels": np.int64, "boxes": np.float32, "scores": np.float32, "features": np.float16}
+SAFE_TYPES = {np.dtype(t): name for name, t in (("I64", np.int64), ("F32", np.float32), ("F16", np.float16), ("U8", np.uint8))}
+
+
+def map_safetensors(path):
+    """-> ({name: read-only memory-mapped array}, metadata). Nothing is read but the header."""
+    try:
+        blob = np.memmap(path, np.uint8, "r")
+        start = 8 + int.from_bytes(blob[:8].tobytes(), "little")
+        header = json.loads(blob[8:start].tobytes()) if start <= len(blob) else fail(f"{path}: not a whole safetensors file")
+        metadata, types = header.pop("__metadata__", {}), {name: t for t, name in SAFE_TYPES.items()}
+        arrays = {}
+        for name, t in header.items():
+            a, b = t["data_offsets"]
+            arrays[name] = blob[start + a:start + b].view(types[t["dtype"]]).reshape(t["shape"])
+        return arrays, metadata
+    except FileNotFoundError:
+        fail(f"{path}: no such file")
+    except (ValueError, KeyError) as e:
+        fail(f"{path}: not a whole safetensors file of regions ({e})")
+
+
+def write_safetensors(path, tensors, metadata):
+    """tensors: {name: list of arrays, to be joined along axis 0}: written one after the other, whole or not at all."""
+    header, at = {"__metadata__": metadata}, 0
+    order = sorted(tensors, key=lambda name: -tensors[name][0].dtype.itemsize)          # so that each begins aligned
+    for name in order:
+        parts = tensors[name]
+        size = sum(p.nbytes for p in parts)
+        shape = [sum(map(len, parts)), *parts[0].shape[1:]]
+        header[name] = {"dtype": SAFE_TYPES[parts[0].dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(f"{path}.tmp", "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for part in tensors[name]:
+                f.write(np.ascontiguousarray(part).data)
+    os.replace(f"{path}.tmp", path)
+
+
+def picture_name(where, root):
+    """What a picture is called in a regions file: its path from `root`, or TAR@BYTE for a member of a tar."""
+    return os.path.relpath(where, root) if isinstance(where, str) else f"{os.path.basename(where[0])}@{where[1]}"
+
+
+class Regions:
+    """The files of `python data.py regions`, as one. Attributes: dim F, classes K (0: no labels), global_dim G (0: none), most
+    (regions of a picture), label_names, about (what made them). regions[n] -> dict of the arrays of picture n."""
+
+    def __init__(self, paths):
+        self.paths = list(paths)
+        self.files = [map_safetensors(path) for path in self.paths]
+        kinds = {}
+        for path, (arrays, metadata) in zip(self.paths, self.files):
+            absent = [k for k in (*ROW_ARRAYS, "offsets", "sizes", "names", "name_ends") if k not in arrays]
+            if absent:
+                fail(f"{path}: not a regions file, it lacks {', '.join(absent)}")
+            shape = [int(arrays[k].shape[1]) if k in arrays else 0 for k in ("features", "globals")]
+            kinds.setdefault((*shape, metadata.get("label_names", "[]")), path)
+        if len(kinds) > 1:
+            fail(f"{' and '.join(kinds.values())} differ in feature size, global feature or label names")
+        (self.dim, self.global_dim, names), = kinds
+        self.label_names = json.loads(names)
+        self.classes = len(self.label_names)
+        self.about = "; ".join(dict.fromkeys(metadata["detector"] for _, metadata in self.files))
+        self.ends = np.cumsum([len(arrays["sizes"]) for arrays, _ in self.files])
+        self.most = max(int(np.diff(arrays["offsets"]).max(initial=0)) for arrays, _ in self.files)
+
+    def __reduce__(self):
+        return Regions, (self.paths,)                                       # to another process goes the path, not the content
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, n):
+        file = int(np.searchsorted(self.ends, n, "right"))
+        arrays, row = self.files[file][0], n - (int(self.ends[file - 1]) if file else 0)
+        rows = slice(*map(int, arrays["offsets"][row:row + 2]))
+        return {k: arrays[k][rows] for k in ROW_ARRAYS} | {k: arrays[k][row] for k in ("sizes", "globals") if k in arrays}
+
+    def tables(self):
+        """For each file: {name of a picture: its number}."""
+        for k, (arrays, _) in enumerate(self.files):
+            first, text, ends = int(self.ends[k]) - len(arrays["sizes"]), arrays["names"].tobytes(), arrays["name_ends"].tolist()
+            yield {text[a:b].decode(): first + n for n, (a, b) in enumerate(zip([0] + ends, ends))}
+
+    def attach(self, records):
+        """Records with `regions` = the picture's number here. Those without are left out and counted. A path is looked up from the
+        files' roots, then by ever shorter ends of it; in a file of image ids by the number that ends the file's name."""
+        tables, roots, taken = list(self.tables()), [metadata.get("root", "") for _, metadata in self.files], {}
+        out = records.subset([])
+        out.regions = self
+        for record in records:
+            where, hits = record["image"], []
+            if isinstance(where, str):
+                path = os.path.abspath(where)
+                hits = [t.get(path[len(r) + 1:]) for t, r in zip(tables, roots) if r and path.startswith(r + os.sep)]
+                parts, stem = path.split(os.sep), os.path.splitext(os.path.basename(path))[0]
+                names = ["/".join(parts[k:]) for k in range(1, len(parts))]
+                ids = [stem] + [str(int(n)) for n in re.findall(r"\d+$", stem)]
+            else:
+                names, ids = [picture_name(where, None)], []
+            for name in names if all(h is None for h in hits) else ():
+                hits = [t[name] for t, r in zip(tables, roots) if r and name in t]
+                if hits:
+                    break
+            if all(h is None for h in hits):
+                hits = [t[i] for t, r in zip(tables, roots) if not r for i in ids if i in t]
+            hits = {h for h in hits if h is not None}
+            if len(hits) > 1:
+                fail(f"{where}: {len(hits)} pictures of {', '.join(self.paths)} could be this one")
+            for hit in hits:
+                if taken.setdefault(hit, record["image_id"]) != record["image_id"]:
+                    fail(f"{where}: another picture of these records has the same name in {', '.join(self.paths)}: make its --root fit")
+                out.append({**record, "regions": hit})
+        if len(out) < len(records):
+            out.notes["without_regions"] = len(records) - len(out)
+            if not len(out):
+                fail(f"{', '.join(self.paths)}: none of the {len(records)} records' pictures is in it, for example "
+                     f"{records[0]['image']} is not; it holds for example {next((n for t in tables for n in t), 'nothing')}")
+            say(f"{len(records) - len(out)} of {len(records)} records left out: their pictures are not in {', '.join(self.paths)}")
+        return out
+
+
+def with_regions(records, views, files=""):
+    """The records with the regions that VIEWS[task] asks for, from `files` (separated by commas); records as they are where it asks
+    for none. The built-in world needs no file: its stand-in is made beside its pictures, once."""
+    if "regions" not in view_keys(views).values():
+        return records
+    if not files and os.path.exists(os.path.join(records.root, "version.json")) and records.split:
+        files = shapes_regions(records.root, records.split)
+    if not files:
+        fail("this model looks at regions: name their files, --regions FILE (python data.py regions makes them)")
+    return Regions(expand(files)).attach(records)
+
+
+def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False):
+    """Writes the file `out` from look(item) for each item: a dict of name, size (w, h) and ROW_ARRAYS, [globals]; or None for a
+    picture that cannot be read. Goes by parts of `shard` items in the folder out.parts, so that the same command goes on after a
+    stop, in the memory of one part. -> number of unreadable pictures. DataError if the parts there are of another command."""
+    parts, plan = f"{out}.parts", json.dumps({**metadata, "items": total, "shard": shard}, indent=1)
+    os.makedirs(parts, exist_ok=True)
+    note = os.path.join(parts, "plan.json")
+    if os.path.exists(note):
+        with open(note, encoding="utf-8") as f:
+            if f.read() != plan:
+                fail(f"{parts}: begun with other settings (see {note}): go on with those, or delete the folder")
+    with open(note, "w", encoding="utf-8") as f:
+        f.write(plan)
+    items, files, bad = iter(items), [], 0
+    with tqdm(total=total, desc="regions", unit="picture", disable=quiet) as bar:
+        for n in itertools.count():
+            file, found, seen = os.path.join(parts, f"{n:06d}.safetensors"), [], 0
+            done = os.path.exists(file)
+            for item in itertools.islice(items, shard):
+                seen += 1
+                bar.update()
+                found += [] if done else [look(item)]
+            if not seen:
+                break
+            if not done:
+                write_safetensors(file, pack([f for f in found if f], metadata), {"unreadable": str(found.count(None))})
+            files.append(file)
+    mapped = [map_safetensors(file) for file in files]
+    bad = sum(int(m["unreadable"]) for _, m in mapped)
+    if not sum(len(a["sizes"]) for a, _ in mapped):
+        fail(f"{out}: no picture could be read")
+    tensors = {k: [a[k] for a, _ in mapped if len(a["sizes"])] for k in mapped[0][0]}
+    for key, first in (("offsets", 1), ("name_ends", 0)):                   # they count on from part to part
+        sums = np.cumsum([0] + [int(a[-1]) for a in tensors[key]])
+        tensors[key] = [a[(first if n else 0):] + s for n, (a, s) in enumerate(zip(tensors[key], sums))]
+    write_safetensors(out, tensors, metadata)
+    for file in [note] + files:
+        os.remove(file)
+    os.rmdir(parts)
+    return bad
+
+
+def pack(found, metadata):
+    """What look() gave for some pictures -> {tensor name: [array]}. float16 holds up to 65,504: a larger feature is an error."""
+    with np.errstate(over="ignore"):                                        # said below, in words
+        out = {k: [np.concatenate([f[k] for f in found]).astype(t)] if found else [np.zeros(0, t)] for k, t in ROW_ARRAYS.items()}
+    if not np.isfinite(out["features"][0]).all():
+        fail("a region's feature is not finite in float16: are these a detector's weights?")
+    names = [f["name"].encode() for f in found]
+    out |= {"offsets": [np.cumsum([0] + [len(f["labels"]) for f in found], dtype=np.int64)],
+            "names": [np.frombuffer(b"".join(names), np.uint8)],
+            "name_ends": [np.cumsum([len(n) for n in names], dtype=np.int64)],
+            "sizes": [np.array([f["size"] for f in found], np.int64).reshape(-1, 2)]}
+    if "global_feature" in metadata:
+        out["globals"] = [np.array([f["globals"] for f in found], np.float16)]
+    return out
+
+
+CROP, CROP_DIM = 8, 128
+STAND_IN = ("a stand-in for a detector: the boxes and labels of the data itself, each crop at "
+            f"{CROP}x{CROP} pixels times a fixed random matrix")
+
+
+def box_regions(record, name):
+    """The stand-in's regions of a record with boxes and labels: no detector has seen the picture."""
+    matrix = np.random.default_rng(0).standard_normal((3 * CROP * CROP, CROP_DIM)).astype(np.float32) / math.sqrt(3 * CROP * CROP)
+    image = load_image(record["image"])
+    boxes = np.array(record["boxes"], np.float32).reshape(-1, 4)
+    crops = [np.asarray(image.resize((CROP, CROP), Image.Resampling.BILINEAR, box=tuple(b))) for b in boxes.tolist()]
+    crops = np.array(crops, np.float32).reshape(-1, 3 * CROP * CROP) / 127.5 - 1
+    return {"name": name, "size": image.size, "boxes": boxes, "labels": np.array(record["labels"], np.int64),
+            "scores": np.ones(len(boxes)), "features": crops @ matrix}
+
+
+def shapes_regions(world, split):
+    """The regions file of the built-in world's split, made if it is not there -> its path."""
+    out = os.path.join(world, f"regions_{split}.safetensors")
+    if os.path.exists(out) and map_safetensors(out)[1].get("detector") == STAND_IN:
+        return out
+    records = open_source("pairs", "shapes", split)
+    names = dict(pair for r in records for pair in zip(r["labels"], r["label_names"]))
+    metadata = {"detector": STAND_IN, "root": world, "label_names": json.dumps([names.get(n, str(n)) for n in range(max(names) + 1)])}
+    mine = f"{out}.{os.getpid()}"                                           # each process of a run may come here: the last one stays
+    collect_regions(mine, records, len(records), lambda r: box_regions(r, picture_name(r["image"], world)), metadata)
+    os.replace(mine, out)
+    return out
+
+
+# Torchvision is imported where a detector runs: reading needs none of it.
+
+def checkpoint(path, what):
+    """A state dict of tensors from .safetensors or torch.save."""
+    if not os.path.isfile(path):
+        fail(f"{what} {path}: no such file")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError) as e:
+        fail(f"{what} {path}: not a state dict ({str(e).splitlines()[0]})")
+
+
+def published(weights, what):
+    """The state dict behind a torchvision weights entry: from its cache, else downloaded."""
+    from urllib.error import URLError
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError) as e:
+        fail(f"cannot download {weights.url} ({getattr(e, 'reason', e)}): fetch it on a machine with network and name the file: {what} PATH")
+
+
+def fill(model, state, what):
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        fail(f"{what}: these are not the weights of {type(model).__name__} ({' '.join(str(e).split())[:200]})")
+
+
+def load_detector(weights, top, min_score, random=False):
+    """Faster R-CNN R50-FPN -> (model in eval mode, label_names, text that says what it is). weights: a file, or "COCO_V1" =
+    torchvision's own. `top` regions an image at most, over min_score, are what its forward gives."""
+    from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops import FrozenBatchNorm2d
+    entry = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
+    state = None if random else published(entry, "--weights") if weights == entry.name else checkpoint(weights, "--weights")
+    key = "roi_heads.box_predictor.cls_score.weight"
+    if state is not None and key not in state:
+        fail(f"--weights {weights}: no Faster R-CNN of torchvision (no key {key})")
+    names = entry.meta["categories"]
+    classes = len(names) if random else len(state[key])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)                                                # random weights are the same ones each time
+        model = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5),
+                           classes, box_detections_per_img=top, box_score_thresh=min_score)
+    if state is not None:
+        fill(model, state, f"--weights {weights}")
+        for m in model.modules():
+            if isinstance(m, FrozenBatchNorm2d):
+                m.eps = 0.0                                                 # as torchvision sets it for its published detector
+    names = names if classes == len(names) else [str(n) for n in range(classes)]
+    kind = "COCO ids" if classes == 91 else "numbered"
+    about = (f"torchvision Faster R-CNN R50-FPN, {classes} labels ({kind}; not the 1,600 of Visual Genome), "
+             f"up to {top} regions over score {min_score}, weights {'RANDOM: it detects nothing' if random else weights}")
+    return model.eval(), names, about
+
+
+@torch.no_grad()
+def detect(model, image):
+    """image: (3, H, W) float32 in 0..1 -> dict of arrays: features (n, 1024) = the box head's for the final boxes, boxes (n, 4) xyxy
+    pixels, labels (n,), scores (n,), the surest first."""
+    images, _ = model.transform([image])
+    maps = model.backbone(images.tensors)
+    proposals, _ = model.rpn(images, maps)
+    found, _ = model.roi_heads(maps, proposals, images.image_sizes)         # boxes in the resized image
+    pooled = model.roi_heads.box_roi_pool(maps, [found[0]["boxes"]], images.image_sizes)
+    features = model.roi_heads.box_head(pooled)                             # (n, 1024)
+    found = model.transform.postprocess(found, images.image_sizes, [tuple(image.shape[-2:])])[0]
+    order = found["scores"].argsort(descending=True)
+    return {"features": features[order].cpu().numpy()} | {k: found[k][order].cpu().numpy() for k in ("boxes", "labels", "scores")}
+
+
+GLOBAL_MODELS = {"resnet50": "fc", "densenet121": "classifier", "googlenet": "fc"}      # name -> its last layer, which goes
+
+
+def load_global(name, weights, random=False):
+    """A CNN whose pooled output is the image's global feature -> (model in eval mode, text that says what it is)."""
+    from torchvision.models import get_model, get_model_weights
+    entry = get_model_weights(name)["IMAGENET1K_V1"]
+    options = dict(aux_logits=False, transform_input=True, init_weights=True) if name == "googlenet" else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_model(name, weights=None, **options)
+    if not random:
+        state = published(entry, "--global_weights") if weights == entry.name else checkpoint(weights, "--global_weights")
+        old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # torchvision's densenet files still say norm.1
+        fill(model, {old.sub(r"\1\2", k): v for k, v in state.items() if not k.startswith("aux")}, f"--global_weights {weights}")
+    setattr(model, GLOBAL_MODELS[name], torch.nn.Identity())
+    return model.eval(), f"global feature: pooled {name}, weights {'RANDOM' if random else weights}"
+
+
+def extract_regions(args):
+    """`data.py regions --images`: runs the detector over pictures -> number of unreadable ones."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if os.path.isdir(args.images) and not any(f.endswith(".tar") for f in os.listdir(args.images)):
+        pictures = [os.path.join(folder, f) for folder, _, files in sorted(os.walk(args.images)) for f in sorted(files)
+                    if f.lower().endswith(IMAGE_TYPES)]
+        root = os.path.abspath(args.images)
+    else:
+        records = open_source("pairs", args.images, None, args.image_root)
+        pictures, root = list({r["image"]: None for r in records}), os.path.abspath(records.root)
+    if not pictures:
+        fail(f"--images {args.images}: no image files in it")
+    model, names, about = load_detector(args.weights, args.top, args.min_score, args.random_weights)
+    metadata, cnn = {"detector": about, "root": root, "label_names": json.dumps(names)}, None
+    model.to(device)
+    if args.global_feature:
+        cnn, metadata["global_feature"] = load_global(args.global_feature, args.global_weights, args.random_weights)
+        cnn.to(device)
+        mean, std = torch.tensor(NORMS["imagenet"], device=device).view(2, 3, 1, 1)
+    print("\n".join(metadata[k] for k in ("detector", "global_feature") if k in metadata), flush=True)
+
+    def look(where):
+        try:
+            picture = load_image(where)
+        except BadImage as e:
+            say(f"unreadable image {where}: {e}; left out")
+            return None
+        def pixels(p):
+            return torch.from_numpy(np.array(p)).permute(2, 0, 1).to(device).float() / 255
+        found = {"name": picture_name(os.path.abspath(where) if isinstance(where, str) else where, root), "size": picture.size,
+                 **detect(model, pixels(picture))}
+        if cnn:
+            with torch.no_grad():
+                found["globals"] = cnn(((pixels(resize(picture, 224)) - mean) / std)[None])[0].cpu().numpy()
+        return found
+
+    return collect_regions(args.out, pictures, len(pictures), look, metadata, args.shard)
+
+
+TSV_FIELDS = {6: "image_id image_w image_h num_boxes boxes features",
+              10: "image_id image_h image_w labels scores attributes attribute_scores num_boxes boxes features"}
+
+
+def tsv_lines(paths):
+    for path in paths:
+        with open(path, encoding="ascii") as f:
+            for n, line in enumerate(f, 1):
+                yield f"{path} line {n}", line.rstrip("\r\n")
+
+
+def tsv_regions(item, classes):
+    """A row of bottom-up-attention's TSV: 6 columns (its authors', without labels) or 10 (LXMERT's), arrays in base64."""
+    where, cells = item[0], item[1].split("\t")
+    if len(cells) not in TSV_FIELDS:
+        fail(f"{where}: {' or '.join(map(str, TSV_FIELDS))} columns separated by TAB expected, found {len(cells)}")
+    row = dict(zip(TSV_FIELDS[len(cells)].split(), cells))
+
+    def number(key):                                                        # a count or a length in pixels
+        return int(row[key]) if row[key].isdigit() and int(row[key]) else fail(f"{where}: {key} is '{row[key][:20]}', not a number above 0")
+    n = number("num_boxes")
+
+    def decode(key, dtype, width=None):
+        try:
+            array = np.frombuffer(base64.b64decode(row[key], validate=True), dtype)
+        except ValueError as e:
+            fail(f"{where}: {key} is not base64 of {np.dtype(dtype).name} ({e})")
+        if len(array) % n or width and len(array) != n * width:
+            fail(f"{where}: {key} holds {len(array)} numbers for {n} boxes")
+        return array.reshape(n, -1)
+    labels, scores = np.full(n, -1), np.ones(n)
+    if "labels" in row:
+        labels, scores = decode("labels", np.int64, 1)[:, 0], decode("scores", np.float32, 1)[:, 0]
+    if labels.max() >= classes:
+        fail(f"{where}: label {labels.max()}, but there are {classes} label names")
+    order = np.argsort(-scores, kind="stable")                              # the surest first; without scores the file's order
+    return {"name": row["image_id"], "size": (number("image_w"), number("image_h")), "labels": labels[order], "scores": scores[order],
+            "boxes": decode("boxes", np.float32, 4)[order], "features": decode("features", np.float32)[order]}
+
+
+def convert_regions(args):
+    """`data.py regions --tsv`: bottom-up-attention files -> a regions file."""
+    paths = expand(args.tsv)
+    with open(paths[0], encoding="ascii") as f:
+        labeled = f.readline().count("\t") == 9
+    names = [str(n) for n in range(1600)] if labeled else []                # the Visual Genome detector's, by number
+    if args.label_names and labeled:
+        names = [name for _, name in lines_of(args.label_names)]
+    files = ", ".join(os.path.basename(p) for p in paths)
+    metadata = {"detector": f"bottom-up-attention ({files})", "root": "", "label_names": json.dumps(names)}
+    return collect_regions(args.out, tsv_lines(paths), None, lambda item: tsv_regions(item, len(names)), metadata, args.shard)
+
+
+def split_noisy(spec, out, clean=2000, share=0.5, seed=0, image_root=None):
+    """Cuts image-text pairs into two files for a study of stages: OUT/clean.jsonl, `clean` records as they are, and OUT/noisy.jsonl,
+    the others, of which `share` get the captions of another one (a web crawl's mismatches). -> (records noisy, of these mismatched)."""
+    records = open_source("pairs", spec, "train", image_root, need=("caption",))
+    if not 0 < clean < len(records):
+        fail(f"--clean {clean}: between 1 and {len(records) - 1} of the {len(records)} records")
+    order = random.Random(seed).sample(range(len(records)), len(records))
+    noisy = order[clean:]
+    wrong = noisy[:round(share * len(noisy))]                               # already in random order: each takes the next one's
+    source = dict(zip(wrong, wrong[1:] + wrong[:1]))
+    os.makedirs(out, exist_ok=True)
+    for name, indices in (("clean", order[:clean]), ("noisy", noisy)):
+        with open(os.path.join(out, f"{name}.jsonl"), "w", encoding="utf-8") as f:
+            for i in sorted(indices):
+                record = {"image": os.path.abspath(records[i]["image"]), "image_id": records[i]["image_id"],
+                          "caption": records[source.get(i, i)]["caption"]}
+                f.write(json.dumps(record) + "\n")
+    return len(noisy), len(wrong)
+
+
+def regions_main(args):
+    """`data.py regions` -> exit status 0; prints what is in the file it made."""
+    if bool(args.images) == bool(args.tsv):
+        fail("regions: name the pictures (--images) or bottom-up-attention files (--tsv)")
+    bad = (extract_regions if args.images else convert_regions)(args)
+    regions = Regions([args.out])
+    counts = np.diff(regions.files[0][0]["offsets"])
+    rows = {"pictures": len(regions), "unreadable, left out": bad, "regions": int(counts.sum()),
+            "regions a picture": f"{counts.min()} to {counts.max()}, mean {counts.mean():.1f}", "feature size": regions.dim,
+            "labels": regions.classes or "none", "global feature": regions.global_dim or "none",
+            "file": f"{args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB"}
+    print("\n".join(f"  {k:<22}{v}" for k, v in rows.items()))
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------------------------- check
@@ -1612,7 +2089,34 @@ def main(argv=None):
     one.add_argument("--image_root", help="the folder the images lie in")
     one.add_argument("--split", help="only this split (default: each)")
     one.add_argument("--source", choices=SOURCES, help="what the records are (default: guessed from the files)")
+    two = tasks.add_parser("regions", help="make a file of region features: of pictures, by a detector, or from bottom-up-attention files")
+    two.add_argument("--images", help="a folder of pictures, a folder of tar shards, or image-text data")
+    two.add_argument("--image_root", help="the folder that the data's images lie in")
+    two.add_argument("--tsv", help="bottom-up-attention files instead, separated by commas")
+    two.add_argument("--out", required=True, help="the file to make; --regions of train.py")
+    two.add_argument("--weights", default="COCO_V1", help="the detector's, a file or COCO_V1 = torchvision's, downloaded (default)")
+    two.add_argument("--random_weights", action="store_true", help="a detector that knows nothing, to try the pipeline; the file says so")
+    two.add_argument("--top", type=int, default=100, help="regions a picture at most (default: 100)")
+    two.add_argument("--min_score", type=float, default=0.05, help="least score of a region (default: 0.05, torchvision's)")
+    two.add_argument("--global_feature", choices=GLOBAL_MODELS, help="also store a CNN's pooled feature of each picture")
+    two.add_argument("--global_weights", default="IMAGENET1K_V1", help="its weights, a file or IMAGENET1K_V1 = torchvision's (default)")
+    two.add_argument("--label_names", help="names of the labels in --tsv, one a line (default: 1,600 numbers)")
+    two.add_argument("--shard", type=int, default=1000, help="pictures between two savings (default: 1000)")
+    two.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    three = tasks.add_parser("noisy", help="cut pairs into a small clean and a large noisy file, to study pre-training in stages")
+    three.add_argument("data", help='image-text pairs, or "shapes"')
+    three.add_argument("--out", required=True, help="the folder that gets clean.jsonl and noisy.jsonl")
+    three.add_argument("--image_root", help="the folder the images lie in")
+    three.add_argument("--clean", type=int, default=2000, help="records of the clean file (default: 2000)")
+    three.add_argument("--share", type=float, default=0.5, help="share of the noisy file with another record's captions (default: 0.5)")
+    three.add_argument("--seed", type=int, default=0, help="of the choice")
     args = parser.parse_args(argv)
+    if args.task == "regions":
+        return regions_main(args)
+    if args.task == "noisy":
+        noisy, wrong = split_noisy(args.data, args.out, args.clean, args.share, args.seed, args.image_root)
+        print(f"{args.out}: clean.jsonl {args.clean:,} records; noisy.jsonl {noisy:,} records, {wrong:,} with captions of another")
+        return 0
     return int(check(args.path, args.image_root, args.split, args.source) > 0)
 
 

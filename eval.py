@@ -319,6 +319,14 @@ class Eval:
             if self.opts.split or "no split" not in str(e):
                 raise
             records, split = read("val"), "val"
+        records = data.with_regions(records, self.views, self.opts.regions or self.loop.get("regions", ""))
+        if records.regions:
+            theirs, ours = data.stats(records), self.info.get("stats", {})
+            wrong = [k for k in ("region_dim", "region_classes", "global_dim") if theirs[k] != ours.get(k, theirs[k])]
+            if wrong:
+                raise SystemExit(f"{', '.join(records.regions.paths)}: {wrong[0]} is {theirs[wrong[0]]}, "
+                                 f"the run was trained with {ours[wrong[0]]}")
+            self.protocol.update(regions=records.regions.about)
         seen, start = self.loop.get("data") or "shapes", f", from {self.loop['init']}" if self.loop.get("init") else ""
         task = self.info["task"]                                                            # one that is no TASK is a stage of pre-training
         how = "pre-trained only" if task == "pretrain" or task not in module.TASKS else f"fine-tuned ({task})"
@@ -338,9 +346,9 @@ class Eval:
 
     def batches(self, records, what, views=None):
         """This rank's batches, on the device: images, flattened captions ("text") or whole records ("sample")."""
-        for batch in data.iter_eval(records, views or self.views, self.tokenizer, self.cfg.image_size, self.cfg.max_text,
-                                    what=what, batch_size=self.opts.batch_size, rank=self.rank, world=self.world,
-                                    workers=max(0, self.setting("workers", 0))):
+        for batch in data.iter_eval(records, views or self.views, self.tokenizer, getattr(self.cfg, "image_size", None),
+                                    self.cfg.max_text, max_regions=getattr(self.cfg, "max_regions", None), what=what,
+                                    batch_size=self.opts.batch_size, rank=self.rank, world=self.world, workers=max(0, self.setting("workers", 0))):
             self.bad.update(batch["index"][batch["bad"].bool()].tolist())
             yield data.move(batch, self.device)
 
@@ -415,20 +423,22 @@ def visual_encoder(model):
 
 def retrieval(ev):
     """Image->text and text->image over the whole split, in its order; 5,000 images also as five folds of 1,000. The dual
-    encoder's scores, then its k best put in the order of match(); a model without encoders has every pair scored by match()."""
+    encoder's scores, then its k best put in the order of match(). A model without encoders has every pair scored by match(), or, with
+    --candidates, the k best of another run's dual encoder."""
     records = ev.open(need=("caption",))
     owner, order = data.flat_captions(records)[1].sort(stable=True)                         # captions in the images' order
-    n, m, rule, k = int(owner[-1]) + 1, len(owner), ev.setting("rerank", "itm"), ev.setting("rerank_k", 128)
-    dual = visual_encoder(ev.model) is not None
+    n, m, rule = int(owner[-1]) + 1, len(owner), ev.setting("rerank", "itm")
+    first, k = (other_run(ev), ev.opts.candidates) if ev.opts.candidates else (ev, ev.setting("rerank_k", 128))
+    dual = visual_encoder(first.model) is not None
     rerank = dual and rule != "none" and k > 0 and callable(getattr(ev.model, "match", None)) and not ev.opts.ensemble
     texts = {}
     if rerank or not dual:
         texts = ev.collect(records, "text", m, lambda b: ev.states("text", b), "texts")
     if dual:
-        base = "dual encoder"
-        image_emb = ev.collect(records, "image", n, lambda b: {"e": visual_encoder(ev.model)(b).float()}, "images")["e"]
-        if "text_emb" not in texts:                                                         # states may come with the embedding
-            texts["text_emb"] = ev.collect(records, "text", m, lambda b: {"e": ev.model.encode_text(b)}, "texts")["e"]
+        base = "dual encoder" if first is ev else f"dual encoder of {first.info['path']}"
+        image_emb = first.collect(records, "image", n, lambda b: {"e": visual_encoder(first.model)(b).float()}, "images")["e"]
+        if first is not ev or "text_emb" not in texts:                                      # states may come with the embedding
+            texts["text_emb"] = first.collect(records, "text", m, lambda b: {"e": first.model.encode_text(b)}, "texts")["e"]
     texts = {name: t[order] for name, t in texts.items()}
     if dual:
         sim = image_emb.to(ev.device) @ texts.pop("text_emb").float().to(ev.device).T       # (N, M) float32: 0.5 GB for COCO 5K
@@ -472,7 +482,37 @@ def retrieval(ev):
     counts = owner.bincount()
     ev.protocol.update(images=n, captions=m, captions_per_image=[int(counts.min()), int(counts.max())],
                        ties="a wrong candidate with an equal score ranks first", rerank=RULES[rule] if rerank else RULES["none"],
-                       rerank_k=[min(k, m), min(k, n)] if rerank else None)
+                       rerank_k=[min(k, m), min(k, n)] if rerank else None, candidates_from=None if first is ev else first.info["path"])
+    ev.bad |= first.bad
+    return {"rows": rows, "metrics": metrics}
+
+
+def other_run(ev):
+    """The Eval of --candidates_from, over the same data."""
+    if not ev.opts.candidates_from:
+        raise SystemExit("--candidates K: whose? name a run with a dual encoder: --candidates_from RUN")
+    model, info = load_run(ev.opts.candidates_from, ev.device)
+    opts = argparse.Namespace(**{**vars(ev.opts), "data": ev.spec, "image_root": ev.root, "vocab": None})
+    if not all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text")):
+        raise SystemExit(f"--candidates_from {info['path']}: {type(model).__name__} has no dual encoder")
+    return Eval(model, info, ev.task, opts, ev.rank, ev.world)
+
+
+def masked(ev):
+    """Accuracy of the model's guesses at hidden places of matched pairs (each record with its first caption), beside that of the
+    place's most frequent truth. The places are drawn at random, by a fixed seed."""
+    records = ev.open(need=("caption",))
+    with torch.random.fork_rng(devices=[ev.device] if ev.device.type == "cuda" else []):
+        torch.manual_seed(ev.rank)
+        found = ev.collect(records, "sample", len(records), lambda batch: {
+            (name, part): t for name, both in ev.model.masked_predictions(batch).items() for part, t in zip(("guess", "truth"), both)})
+    rows, metrics = [], {}
+    for name in dict.fromkeys(name for name, _ in found):
+        guess, truth = (found[name, part][found[name, "truth"] != -100] for part in ("guess", "truth"))
+        metrics[name] = 100 * (guess == truth).double().mean().item()
+        metrics[f"{name}_baseline"] = 100 * truth.bincount().max().item() / len(truth)
+        rows.append({"hidden": name, "places": len(truth), "accuracy": metrics[name], "most frequent": metrics[f"{name}_baseline"]})
+    ev.protocol.update(masks="drawn as in training, seed 0")
     return {"rows": rows, "metrics": metrics}
 
 
@@ -1201,6 +1241,7 @@ def speed(ev):
 # name -> (function, what the model must have: any of these sets of methods)
 TASKS = {
     "retrieval": (retrieval, (("encode_image", "encode_text"), ("match",))),
+    "masked": (masked, (("masked_predictions",),)),
     "vqa": (vqa, (("rank_answers",),)),
     "ve": (classification, (("predict",),)),
     "nlvr2": (classification, (("predict",),)),
@@ -1299,6 +1340,9 @@ def parser():
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="autocast (default: none)")
     p.add_argument("--rerank", choices=tuple(RULES), help="; ".join(f"{k}: {v}" for k, v in RULES.items()) + " (default: itm)")
     p.add_argument("--rerank_k", type=int, help="candidates re-ranked, at most the gallery; default: the run's, or 128")
+    p.add_argument("--candidates", type=int, help="retrieval: score only the k best of another run's dual encoder; default: every pair")
+    p.add_argument("--candidates_from", metavar="RUN", help="retrieval: that run's directory")
+    p.add_argument("--regions", help="files of data.py regions, separated by commas; default: the run's")
     p.add_argument("--folds", type=int, help="retrieval also as the mean over so many folds; default: 5 for 5,000 images")
     p.add_argument("--answers", help="vqa: the answer list, JSON or one a line; default: the run's")
     p.add_argument("--shortlist", type=int, help="vqa: answers kept by their first token (default: 128)")

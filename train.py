@@ -40,16 +40,19 @@ class Loop:
     image_root: str = ""            # folder that image paths start from (default: the data file's)
     vocab: str = ""                 # BERT vocabulary file (default: that of shapes, or of --init)
     split: str = "train"            # which split to train on
+    regions: str = ""               # region features of all images, also of --eval_data: files of data.py regions, by commas
     limit: int = 0                  # use so many records, drawn by --seed; 0 = all
     tag_words: str = ""             # word list, one a line: a record's tags are its captions' words in it, not the tags it came with
     eval_data: str = ""             # data of the evaluations at the end (default: --data)
     eval_root: str = ""             # its image folder (default: --image_root)
     eval_split: str = ""            # and its split (default: test, or val where there is no test)
+    eval_limit: int = 0             # and how many of its records; 0 = all
     evals: str = "default"          # evaluations at the end, separated by commas; "none"
     out: str = ""                   # run directory (default: out/MODEL-TASK)
     init: str = ""                  # start from the weights of this run
     resume: bool = False            # go on from OUT/state.pt
-    stage_data: str = ""            # data of each stage of a recipe with stages, separated by spaces
+    stage_data: tuple = ()          # data of each stage: there are as many stages as data here
+    stage_root: tuple = ()          # image folder of each stage (default: --image_root)
     steps: int = 0                  # optimizer steps; 0 = by epochs
     epochs: float = 1.0             # passes over the data, where steps is 0
     batch_size: int = 32            # samples per optimizer step, over all processes
@@ -95,7 +98,7 @@ def add_flags(parser, cls, title):
         if isinstance(default, bool):
             group.add_argument(f"--{f.name}", nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
         elif isinstance(default, tuple):
-            group.add_argument(f"--{f.name}", nargs=len(default), type=type(default[0]), help=text)
+            group.add_argument(f"--{f.name}", nargs=len(default) or "+", type=type(default[0]) if default else str, help=text)
         else:
             group.add_argument(f"--{f.name}", type=type(default), metavar=type(default).__name__.upper(), help=text)
 
@@ -146,7 +149,7 @@ def parse(argv):
 def settings(module, preset, task, given, stage=0):
     """Loop and Config of a stage, by precedence: defaults < RECIPE[task] < PRESETS[preset] < the command line."""
     def of_stage(table):
-        return table[stage] if isinstance(table, list) else table
+        return table[min(stage, len(table) - 1)] if isinstance(table, list) else table
     sizes = {k: v for k, v in module.PRESETS[preset].items() if k not in module.TASKS}
     chosen = {}
     for level in (of_stage(module.RECIPE[task]), sizes, of_stage(module.PRESETS[preset].get(task, {})), given):
@@ -235,10 +238,13 @@ def save(out, raw, optimizer, scaler, step, info, rank, world):
 def train(module, name, preset, task, given, out, stage=0, init=""):
     """One stage of one task on every process -> the run's info. The loop itself is at the end."""
     loop, cfg = settings(module, preset, task, given, stage)
-    recipe = module.RECIPE[task][stage] if isinstance(module.RECIPE[task], list) else module.RECIPE[task]
+    recipe = module.RECIPE[task]
+    recipe = recipe[min(stage, len(recipe) - 1)] if isinstance(recipe, list) else recipe
     task, loop.init, loop.out = recipe.get("task", task), init or loop.init, str(out)
     if loop.stage_data:
-        loop.data = loop.stage_data.split()[stage]
+        loop.data = loop.stage_data[stage]
+    if loop.stage_root:
+        loop.image_root = loop.stage_root[stage]
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(loop.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
@@ -256,6 +262,7 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
                                seed=loop.seed, need=need)
     if loop.tag_words:
         records = data.caption_tags(records, loop.tag_words)
+    records = data.with_regions(records, views, loop.regions)
     loop.vocab = loop.vocab or default_vocab(loop)
     tokenizer = data.get_tokenizer(loop.vocab)
     for field in ("vocab_size", "pad_id", "cls_id", "sep_id", "mask_id", "first_word"):
@@ -265,8 +272,9 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     if hasattr(module, "setup"):
         module.setup(cfg, task, stats)
     workers = loop.workers if loop.workers >= 0 else max(0, (os.cpu_count() or 1) // 4)
-    samples = data.Views(records, views, tokenizer, cfg.image_size, cfg.max_text, seed=loop.seed, crop_scale=loop.crop_scale,
-                         image_view=loop.image_view or None, tag_names=stats.get("tags"))
+    samples = data.Views(records, views, tokenizer, getattr(cfg, "image_size", None), cfg.max_text, seed=loop.seed,
+                         crop_scale=loop.crop_scale, image_view=loop.image_view or None, tag_names=stats.get("tags"),
+                         max_regions=getattr(cfg, "max_regions", None))
     epoch_steps = max(1, len(records) // loop.batch_size)
     total = loop.steps or math.ceil(loop.epochs * epoch_steps)
     if "steps" in given:
@@ -306,6 +314,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
         start = 0
     say(f"{name} ({preset}) {task}: {len(records):,} records of {loop.data} [{loop.split}]"
         + (f" ({', '.join(f'{k} {v:,}' for k, v in records.notes.items())})" if records.notes else ""))
+    if records.regions:
+        say(f"  regions: {records.regions.about}")
     say(f"  {count(raw.parameters()):,} parameters, {count(p for p in raw.parameters() if p.requires_grad):,} trained: "
         + ", ".join(f"{n} {count(m.parameters()):,}" for n, m in raw.named_children()))
     for label, parts in getattr(module, "COUNTS", {}).items():
@@ -481,6 +491,21 @@ class Interrupt:
             signal.signal(signal.SIGINT, self.old)
 
 
+def count_stages(module, preset, task, given, out):
+    """How many stages the run has: as many as there are --stage_data, else as the recipe lists. What a later stage left from an
+    earlier run goes, so that --resume cannot take it for this run's."""
+    tables = [t for t in (module.PRESETS[preset].get(task), module.RECIPE[task]) if isinstance(t, list)]
+    stages = len(given.get("stage_data", ())) or len(tables[0] if tables else [0])
+    if stages > 1 and "stage_data" not in given and not any("task" in t for t in tables[0]):
+        raise Stop(f"train.py: {task} has {stages} stages: name the data of each (--stage_data A B), or of the only one (--stage_data A)")
+    if len(given.get("stage_root", [0] * stages)) != stages:
+        raise Stop(f"train.py: {len(given['stage_root'])} --stage_root for {stages} stages")
+    if not given.get("resume") and int(os.environ.get("RANK", 0)) == 0:
+        for state in out.glob("stage-*/state.pt"):
+            state.unlink()
+    return stages
+
+
 def main(argv=None):
     """The command line: trains every stage of the task, then evaluates. -> {evaluation: result}."""
     argv = sys.argv[1:] if argv is None else argv
@@ -489,7 +514,7 @@ def main(argv=None):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() and given.get("device") != "cpu" else "gloo")
     out = Path(given.get("out") or f"out/{name}-{task}")
-    stages = len(module.RECIPE[task]) if isinstance(module.RECIPE[task], list) else 1
+    stages = count_stages(module, preset, task, given, out)
     began, init = time.time(), ""
     for stage in range(stages):
         folder = out / f"stage-{stage + 1}" if stages > 1 else out
@@ -498,7 +523,8 @@ def main(argv=None):
     loop = info["loop"]
     own = [e for e in module.EVALS[task] if e in evaluation.offered(raw)]      # a loss left out may leave an encoder out
     evals = {"default": own, "none": ()}.get(loop["evals"], loop["evals"].split(","))
-    options = {"split": loop["eval_split"] or None, "data": loop["eval_data"] or None, "image_root": loop["eval_root"] or None}
+    options = {"split": loop["eval_split"] or None, "data": loop["eval_data"] or None, "image_root": loop["eval_root"] or None,
+               "limit": loop["eval_limit"] or None}
     results = {e: evaluation.evaluate(raw, {**info, "step": info["total_steps"], "path": str(folder)}, e, options, rank, world) for e in evals}
     if rank == 0:
         following = [t for t in module.TASKS if t != task]

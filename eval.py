@@ -3,6 +3,7 @@
     python eval.py out/RUN                                        the evaluations that belong to the run's task
     python eval.py out/RUN --task retrieval --data dataset_flickr30k.json --image_root flickr30k-images
     python eval.py out/RUN --task gradcam --image a.jpg --text "a dog beside a tree"
+    python eval.py out/RUN --task gallery --text "a dog beside a tree"
     torchrun --nproc_per_node 8 eval.py out/RUN --task vqa --split test
 
 A task is a function of `Eval` (the model, its data, this rank's share) in the table TASKS; it asks the model for methods, never
@@ -600,6 +601,101 @@ def pointing(ev):
     return {"rows": [{"words": len(found), **row}], "metrics": row}
 
 
+def cross_attention(ev):
+    """Table 2 of the paper on conditioned masked modeling: how much a model's token-level heads look at the other side's [CLS] state,
+    on the validation split, inputs masked with a fixed seed. A sample's mean and standard deviation over its tokens are averaged
+    over the samples, as there; "std of all" is that of all tokens together; "uniform" is what equal attention to all keys gives."""
+    ev.opts.split = ev.opts.split or "val"
+    records, seed = ev.open(need=("caption",)), ev.loop.get("seed", 0)
+
+    def sums(batch):
+        with torch.random.fork_rng([ev.device] if ev.device.type == "cuda" else []):
+            torch.manual_seed(seed + int(batch["index"][0]))
+            found = ev.model.cross_attention(batch)                                         # {name: (scores, where, uniform)}
+        return {name: torch.stack([where.sum(1), (x := scores.double() * where).sum(1), (x * x).sum(1), uniform], 1)
+                for name, (scores, where, uniform) in found.items()}
+
+    rows, metrics = [], {}
+    for name, parts in ev.collect(records, "sample", len(records), sums, "attention").items():
+        n, total, squares, uniform = parts[parts[:, 0] > 0].T                               # (N,) each; empty captions drop out
+        spread = lambda n, total, squares: (squares / n - (total / n) ** 2).clamp(min=0).sqrt()
+        values = {"mean": (total / n).mean().item(), "std": spread(n, total, squares).mean().item(),
+                  "std of all": spread(n.sum(), total.sum(), squares.sum()).item(), "uniform": uniform.mean().item()}
+        rows.append({"attention": name, "tokens": int(n.sum()), **{k: f"{v:.3f}" for k, v in values.items()}})
+        metrics.update({f"{name}, {k}": v for k, v in values.items()})
+    ev.protocol.update(captions="the first of each record", masks=f"seed {seed} + number of a batch's first record",
+                       batch_size=ev.opts.batch_size)
+    return {"rows": rows, "metrics": metrics}
+
+
+def gallery(ev, k=5):
+    """One PNG: for --text the k nearest pictures of the split, for --image the k nearest captions, with their cosines. What belongs
+    together in the data is framed: pictures that have the text as a caption; captions of the picture."""
+    if not (ev.opts.text or ev.opts.image):
+        raise SystemExit('gallery: ask with a text, a picture or both: --text "..." --image a.jpg')
+    if ev.opts.image:
+        try:
+            data.load_image(ev.opts.image)
+        except data.BadImage as e:
+            raise SystemExit(f"--image {ev.opts.image}: {e}")
+    records = ev.open(need=("caption",))
+    (captions, owner), pictures = data.flat_captions(records), [records[i]["image"] for i in data.unique_images(records)[0]]
+    query = data.Records("pairs", None)
+    query.append({"image": ev.opts.image or pictures[0], "image_id": 0, "caption": [ev.opts.text or captions[0]]})
+    plain = lambda text: " ".join(text.lower().split())
+    answers = {"text": torch.tensor([plain(c) == plain(query[0]["caption"][0]) for c in captions]),
+               "image": torch.tensor([isinstance(p, str) and os.path.realpath(p) == os.path.realpath(query[0]["image"]) for p in pictures])}
+    true = {"text": torch.zeros(len(pictures), dtype=torch.bool).index_fill(0, owner[answers["text"]], True),
+            "image": answers["image"][owner]}                                               # (N,) pictures, (M,) captions
+    rows, parts, metrics = [], [], {}
+    for what, other, found in (("text", "image", pictures), ("image", "text", captions)):
+        if not getattr(ev.opts, what):
+            continue
+        encode = {"image": ev.model.encode_image, "text": ev.model.encode_text}
+        key = ev.collect(records, other, len(found), lambda b: {"e": encode[other](b).float()}, other + "s")["e"]
+        scores = key @ ev.collect(query, what, 1, lambda b: {"e": encode[what](b).float()})["e"][0]     # (N,) or (M,)
+        best = scores.topk(min(k, len(found))).indices.tolist()
+        own = true[what]
+        rank = int((scores[~own] >= scores[own].max()).sum()) + 1 if own.any() else None
+        metrics[f"rank of the true {other}"] = rank
+        rows += [{"query": getattr(ev.opts, what) if n == 0 else "", "rank": n + 1, "cosine": f"{scores[i]:.3f}",
+                  "true": "yes" if own[i] else "" if rank else "unknown", "found": str(found[i])} for n, i in enumerate(best)]
+        parts.append((getattr(ev.opts, what), what, [(scores[i].item(), bool(own[i]), found[i]) for i in best]))
+    out = Path(ev.opts.out) if ev.opts.out else result_path(ev, "gallery.png")
+    if ev.rank == 0:
+        draw_gallery(parts, out)
+    ev.protocol.update(images=len(pictures), captions=len(captions), **metrics, file=str(out))
+    return {"rows": rows, "metrics": metrics}
+
+
+def draw_gallery(parts, path, width=192):
+    """The PNG of gallery(). parts: list of (query, "text" or "image", [(score, true?, picture's place or caption)]); `width` of a tile."""
+    font, line, green = ImageFont.load_default(14), 22, (0, 150, 0)
+    most = max(len(found) for _, _, found in parts)
+    sheet = Image.new("RGB", (8 + most * (width + 8), len(parts) * (width + 4 * line)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for n, (query, what, found) in enumerate(parts):
+        top = n * (width + 4 * line) + 6
+        for i, (score, true, thing) in enumerate(found):
+            if what == "text":
+                x, y = 8 + i * (width + 8), top + line
+                sheet.paste(data.center(data.load_image(thing), width), (x, y))
+                frame, caption = (x - 4, y - 4, x + width + 3, y + width + 3), f"{score:.3f}"
+                pen.text((x, y + width + 6), caption + ("  the true one" if true else ""), green if true else "black", font)
+            else:
+                x, y = 24 + width, top + line + i * (width // len(found))
+                text = textwrap.shorten(thing, (sheet.width - x) // 8, placeholder="...")
+                frame = (x - 6, y - 2, sheet.width - 8, y + line - 2)
+                pen.text((x, y), f"{score:.3f}  {text}", green if true else "black", font)
+            if true:
+                pen.rectangle(frame, outline=green, width=3 if what == "text" else 1)
+        if what == "text":
+            pen.text((8, top), textwrap.shorten(query, sheet.width // 7, placeholder="..."), "black", font)
+        else:
+            sheet.paste(data.center(data.load_image(query), width), (8, top + line))
+    sheet.save(path)
+
+
 # name -> (function, what the model must have: any of these sets of methods)
 TASKS = {
     "retrieval": (retrieval, (("encode_image", "encode_text"), ("match",))),
@@ -608,6 +704,8 @@ TASKS = {
     "nlvr2": (classification, (("predict",),)),
     "gradcam": (gradcam, (("gradcam",),)),
     "pointing": (pointing, (("gradcam",),)),
+    "cross_attention": (cross_attention, (("cross_attention",),)),
+    "gallery": (gallery, (("encode_image", "encode_text"),)),
 }
 
 
@@ -692,10 +790,10 @@ def parser():
     p.add_argument("--folds", type=int, help="retrieval also as the mean over so many folds; default: 5 for 5,000 images")
     p.add_argument("--answers", help="vqa: the answer list, JSON or one a line; default: the run's")
     p.add_argument("--shortlist", type=int, help="vqa: answers kept by their first token (default: 128)")
-    p.add_argument("--image", help="gradcam: the picture")
-    p.add_argument("--text", help="gradcam: what is said of it")
+    p.add_argument("--image", help="gradcam, gallery: the picture")
+    p.add_argument("--text", help="gradcam: what is said of it; gallery: the query")
     p.add_argument("--block", type=int, help="gradcam: which fusion layer, from 0; default: the model's")
-    p.add_argument("--out", help="gradcam: the PNG; default: RUN/gradcam.png")
+    p.add_argument("--out", help="gradcam, gallery: the PNG; default: RUN/<task>.png")
     return p
 
 

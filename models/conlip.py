@@ -113,7 +113,7 @@ class Config:
             if getattr(self, field) not in values:
                 raise SystemExit(f"--{field} {getattr(self, field)}: it is one of {', '.join(values)}")
         if self.image_size % (self.patch * self.mask_unit):
-            raise SystemExit(f"--image_size {self.image_size}: no multiple of --patch {self.patch} x --mask_unit {self.mask_unit}")
+            raise SystemExit(f"--image_size {self.image_size}: not a multiple of patch {self.patch} x mask_unit {self.mask_unit}")
 
 
 # Table 6; pre-training: CC3M + CC12M, of which --limit 200000, 5300000 or 9500000 pairs.

@@ -602,9 +602,9 @@ def pointing(ev):
 
 
 def cross_attention(ev):
-    """Table 2 of the paper on conditioned masked modeling: how much a model's token-level heads look at the other side's [CLS] state,
-    on the validation split, inputs masked with a fixed seed. A sample's mean and standard deviation over its tokens are averaged
-    over the samples, as there; "std of all" is that of all tokens together; "uniform" is what equal attention to all keys gives."""
+    """How much a model's token-level heads look at the other side's [CLS] state, on the validation split, inputs masked with a fixed
+    seed. A sample's mean and standard deviation over its tokens are averaged over the samples; "std of all" is that of all tokens
+    together; "uniform" is what equal attention to all keys gives."""
     ev.opts.split = ev.opts.split or "val"
     records, seed = ev.open(need=("caption",)), ev.loop.get("seed", 0)
 
@@ -629,8 +629,8 @@ def cross_attention(ev):
 
 
 def gallery(ev, k=5):
-    """One PNG: for --text the k nearest pictures of the split, for --image the k nearest captions, with their cosines. What belongs
-    together in the data is framed: pictures that have the text as a caption; captions of the picture."""
+    """One PNG: for --text the k nearest pictures of the split, for --image the k nearest captions, with their cosines. What
+    belongs together in the data is framed: pictures that have the text as a caption; captions of the picture."""
     if not (ev.opts.text or ev.opts.image):
         raise SystemExit('gallery: ask with a text, a picture or both: --text "..." --image a.jpg')
     if ev.opts.image:
@@ -643,10 +643,10 @@ def gallery(ev, k=5):
     query = data.Records("pairs", None)
     query.append({"image": ev.opts.image or pictures[0], "image_id": 0, "caption": [ev.opts.text or captions[0]]})
     plain = lambda text: " ".join(text.lower().split())
-    answers = {"text": torch.tensor([plain(c) == plain(query[0]["caption"][0]) for c in captions]),
-               "image": torch.tensor([isinstance(p, str) and os.path.realpath(p) == os.path.realpath(query[0]["image"]) for p in pictures])}
-    true = {"text": torch.zeros(len(pictures), dtype=torch.bool).index_fill(0, owner[answers["text"]], True),
-            "image": answers["image"][owner]}                                               # (N,) pictures, (M,) captions
+    same_text = torch.tensor([plain(c) == plain(query[0]["caption"][0]) for c in captions])                      # (M,)
+    file = ev.opts.image and os.path.realpath(ev.opts.image)
+    same_image = torch.tensor([isinstance(p, str) and os.path.realpath(p) == file for p in pictures])            # (N,)
+    true = {"text": torch.zeros_like(same_image).index_fill(0, owner[same_text], True), "image": same_image[owner]}
     rows, parts, metrics = [], [], {}
     for what, other, found in (("text", "image", pictures), ("image", "text", captions)):
         if not getattr(ev.opts, what):
@@ -669,7 +669,7 @@ def gallery(ev, k=5):
 
 
 def draw_gallery(parts, path, width=192):
-    """The PNG of gallery(). parts: list of (query, "text" or "image", [(score, true?, picture's place or caption)]); `width` of a tile."""
+    """The PNG of gallery(). parts: list of (query, "text" or "image", [(score, true?, picture's place or caption)])."""
     font, line, green = ImageFont.load_default(14), 22, (0, 150, 0)
     most = max(len(found) for _, _, found in parts)
     sheet = Image.new("RGB", (8 + most * (width + 8), len(parts) * (width + 4 * line)), "white")
@@ -680,8 +680,8 @@ def draw_gallery(parts, path, width=192):
             if what == "text":
                 x, y = 8 + i * (width + 8), top + line
                 sheet.paste(data.center(data.load_image(thing), width), (x, y))
-                frame, caption = (x - 4, y - 4, x + width + 3, y + width + 3), f"{score:.3f}"
-                pen.text((x, y + width + 6), caption + ("  the true one" if true else ""), green if true else "black", font)
+                frame = (x - 4, y - 4, x + width + 3, y + width + 3)
+                pen.text((x, y + width + 6), f"{score:.3f}" + "  the true one" * true, green if true else "black", font)
             else:
                 x, y = 24 + width, top + line + i * (width // len(found))
                 text = textwrap.shorten(thing, (sheet.width - x) // 8, placeholder="...")

@@ -602,9 +602,9 @@ def pointing(ev):
 
 
 def cross_attention(ev):
-    """How much a model's token-level heads look at the other side's [CLS] state, on the validation split, inputs masked with a fixed
-    seed. A sample's mean and standard deviation over its tokens are averaged over the samples; "std of all" is that of all tokens
-    together; "uniform" is what equal attention to all keys gives."""
+    """How much a model's token-level heads look at the other side's [CLS] state, on the validation split, inputs masked with a
+    fixed seed. A sample's mean and standard deviation over its tokens are averaged over the samples; "std of all" is that of all
+    tokens together; "uniform" is what equal attention to all keys gives."""
     ev.opts.split = ev.opts.split or "val"
     records, seed = ev.open(need=("caption",)), ev.loop.get("seed", 0)
 

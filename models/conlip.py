@@ -450,9 +450,8 @@ def gather(x):
 @torch.no_grad()
 def enqueue_(queue, queue_ids, ptr, keys, ids):
     """Writes keys (N, d) and their image ids (N,) at `ptr` of a ring (Q, d), around its end; of more than Q keys, the last Q."""
-    size = len(queue)
-    keys, ids = keys[-size:], ids[-size:]
-    slots = (ptr + torch.arange(len(keys), device=ptr.device)) % size
+    slots = ((ptr + torch.arange(len(keys), device=ptr.device)) % len(queue))[-len(queue):]
+    keys, ids = keys[-len(queue):], ids[-len(queue):]
     queue.index_copy_(0, slots, keys.to(queue.dtype))
     queue_ids.index_copy_(0, slots, ids)
 

@@ -51,6 +51,7 @@ Deviations from the paper
 Run: python models/conlip.py      (2 s: shapes, parameters and every loss on a random batch)
 """
 
+import functools
 import math
 import re
 from copy import deepcopy
@@ -97,6 +98,7 @@ class Config:
     head_layers: int = 1            # layers of a token-level head
     head_shared: bool = False       # its layers share their parameters
     queue_chunk: int = 4096         # keys scored at a time
+    init_std: float = 0.02          # standard deviation of initial weights and position embeddings
     checkpointing: bool = False     # recompute encoder blocks in backward instead of keeping their activations
 
     @property
@@ -116,7 +118,16 @@ class Config:
             raise SystemExit(f"--image_size {self.image_size}: not a multiple of patch {self.patch} x mask_unit {self.mask_unit}")
 
 
-# Table 6; pre-training: CC3M + CC12M, of which --limit 200000, 5300000 or 9500000 pairs.
+# Values are Table 6's and section 4.1's. Data: CC3M + CC12M, "randomly collect 200k, 5.3M and 9.5M": --limit 200000 --seed 0.
+# Towers: --init_vision google/vit-base-patch16-224-in21k --init_text bert-base-uncased; the heads start at random.
+# Table 1  CL: --mlm none --mim none; Vanilla: --mlm vanilla --mim vanilla; ConLIP: the default; then eval.py on Flickr30K and
+#          COCO ("zs"), or --task retrieval --init RUN --data KARPATHY first. Table 2  eval.py RUN --task cross_attention
+# Table 3  rows from above, the first two and --mlm, --mim of each:
+#   1 InfoNCE            --contrast infonce --mlm none --mim none        2 DCL      --mlm none --mim none
+#   3 DCL + ConMLM       --mim none                                     4 DCL + ConMIM      --mlm none        5 both      the default
+# Table 4  --head_layers 3; --head_layers 2; --head_layers 2 --head_shared; the default
+# Table 5  --mim_prob 0.4 | 0.5 | 0.6 | 0.7, --mlm_prob 0.15 | 0.25 | 0.3 | 0.4
+# Figure 5  eval.py RUN --task gallery --text "..." --image FILE
 PAPER = dict(optimizer="adamw", lr=5e-5, weight_decay=0.01, schedule="linear", warmup_steps=0.1, epochs=30, batch_size=4096,
              amp="fp16")
 RECIPE = {
@@ -456,6 +467,16 @@ def enqueue_(queue, queue_ids, ptr, keys, ids):
     queue_ids.index_copy_(0, slots, ids)
 
 
+# Copied from models/codis.py::full_precision
+def full_precision(fn):
+    """Autocast off inside: under it a product of float32 matrices would be bfloat16's."""
+    @functools.wraps(fn)
+    def run(*args, **kwargs):
+        with torch.autocast(next(a for a in args if torch.is_tensor(a)).device.type, enabled=False):
+            return fn(*args, **kwargs)
+    return run
+
+
 # Copied from models/codis.py::ema_ with Eq. (6)->Eq. (8), alpha->m, f_t->theta_m, f_s->theta_o
 @torch.no_grad()
 def ema_(teacher, student, m):
@@ -527,18 +548,20 @@ def conmim_loss(y, z):
     return (y.float() - z.float()).abs().mean()
 
 
+@full_precision
 def infonce_loss(q, k, ids, queue, queue_ids, tau):
     """Eq. (9): L = -log e^(q.k/tau) / (e^(q.k/tau) + sum_j e^(q.q_j/tau)), row by row; 0 for a row without any q_j. Plain form.
 
     q, k: (R, D) unit norm, k the positive; ids: (R,); queue: (Q, D) unit norm, queue_ids (Q,): j runs over other ids -> (R,).
     """
-    pos = (q * k).sum(-1) / tau
+    pos = (q.float() * k.float()).sum(-1) / tau
     return torch.logaddexp(pos, queue_log_sum(q, ids, queue, queue_ids, tau)) - pos
 
 
+@full_precision
 def dcl_loss(q, k, ids, queue, queue_ids, tau):
     """Eq. (10), (11): L = -q.k/tau + log sum_j e^(q.q_j/tau): the positive is not in the denominator. As infonce_loss()."""
-    return drop_empty(queue_log_sum(q, ids, queue, queue_ids, tau), (q * k).sum(-1) / tau)
+    return drop_empty(queue_log_sum(q, ids, queue, queue_ids, tau), (q.float() * k.float()).sum(-1) / tau)
 
 
 def drop_empty(lse, pos):
@@ -547,6 +570,7 @@ def drop_empty(lse, pos):
     return torch.where(live, lse.masked_fill(~live, 0) - pos, 0)
 
 
+@full_precision
 def queue_log_sum(q, ids, queue, queue_ids, tau):
     """log sum_j e^(q.q_j/tau) over the queue's keys of other images -> (R,) float32; -inf where there are none. Plain form."""
     s = q.float() @ queue.float().T / tau                                            # (R, Q)
@@ -618,11 +642,11 @@ class ConLIP(nn.Module):
     def init_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=self.cfg.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for token in [self.vision.pos_embed, self.vision.cls_token] + ([self.mask_token] if self.masks_image else []):
-            nn.init.trunc_normal_(token, std=0.02)
+            nn.init.trunc_normal_(token, std=self.cfg.init_std)
 
     def train(self, mode=True):
         super().train(mode)
@@ -791,34 +815,43 @@ UNUSED = ("pooler.", "cls.", "classifier.", "embeddings.position_ids", "embeddin
 
 def load_pretrained(model, vision="", text=""):
     """Fills the towers, and their momentum copies, from files in Hugging Face's names: ViT with separate query, key, value; BERT.
-    The image tower's position embeddings are interpolated. -> what was done, one line. SystemExit: a key without a partner."""
+
+    The image tower's position embeddings are interpolated. -> one line a tower: how many tensors of the tower were filled, which
+    are missing, which of the file's were unexpected. SystemExit unless every tensor of a named tower is filled and every one of
+    its file is placed or among UNUSED.
+    """
     said = []
     for name, path, names in (("vision", vision, VIT_NAMES), ("text", text, BERT_NAMES)):
         if not path:
             continue
         state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
-        count, tower = len(state), getattr(model, name)
         for pattern, new in names:
             state = {re.sub(pattern, new, k): v for k, v in state.items()}
-        dropped = sorted({k.split(".")[0] for k in state if k.startswith(UNUSED)})
-        state = {k: v for k, v in state.items() if not k.startswith(UNUSED)}
+        unused = [k for k in state if k.startswith(UNUSED)]
+        state = {k: v for k, v in state.items() if k not in unused}
         for key in [k for k in state if ".attn.query." in k]:
-            parts = [key.replace(".query.", f".{p}.") for p in ("query", "key", "value")]
-            state[key.replace(".query.", ".qkv.")] = torch.cat([state.pop(p) for p in parts])
+            parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            if all(k in state for k in parts):
+                state[key.replace(".query.", ".qkv.")] = torch.cat([state.pop(k) for k in parts])
         if "pos_embed" in state:
             side = model.cfg.image_size // model.cfg.patch
             state["pos_embed"] = resize_pos_embed(state["pos_embed"], side, side)
+        tower = getattr(model, name)
         mine = tower.state_dict()
-        wrong = [f"it lacks {k}" for k in mine if k not in state]
-        wrong += [f"it has {k}, the model has not" for k in state if k not in mine]
-        wrong += [f"{k} is {tuple(v.shape)}, the model's {tuple(mine[k].shape)}" for k, v in state.items()
-                  if k in mine and v.shape != mine[k].shape]
+        matched = [k for k in mine if k in state and state[k].shape == mine[k].shape]
+        wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(mine[k].shape)}" for k in mine if k in state and k not in matched]
+        wrong += [f"{k} is missing" for k in mine if k not in state] + [f"{k} is unexpected" for k in state if k not in mine]
+        line = f"{name} from {path}: {len(matched)} of {len(mine)} tensors matched"
         if wrong:
-            raise SystemExit(f"--init_{name} {path}: {wrong[0]}" + (f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+            raise SystemExit(f"--init_{name}: {line}; {'; '.join(wrong[:4])}" + f"; {len(wrong) - 4} more" * (len(wrong) > 4))
         tower.load_state_dict(state)
         getattr(model, name + "_m").load_state_dict(state)
-        said.append(f"{name} from {path}: {count} tensors, all placed" + (f" but {', '.join(dropped)}" if dropped else ""))
+        said.append(f"{line}, 0 missing, {len(unused)} unexpected and left out ({prefixes(unused)})")
     return "; ".join(said)
+
+
+def prefixes(keys):
+    return ", ".join(sorted({k.split(".")[0] for k in keys})) or "none"
 
 
 if __name__ == "__main__":

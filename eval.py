@@ -684,7 +684,7 @@ def draw_gallery(parts, path, width=192):
                 pen.text((x, y + width + 6), f"{score:.3f}" + "  the true one" * true, green if true else "black", font)
             else:
                 x, y = 24 + width, top + line + i * (width // len(found))
-                text = textwrap.shorten(thing, (sheet.width - x) // 8, placeholder="...")
+                text = textwrap.shorten(thing, (sheet.width - x) // 7 - 7, placeholder="...")
                 frame = (x - 6, y - 2, sheet.width - 8, y + line - 2)
                 pen.text((x, y), f"{score:.3f}  {text}", green if true else "black", font)
             if true:

@@ -548,6 +548,7 @@ def test_load_pretrained(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- Table 2
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["con", "vanilla"])
 def test_cross_attention(kind):
     """The heads' attention to h_cls, token by token, against the loops."""

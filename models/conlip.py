@@ -233,8 +233,8 @@ class PatchEmbed(nn.Module):
         if cfg.stem == "patch":
             self.proj = nn.Conv2d(3, w, p, p)
         else:  # the same stride p in three steps
-            self.proj = nn.Sequential(nn.Conv2d(3, w // 4, p // 4, p // 4), activation(cfg.act),
-                                      nn.Conv2d(w // 4, w // 2, 3, 2, 1), activation(cfg.act), nn.Conv2d(w // 2, w, 3, 2, 1))
+            self.proj = nn.Sequential(nn.Conv2d(3, w // 2, p // 4, p // 4), activation(cfg.act),
+                                      nn.Conv2d(w // 2, w // 2, 3, 2, 1), activation(cfg.act), nn.Conv2d(w // 2, w, 3, 2, 1))
 
     def forward(self, image):
         return self.proj(image).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, P, D)

@@ -43,9 +43,12 @@ Deviations from the paper
 Run: python models/imagebert.py      (2 s: shapes, parameters and every loss on a random batch)
 """
 
+import json
 import math
+import pickle
+import re
 from dataclasses import dataclass
-from pickle import UnpicklingError
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -161,7 +164,8 @@ def attend(q, k, v, heads, mask=None, dropout=0.0, maps=None):
     if maps is None:
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     else:
-        maps.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1))
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        maps.append((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1))
         x = maps[-1] @ v
     return x.transpose(1, 2).flatten(2)  # (B, S, D)
 
@@ -614,42 +618,135 @@ class ImageBert(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # BERT's weights
 
-RENAME = (("cls.predictions.transform.", "mlm_head.transform."), ("cls.predictions.bias", "mlm_head.bias"),
-          ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids",
-          "cls.predictions.decoder.")                               # the word embeddings once more, and the bias
+# Copied from models/codis.py::read_foreign
+def read_foreign(path, where):
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
+
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
+    `where` begins each error, which is a SystemExit of one line.
+    """
+    path, config = Path(path), {}
+    if path.is_dir():
+        if (path / "config.json").exists():
+            config = json.loads((path / "config.json").read_text())
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        if not found:
+            raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
+        path = found[0]
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
+        raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise SystemExit(f"{where}: {path.name} is not a state dict, names and tensors and nothing else")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}, config
+
+
+# Copied from models/codis.py::short
+def short(names):
+    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    number, layers = r"(?<=\.)\d+(?=\.)", {}
+    for name in sorted(names):
+        layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
+    out = []
+    for name, numbers in layers.items():
+        for column in zip(*numbers):
+            low, high, some = min(column), max(column), sorted(set(column))
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+        out.append(name)
+    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    out = [name for name in out if name.removesuffix(".bias") not in both]
+    return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
+                     for name in out) or "none"
+
+
+# Copied from models/codis.py::fill
+def fill(model, state, where, rename, required, reads, ignored=()):
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
+    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
+    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
+    """
+    mine, source, unexpected = model.state_dict(), {}, []
+    for key, value in state.items():
+        names = [name for name in rename(key) if name in mine]
+        for name in names:
+            if value.shape != mine[name].shape:
+                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+            if not torch.equal(state[source.setdefault(name, key)], value):
+                raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
+        if not names and key not in ignored:
+            unexpected.append(key)
+    counts = [key for key in unexpected if reads(key)]
+    missing = [name for name in required if name not in source]
+    if len(missing) == len(required):
+        raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
+    if missing:
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+    if counts:
+        raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
+    with torch.no_grad():
+        for name, key in source.items():
+            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+    left = [key for key in state if key in ignored]
+    matched = len(state) - len(unexpected) - len(left)
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
+                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
+
+
+# Copied from models/codis.py::layer_of
+def layer_of(key, prefix):
+    """The number behind `prefix`, inf for another key."""
+    found = re.match(re.escape(prefix) + r"(\d+)\.", key)
+    return int(found[1]) if found else math.inf
+
+
+# Copied from models/codis.py::agree
+def agree(where, config, here):
+    """What the shapes of weights do not tell, as far as their config.json does. SystemExit where it says otherwise."""
+    for field, value in here.items():
+        if config.get(field, value) != value:
+            raise SystemExit(f"{where}: these weights have {field} {config[field]}, this model has {value}")
+
+
+# Copied from models/codis.py::told
+def told(config, heads):
+    """The report's words where nothing confirms the number of heads, which no shape shows."""
+    return "" if "num_attention_heads" in config else f"; how many heads it has the file does not tell, here {heads}"
 
 
 def load_pretrained(model, text):
-    """Fills all of `bert.`, and the MLM head if both have one, from a Hugging Face BERT file, .safetensors or a state dict
-    -> a line for the log. SystemExit if a key is unknown or of another shape, or a tensor of `bert.` stays unfilled."""
-    try:
-        state = load_file(text) if text.endswith(".safetensors") else torch.load(text, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as e:
-        raise SystemExit(f"--init_text {text}: not a file of weights ({' '.join(str(e).split())[:100]})") from None
-    if not (isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())):
-        raise SystemExit(f"--init_text {text}: not a state dict (name -> tensor)")
-    mine, found, unused = model.state_dict(), {}, []
-    for key, value in state.items():
-        key = key if key.startswith(("bert.", "cls.")) else "bert." + key             # saved without its heads
-        for old, new in RENAME:
-            key = key.replace(old, new)
-        if key.startswith(UNUSED) or key.startswith("mlm_head.") and key not in mine:
-            unused.append(key)
-        elif key not in mine:
-            raise SystemExit(f"--init_text {text}: {key} has no place in this model of {model.cfg.layers} layers")
-        elif value.shape != mine[key].shape:
-            raise SystemExit(f"--init_text {text}: {key} is {tuple(value.shape)} there and {tuple(mine[key].shape)} here: "
-                             "other sizes or vocabulary")
-        else:
-            found[key] = value
-    empty = [k for k in mine if k.startswith("bert.") and k not in found]
-    if empty:
-        raise SystemExit(f"--init_text {text}: it does not fill {empty[0]}" + f" and {len(empty) - 1} more" * (len(empty) > 1))
-    model.load_state_dict(found, strict=False)
-    new = sorted({k.split(".")[0] for k in mine if k not in found})
-    return (f"text from {text}: matched {len(found)} tensors, all of bert; missing, so they start at random: {', '.join(new)}; "
-            f"unexpected, left out: {', '.join(sorted(unused)) or 'none'}")
+    """Hugging Face BERT weights -> all of `bert.`, and the MLM head where both have one -> the report: what matched, what is new.
+
+    Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta. SystemExit if a tensor of `bert.` stays unfilled,
+    has another shape, or the file has a layer that this model has not.
+    """
+    cfg, where = model.cfg, f"--init_text {text}"
+    state, config = read_foreign(text, where)
+    agree(where, {"hidden_act": "gelu", **config}, {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
+    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
+             for k, v in state.items()}
+    has_head = hasattr(model, "mlm_head") and any(k.startswith("cls.predictions.transform.") for k in state)
+    head = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",                  # tied
+            "cls.predictions.decoder.bias": "mlm_head.bias"}
+
+    def rename(key):
+        if not key.startswith("cls."):
+            return ["bert." + key]
+        return [head.get(key) or key.replace("cls.predictions.", "mlm_head.")] if has_head else []
+
+    def reads(key):
+        return key.startswith("embeddings.") or layer_of(key, "encoder.layer.") < math.inf
+    required = [name for name in model.state_dict() if name.startswith("bert.") or name.startswith("mlm_head.") and has_head]
+    filled, line = fill(model, state, where, rename, required, reads, ignored=("embeddings.position_ids",))
+    new = sorted({name.split(".")[0] for name in model.state_dict() if name not in filled})
+    return line + told(config, cfg.heads) + f"\n  new, not in this file: {', '.join(new)}"
 
 
 Model = ImageBert

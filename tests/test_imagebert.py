@@ -422,9 +422,9 @@ def test_bert_weights(tmp_path, heads):
     state |= {"bert.pooler.dense.weight": torch.zeros(2), "cls.seq_relationship.bias": torch.zeros(2)} if heads else {"pooler.dense.bias": torch.zeros(2)}
     save_file(state, tmp_path / "bert.safetensors")
     line = ib.load_pretrained(model, text=str(tmp_path / "bert.safetensors"))
-    unfilled = "itm_head, mlm_head, moc_head, mrfr_head, regions".replace("mlm_head, ", "" if heads else "mlm_head, ")
-    assert f"missing, so they start at random: {unfilled};" in line and "unexpected, left out: bert.pooler" in line
-    assert f"matched {sum(k.startswith(('bert.', 'mlm_head.')[:1 + heads]) for k in model.state_dict())} tensors" in line
+    new = "itm_head, mlm_head, moc_head, mrfr_head, regions".replace("mlm_head, ", "" if heads else "mlm_head, ")
+    count = sum(k.startswith(("bert.", "mlm_head.")[:1 + heads]) for k in model.state_dict())
+    assert f"which fill {count} here; missing 0; unexpected" in line and "pooler.dense" in line and line.endswith(f"not in this file: {new}")
     for key, value in model.state_dict().items():
         loaded = key.startswith("bert.") or heads and key.startswith("mlm_head.")
         assert torch.equal(value, source.state_dict()[key]) == loaded, key
@@ -433,7 +433,7 @@ def test_bert_weights(tmp_path, heads):
         ib.load_pretrained(make_model(), text=str(tmp_path / "deep.pt"))
     key = next(k for k in state if "word_emb" in k)
     torch.save({k: v for k, v in state.items() if k != key}, tmp_path / "less.pt")
-    with pytest.raises(SystemExit, match="does not fill bert.embeddings.word"):
+    with pytest.raises(SystemExit, match="1 of this tower's .* not filled: bert.embeddings.word"):
         ib.load_pretrained(make_model(), text=str(tmp_path / "less.pt"))
     torch.save({**state, key: torch.zeros(30, 16)}, tmp_path / "other.pt")
     with pytest.raises(SystemExit, match="vocabulary"):
@@ -441,9 +441,19 @@ def test_bert_weights(tmp_path, heads):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "bert.safetensors").read_bytes()[:200])
     torch.save([1], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("no weights")
-    for name, words in (("cut.safetensors", "not a file of weights"), ("text.pt", "not a file of weights"), ("list.pt", "not a state dict")):
+    for name, words in (("cut.safetensors", "cannot be read as weights"), ("text.pt", "cannot be read as weights"),
+                        ("list.pt", "not a state dict"), (".", "holds neither")):
         with pytest.raises(SystemExit, match=words):
             ib.load_pretrained(make_model(), text=str(tmp_path / name))
+    (tmp_path / "hub").mkdir()                                              # as train.py fetches it: a folder with its config.json
+    shutil.copy(tmp_path / "bert.safetensors", tmp_path / "hub" / "model.safetensors")
+    for words, changes in (("", {}), ("num_attention_heads", {"num_attention_heads": 4}), ("model_type", {"model_type": "roberta"})):
+        (tmp_path / "hub" / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_act": "gelu", "num_attention_heads": 2} | changes))
+        if words:
+            with pytest.raises(SystemExit, match=words):
+                ib.load_pretrained(make_model(), text=str(tmp_path / "hub"))
+        else:
+            assert "missing 0" in ib.load_pretrained(make_model(), text=str(tmp_path / "hub"))
 
 
 # ------------------------------------------------------------------------------------------------------------ region files

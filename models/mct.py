@@ -225,7 +225,8 @@ def attend(q, k, v, heads, mask=None, dropout=0.0, maps=None):
     if maps is None:
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     else:
-        maps.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1))
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        maps.append((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1))
         x = maps[-1] @ v
     return x.transpose(1, 2).flatten(2)  # (B, S, D)
 

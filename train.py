@@ -48,6 +48,7 @@ class Loop:
     init: str = ""                  # start from the weights of this run
     resume: bool = False            # go on from OUT/state.pt
     stage_data: str = ""            # data of each stage of a recipe with stages, separated by spaces
+    stage_root: str = ""            # the image folders of --stage_data, separated by spaces
     steps: int = 0                  # optimizer steps; 0 = by epochs
     epochs: float = 1.0             # passes over the data, where steps is 0
     batch_size: int = 32            # samples per optimizer step, over all processes
@@ -237,6 +238,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     task, loop.init, loop.out = recipe.get("task", task), init or loop.init, str(out)
     if loop.stage_data:
         loop.data = loop.stage_data.split()[stage]
+    if loop.stage_root:
+        loop.image_root = loop.stage_root.split()[stage]
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(loop.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":

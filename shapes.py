@@ -154,12 +154,12 @@ def draw_objects(rng, n):
 
 @functools.lru_cache(maxsize=2)
 def all_scenes(seed=0, scale=1.0):
-    """{split: list of scenes}, 8 % with one object, 62 % with two, 30 % with three. No scene occurs twice, in whatever split;
+    """{split: list of scenes}, 8 % with one object, 72 % with two, 20 % with three. No scene occurs twice, in whatever split;
     the single objects of val and of test differ in more than size, as not every caption tells the size."""
     rng, seen, out = Random(f"scenes {seed}"), set(), {}
     for split in ("test", "val", "train"):
         n, rough, out[split] = round(COUNTS[split] * scale), set(), []
-        kinds = [1] * round(0.08 * n) + [2] * round(0.62 * n)
+        kinds = [1] * round(0.08 * n) + [2] * round(0.72 * n)
         kinds += [3] * (n - len(kinds))
         rng.shuffle(kinds)
         for kind in kinds:

@@ -52,15 +52,19 @@ Run: python models/conlip.py      (2 s: shapes, parameters and every loss on a r
 """
 
 import functools
+import json
 import math
+import pickle
 import re
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
@@ -815,8 +819,35 @@ BERT_NAMES = ((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
 UNUSED = ("pooler.", "cls.", "classifier.", "embeddings.position_ids", "embeddings.mask_token")  # heads that nothing here needs
 
 
+# Copied from models/codis.py::read_foreign
+def read_foreign(path, where):
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
+
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
+    `where` begins each error, which is a SystemExit of one line.
+    """
+    path, config = Path(path), {}
+    if path.is_dir():
+        if (path / "config.json").exists():
+            config = json.loads((path / "config.json").read_text())
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        if not found:
+            raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
+        path = found[0]
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
+        raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise SystemExit(f"{where}: {path.name} is not a state dict, names and tensors and nothing else")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}, config
+
+
 def load_pretrained(model, vision="", text=""):
-    """Fills the towers, and their momentum copies, from files in Hugging Face's names: ViT with separate query, key, value; BERT.
+    """Fills the towers, and their momentum copies, from files or folders in Hugging Face's names: ViT and BERT.
 
     The image tower's position embeddings are interpolated. -> one line a tower: how many tensors of the tower were filled, which
     are missing, which of the file's were unexpected. SystemExit unless every tensor of a named tower is filled and every one of
@@ -826,7 +857,7 @@ def load_pretrained(model, vision="", text=""):
     for name, path, names in (("vision", vision, VIT_NAMES), ("text", text, BERT_NAMES)):
         if not path:
             continue
-        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        state, _ = read_foreign(path, f"--init_{name} {path}")
         for pattern, new in names:
             state = {re.sub(pattern, new, k): v for k, v in state.items()}
         unused = [k for k in state if k.startswith(UNUSED)]

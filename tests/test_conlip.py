@@ -532,6 +532,9 @@ def test_load_pretrained(tmp_path):
         assert torch.equal(getattr(model, encode)(batch), getattr(source, encode)(batch))
     assert all(torch.equal(model.state_dict()[k.replace(".", "_m.", 1)], v) for k, v in model.state_dict().items()
                if k.startswith(("vision.", "text.")))
+    (tmp_path / "hub").mkdir()
+    save_file(vit, tmp_path / "hub" / "model.safetensors")
+    assert "0 missing" in conlip.load_pretrained(model, vision=tmp_path / "hub")           # what a hub name is resolved to
     bigger = ConLIP(small(image_size=96), "retrieval")
     conlip.load_pretrained(bigger, vision=str(tmp_path / "vit.safetensors"))
     close(bigger.vision.pos_embed[:, 0], source.vision.pos_embed[:, 0])

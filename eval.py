@@ -105,15 +105,6 @@ def load_weights(model, path):
 
 
 def find_run(path):
-    """The directory of a run's final weights: `path` itself, or its last stage. SystemExit if there is no config.json."""
-    stages = sorted(Path(path).glob("stage-*/config.json"), key=lambda p: int(p.parent.name.split("-")[1]))
-    found = [p for p in (Path(path) / "config.json", *reversed(stages)) if p.is_file()]
-    if not found:
-        raise SystemExit(f"{path}: no run here (no config.json)")
-    return found[0].parent
-
-
-def find_run(path):
     """The directory that holds the run: `path`, or the last of its stage-1, stage-2, ... SystemExit when there is none."""
     path = Path(path)
     stages = sorted(path.glob("stage-*/config.json"), key=lambda p: int(p.parent.name.split("-")[1]))

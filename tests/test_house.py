@@ -35,6 +35,12 @@ def test_the_loop_the_evaluation_and_the_data_name_no_model():
             assert not re.search(rf"\b{path.stem}\b", code), f"{file} names {path.stem}"
 
 
+def test_no_name_is_defined_twice():
+    for path in (*ROOT.glob("*.py"), *MODELS, *(ROOT / "tests").glob("*.py")):
+        names = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        assert len(names) == len(set(names)), (path.name, [n for n in names if names.count(n) > 1])
+
+
 def test_model_docstrings_index_their_equations_and_deviations():
     for path in MODELS:
         text = path.read_text()

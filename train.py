@@ -250,6 +250,9 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    else:                                                              # or two threads add up the gradient of x[index] in any order
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     say = print if rank == 0 else lambda *a, **k: None
     if loop.batch_size % (world * loop.accum):
         raise Stop(f"train.py: --batch_size {loop.batch_size} is not a multiple of {world} processes x {loop.accum} accumulation steps")

@@ -158,7 +158,7 @@ VIEWS = {
     "nlvr2": dict(source="nlvr2", image="randaug", image2="randaug", image_eval="resize", image2_eval="resize", norm="clip", text="caption", label="label"),
     "assign": dict(source="pairs", image="randaug", norm="clip", text="caption"),
 }
-COUNTS = {"text + fusion + MLM head (the paper: 123.7M)": ("text", "fusion", "mlm_head")}
+COUNTS = {"text + fusion + MLM head (the paper, with BERT's 30,522 words: 123.7M)": ("text", "fusion", "mlm_head")}
 PAIR_TASKS = ("pretrain", "retrieval")  # those that embed and match pairs
 BACKBONE = ("vision.", "text.", "fusion.")  # `--init` must fill every key that starts so
 

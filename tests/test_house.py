@@ -104,7 +104,7 @@ def commands():
     """Every python or torchrun command of the README's bash blocks, comments off, continued lines joined."""
     for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            for part in line.split(" # ")[0].split("&&"):
+            for part in re.split(r"(?:^| )# ", line)[0].split("&&"):
                 words = shlex.split(part)
                 if words and words[0] in ("python", "torchrun"):
                     yield words

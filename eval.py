@@ -320,7 +320,7 @@ class Eval:
             self.protocol.update(regions=records.regions.about)
         seen, start = self.loop.get("data") or "shapes", f", from {self.loop['init']}" if self.loop.get("init") else ""
         task = self.info["task"]                                                            # one that is no TASK is a stage of pre-training
-        how = "pre-trained only" if task == "pretrain" or task not in module.TASKS else f"fine-tuned ({task})"
+        how = "pre-trained only" if task == "pretrain" or task not in getattr(module, "TASKS", (task,)) else f"fine-tuned ({task})"
         known = set(seen.split(",")) & set(self.spec.split(","))
         self.protocol.update(data=self.spec, split=split, records=len(records), limit=self.opts.limit,
                              protocol=f"{'in domain' if known else 'zero-shot'}, {how}, trained on {seen}{start}")

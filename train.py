@@ -499,7 +499,7 @@ def count_stages(module, preset, task, given, out):
     earlier run goes, so that --resume cannot take it for this run's."""
     tables = [t for t in (module.PRESETS[preset].get(task), module.RECIPE[task]) if isinstance(t, list)]
     stages = len(given.get("stage_data", ())) or len(tables[0] if tables else [0])
-    if stages > 1 and "stage_data" not in given and not any("task" in t for t in tables[0]):
+    if stages > 1 and "stage_data" not in given and any("own_data" in t for t in tables[0]):
         raise Stop(f"train.py: {task} has {stages} stages: name the data of each (--stage_data A B), or of the only one (--stage_data A)")
     if len(given.get("stage_root", [0] * stages)) != stages:
         raise Stop(f"train.py: {len(given['stage_root'])} --stage_root for {stages} stages")

@@ -117,7 +117,7 @@ PRESETS = {
 #   3: --max_regions 36 and 100; 4: --ce 1 --triplet 1; --bce 0 --ce 1; --bce 0 --triplet 1; the default.
 STAGE = dict(optimizer="adam", lr=1e-4, schedule="constant", epochs=17, batch_size=48)
 RECIPE = {
-    "pretrain": [dict(STAGE, limit=2_000_000), STAGE],  # "we only sampled 2M from LAIT"
+    "pretrain": [dict(STAGE, limit=2_000_000, own_data=True), STAGE],  # "we only sampled 2M from LAIT"
     "retrieval": dict(optimizer="adam", lr=5e-5, schedule="constant", epochs=130, batch_size=24),
 }
 

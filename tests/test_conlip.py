@@ -461,7 +461,8 @@ def test_protocol():
         groups = model.param_groups(train.Loop(lr=0.1, weight_decay=0.2))
         assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
         assert all(p.ndim <= 1 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0
-        assert evaluation.offered(model) == ["retrieval"] + ["cross_attention"] * (task == "pretrain") + ["gallery"]
+        offered = evaluation.offered(model)
+        assert {"retrieval", "gallery"} <= set(offered) and ("cross_attention" in offered) == (task == "pretrain")
     for field in ("mlm", "contrast", "positive"):
         with pytest.raises(SystemExit, match=f"--{field} nope"):
             small(**{field: "nope"})

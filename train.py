@@ -480,7 +480,7 @@ def main(argv=None):
         init = str(folder)
     loop = info["loop"]
     evals = {"default": module.EVALS[task], "none": ()}.get(loop["evals"], loop["evals"].split(","))
-    options = {"split": loop["eval_split"] or None, "data": loop["eval_data"] or None, "image_root": loop["eval_root"] or None}
+    options = {"split": loop["eval_split"] or None, "data": loop["eval_data"] or None, "image_root": loop["eval_root"] or loop["eval_data"] and loop["image_root"] or None}
     results = {e: evaluation.evaluate(raw, {**info, "step": info["total_steps"], "path": str(folder)}, e, options, rank, world) for e in evals}
     if rank == 0:
         following = [t for t in module.TASKS if t != task]

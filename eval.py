@@ -329,11 +329,12 @@ class Eval:
         return records
 
     def other(self, path):
-        """Another run under the same options, for a comparison."""
+        """Another run over this one's data, with its own views and vocabulary. SystemExit if it does not offer the task."""
         model, info = load_run(path, self.device)
         if self.task not in offered(model):
             raise SystemExit(f"{path}: {type(model).__name__} trained for {info['task']} does not offer {self.task}")
-        return Eval(model, info, self.task, self.opts, self.rank, self.world)
+        opts = argparse.Namespace(**{**vars(self.opts), "data": self.spec, "image_root": self.root, "vocab": None})
+        return Eval(model, info, self.task, opts, self.rank, self.world)
 
     def batches(self, records, what, views=None):
         """This rank's batches, on the device: images, flattened captions ("text") or whole records ("sample")."""
@@ -419,7 +420,7 @@ def retrieval(ev):
     records = ev.open(need=("caption",))
     owner, order = data.flat_captions(records)[1].sort(stable=True)                         # captions in the images' order
     n, m, rule = int(owner[-1]) + 1, len(owner), ev.setting("rerank", "itm")
-    first, k = (other_run(ev), ev.opts.candidates) if ev.opts.candidates else (ev, ev.setting("rerank_k", 128))
+    first, k = (candidates_of(ev), ev.opts.candidates) if ev.opts.candidates else (ev, ev.setting("rerank_k", 128))
     dual = visual_encoder(first.model) is not None
     rerank = dual and rule != "none" and k > 0 and callable(getattr(ev.model, "match", None)) and not ev.opts.ensemble
     texts = {}
@@ -478,15 +479,14 @@ def retrieval(ev):
     return {"rows": rows, "metrics": metrics}
 
 
-def other_run(ev):
-    """The Eval of --candidates_from, over the same data."""
+def candidates_of(ev):
+    """The Eval of --candidates_from, which must have a dual encoder."""
     if not ev.opts.candidates_from:
         raise SystemExit("--candidates K: whose? name a run with a dual encoder: --candidates_from RUN")
-    model, info = load_run(ev.opts.candidates_from, ev.device)
-    opts = argparse.Namespace(**{**vars(ev.opts), "data": ev.spec, "image_root": ev.root, "vocab": None})
-    if not all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text")):
-        raise SystemExit(f"--candidates_from {info['path']}: {type(model).__name__} has no dual encoder")
-    return Eval(model, info, ev.task, opts, ev.rank, ev.world)
+    run = ev.other(ev.opts.candidates_from)
+    if visual_encoder(run.model) is None:
+        raise SystemExit(f"--candidates_from {run.info['path']}: {type(run.model).__name__} has no dual encoder")
+    return run
 
 
 def masked(ev):

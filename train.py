@@ -526,8 +526,7 @@ def main(argv=None):
     loop = info["loop"]
     own = [e for e in module.EVALS[task] if e in evaluation.offered(raw)]      # a loss left out may leave an encoder out
     evals = {"default": own, "none": ()}.get(loop["evals"], loop["evals"].split(","))
-    options = {"split": loop["eval_split"] or None, "data": loop["eval_data"] or None, "image_root": loop["eval_root"] or loop["eval_data"] and loop["image_root"] or None,
-               "limit": loop["eval_limit"] or None}
+    options = {"split": loop["eval_split"] or None, "limit": loop["eval_limit"] or None}      # --eval_data and --eval_root: from the run
     results = {e: evaluation.evaluate(raw, {**info, "step": info["total_steps"], "path": str(folder)}, e, options, rank, world) for e in evals}
     if rank == 0:
         following = [t for t in module.TASKS if t != task]

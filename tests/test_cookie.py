@@ -715,6 +715,9 @@ def test_train_and_evaluate(world, tmp_path):
 
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     alone = ev.main([a, "--task", "retrieval"])["retrieval"]
+    there = ev.find_run(b) / "config.json"
+    info = json.loads(there.read_text())
+    there.write_text(json.dumps({**info, "loop": {**info["loop"], "data": "another.json"}}))      # whatever b learnt from: one gallery
     both = ev.main([a, "--task", "retrieval", "--ensemble", a, b])["retrieval"]
     assert "mean similarity of 2 runs" in [r["scores"] for r in both["rows"]] and len(both["protocol"]["ensemble"]) == 2
     assert alone["protocol"]["protocol"].startswith("in domain, pre-trained only")

@@ -29,6 +29,7 @@ import base64
 import contextlib
 import copy
 import csv
+import hashlib
 import importlib
 import io
 import itertools
@@ -148,18 +149,18 @@ class Reading:
 
 # ---------------------------------------------------------------------------------------------------------- small file tools
 
-def expand(spec):
-    """ "a.json,shards/{00..02}.tar" -> list of existing paths; a missing one is an error."""
+def expand(spec, flag="--data"):
+    """ "a.json,shards/{00..02}.tar" -> list of existing paths; a missing one is an error, which names the flag."""
     paths = []
     for item in [spec] if os.path.exists(spec) else [s.strip() for s in spec.split(",") if s.strip()]:
         span = re.search(r"\{(\d+)\.\.(\d+)\}", item)
         numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
         paths += [item[:span.start()] + str(n).zfill(len(span[1])) + item[span.end():] for n in numbers] if span else [item]
     if not paths:
-        fail("--data is empty")
+        fail(f"{flag} is empty")
     for path in paths:
         if not os.path.exists(path):
-            fail(f"--data {path}: no such file")
+            fail(f"{flag} {path}: no such file")
     return paths
 
 
@@ -1274,6 +1275,12 @@ def needs(views):
     return tuple(sorted({NEEDS[v] for v in view_keys(views).values() if v in NEEDS}))
 
 
+def absent(views):
+    """open_source(missing=) for VIEWS[task]: who looks at regions alone needs no picture, and often has none (features by TSV)."""
+    seen = set(view_keys(views).values())
+    return "keep" if "regions" in seen and not seen & set(IMAGE_VIEWS) else "drop"
+
+
 class Views(Dataset):
     """Records + VIEWS[task] -> samples, dicts of tensors: image keys (3, S, S) float32; text keys K (max_text,) int64 ids and
     K_mask (1 = token); image_id, index (place in records), bad (1 = stands in for an unreadable image), all int64 0-d.
@@ -1559,7 +1566,7 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
 # What a detector found in N pictures, T regions in all: one safetensors file, memory-mapped, so that its size is not that of RAM.
 #   features (T, F) float16     boxes (T, 4) float32, xyxy in pixels     labels (T,) int64, -1 = none     scores (T,) float32
 #   offsets (N+1,) int64: picture n has rows offsets[n]:offsets[n+1], the surest first      sizes (N, 2) int64: width, height
-#   names (bytes,) uint8, name_ends (N,) int64: the pictures' file names, UTF-8             globals (N, G) float16: optional
+#   names (bytes,) uint8, name_ends (N,) int64: the pictures' file names, as bytes          globals (N, G) float16: optional
 # Metadata: detector (text), label_names (JSON list), root (folder that names start from; empty: names are image ids).
 
 ROW_ARRAYS = {"labels": np.int64, "boxes": np.float32, "scores": np.float32, "features": np.float16}
@@ -1648,7 +1655,7 @@ class Regions:
         """For each file: {name of a picture: its number}."""
         for k, (arrays, _) in enumerate(self.files):
             first, text, ends = int(self.ends[k]) - len(arrays["sizes"]), arrays["names"].tobytes(), arrays["name_ends"].tolist()
-            yield {text[a:b].decode(): first + n for n, (a, b) in enumerate(zip([0] + ends, ends))}
+            yield {os.fsdecode(text[a:b]): first + n for n, (a, b) in enumerate(zip([0] + ends, ends))}
 
     def attach(self, records):
         """Records with `regions` = the picture's number here. Those without are left out and counted. A path is looked up from the
@@ -1679,6 +1686,7 @@ class Regions:
                 if taken.setdefault(hit, record["image_id"]) != record["image_id"]:
                     fail(f"{where}: another picture of these records has the same name in {', '.join(self.paths)}: make its --root fit")
                 out.append({**record, "regions": hit})
+        out.notes.pop("missing", None)                                      # picture files: their regions stand for them
         if len(out) < len(records):
             out.notes["without_regions"] = len(records) - len(out)
             if not len(out):
@@ -1697,22 +1705,25 @@ def with_regions(records, views, files=""):
         files = shapes_regions(records.root, records.split)
     if not files:
         fail("this model looks at regions: name their files, --regions FILE (python data.py regions makes them)")
-    return Regions(expand(files)).attach(records)
+    return Regions(expand(files, "--regions")).attach(records)
 
 
-def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False):
+def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False, source=""):
     """Writes the file `out` from look(item) for each item: a dict of name, size (w, h) and ROW_ARRAYS, [globals]; or None for a
     picture that cannot be read. Goes by parts of `shard` items in the folder out.parts, so that the same command goes on after a
-    stop, in the memory of one part. -> number of unreadable pictures. DataError if the parts there are of another command."""
-    parts, plan = f"{out}.parts", json.dumps({**metadata, "items": total, "shard": shard}, indent=1)
+    stop, kill -9 included, in the memory of one part. `source` tells which items these are. -> number of unreadable pictures.
+    DataError if the parts there are of another command or of other items."""
+    plan = json.dumps({**metadata, "items": total, "shard": shard, "source": source}, indent=1)
+    parts, note = f"{out}.parts", os.path.join(f"{out}.parts", "plan.json")
     os.makedirs(parts, exist_ok=True)
-    note = os.path.join(parts, "plan.json")
     if os.path.exists(note):
         with open(note, encoding="utf-8") as f:
             if f.read() != plan:
-                fail(f"{parts}: begun with other settings (see {note}): go on with those, or delete the folder")
-    with open(note, "w", encoding="utf-8") as f:
-        f.write(plan)
+                fail(f"{parts}: begun with other settings or other pictures (see {note}): go on with those, or delete the folder")
+    else:
+        with open(f"{note}.tmp", "w", encoding="utf-8") as f:
+            f.write(plan)
+        os.replace(f"{note}.tmp", note)                                     # whole or not there, as the parts
     items, files, bad = iter(items), [], 0
     with tqdm(total=total, desc="regions", unit="picture", disable=quiet) as bar:
         for n in itertools.count():
@@ -1731,12 +1742,15 @@ def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False):
     bad = sum(int(m["unreadable"]) for _, m in mapped)
     if not sum(len(a["sizes"]) for a, _ in mapped):
         fail(f"{out}: no picture could be read")
+    dims = {a["features"].shape[1]: file for file, (a, _) in zip(files, mapped) if len(a["sizes"])}
+    if len(dims) > 1:
+        fail(" and ".join(f"{file} has features of {dim} numbers" for dim, file in dims.items()) + ": of one detector?")
     tensors = {k: [a[k] for a, _ in mapped if len(a["sizes"])] for k in mapped[0][0]}
     for key, first in (("offsets", 1), ("name_ends", 0)):                   # they count on from part to part
         sums = np.cumsum([0] + [int(a[-1]) for a in tensors[key]])
         tensors[key] = [a[(first if n else 0):] + s for n, (a, s) in enumerate(zip(tensors[key], sums))]
     write_safetensors(out, tensors, metadata)
-    for file in [note] + files:
+    for file in files + [note]:                                             # the note last: no part is ever without it
         os.remove(file)
     os.rmdir(parts)
     return bad
@@ -1744,11 +1758,16 @@ def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False):
 
 def pack(found, metadata):
     """What look() gave for some pictures -> {tensor name: [array]}. float16 holds up to 65,504: a larger feature is an error."""
+    dims = {f["features"].shape[1]: f["name"] for f in found}
+    if len(dims) > 1:
+        fail(" and ".join(f"picture {name} has features of {dim} numbers" for dim, name in dims.items()) + ": of one detector?")
     with np.errstate(over="ignore"):                                        # said below, in words
         out = {k: [np.concatenate([f[k] for f in found]).astype(t)] if found else [np.zeros(0, t)] for k, t in ROW_ARRAYS.items()}
-    if not np.isfinite(out["features"][0]).all():
-        fail("a region's feature is not finite in float16: are these a detector's weights?")
-    names = [f["name"].encode() for f in found]
+        wrong = [] if np.isfinite(out["features"][0]).all() else [
+            f["name"] for f in found if not np.isfinite(f["features"].astype(np.float16)).all()]
+    if wrong:
+        fail(f"picture {wrong[0]}: a region's feature is not finite in float16: are these a detector's weights?")
+    names = [os.fsencode(f["name"]) for f in found]                         # a file's name need not be UTF-8
     out |= {"offsets": [np.cumsum([0] + [len(f["labels"]) for f in found], dtype=np.int64)],
             "names": [np.frombuffer(b"".join(names), np.uint8)],
             "name_ends": [np.cumsum([len(n) for n in names], dtype=np.int64)],
@@ -1906,6 +1925,9 @@ def extract_regions(args):
     def look(where):
         try:
             picture = load_image(where)
+            short, long = sorted(picture.size)
+            if short * min(model.transform.min_size[-1] / short, model.transform.max_size / long) < 1:
+                raise BadImage(f"{picture.width}x{picture.height} pixels, too narrow for the detector")
         except BadImage as e:
             say(f"unreadable image {where}: {e}; left out")
             return None
@@ -1918,7 +1940,8 @@ def extract_regions(args):
                 found["globals"] = cnn(((pixels(resize(picture, 224)) - mean) / std)[None])[0].cpu().numpy()
         return found
 
-    return collect_regions(args.out, pictures, len(pictures), look, metadata, args.shard)
+    listing = hashlib.sha256("\n".join(map(str, pictures)).encode(errors="surrogateescape")).hexdigest()
+    return collect_regions(args.out, pictures, len(pictures), look, metadata, args.shard, source=listing)
 
 
 TSV_FIELDS = {6: "image_id image_w image_h num_boxes boxes features",
@@ -1927,7 +1950,7 @@ TSV_FIELDS = {6: "image_id image_w image_h num_boxes boxes features",
 
 def tsv_lines(paths):
     for path in paths:
-        with open(path, encoding="ascii") as f:
+        with open(path, encoding="ascii", errors="replace") as f:           # a foreign byte is no base64: said with its line
             for n, line in enumerate(f, 1):
                 yield f"{path} line {n}", line.rstrip("\r\n")
 
@@ -1963,15 +1986,18 @@ def tsv_regions(item, classes):
 
 def convert_regions(args):
     """`data.py regions --tsv`: bottom-up-attention files -> a regions file."""
-    paths = expand(args.tsv)
-    with open(paths[0], encoding="ascii") as f:
+    if args.global_feature:
+        fail("--global_feature looks at pictures: use --images; --tsv has none")
+    paths = expand(args.tsv, "--tsv")
+    with open(paths[0], encoding="ascii", errors="replace") as f:
         labeled = f.readline().count("\t") == 9
     names = [str(n) for n in range(1600)] if labeled else []                # the Visual Genome detector's, by number
     if args.label_names and labeled:
         names = [name for _, name in lines_of(args.label_names)]
     files = ", ".join(os.path.basename(p) for p in paths)
     metadata = {"detector": f"bottom-up-attention ({files})", "root": "", "label_names": json.dumps(names)}
-    return collect_regions(args.out, tsv_lines(paths), None, lambda item: tsv_regions(item, len(names)), metadata, args.shard)
+    return collect_regions(args.out, tsv_lines(paths), None, lambda item: tsv_regions(item, len(names)), metadata, args.shard,
+                           source=", ".join(f"{p}, {os.path.getsize(p)} bytes" for p in paths))
 
 
 def split_noisy(spec, out, clean=2000, share=0.5, seed=0, image_root=None):

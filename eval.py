@@ -303,7 +303,8 @@ class Eval:
         own = module.VIEWS[self.info["task"]]["source"]
         if not self.opts.data and self.views["source"] != own and self.spec == self.loop.get("data") != "shapes":
             raise SystemExit(f"{self.task}: it reads {self.views['source']}, the run's data are {own}: name files with --data")
-        read = lambda split: data.open_source(self.views["source"], self.spec, split, self.root, limit=self.opts.limit, need=need)
+        read = lambda split: data.open_source(self.views["source"], self.spec, split, self.root, limit=self.opts.limit, need=need,
+                                              missing=data.absent(self.views))
         try:
             records = read(split)
         except data.DataError as e:

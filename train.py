@@ -262,7 +262,7 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     views = {**module.VIEWS[task]}
     need = tuple("caption" if n == "tags" and loop.tag_words else n for n in data.needs(views))
     records = data.open_source(views["source"], loop.data, loop.split, loop.image_root or None, limit=loop.limit or None,
-                               seed=loop.seed, need=need)
+                               seed=loop.seed, need=need, missing=data.absent(views))
     if loop.tag_words:
         records = data.caption_tags(records, loop.tag_words)
     records = data.with_regions(records, views, loop.regions)

@@ -27,7 +27,8 @@ Deviations from the paper
         mean; `--mrfr F` gives the print. Losses over hidden places are means over the places, not sums.
      4. s and c are sigmoids of one logit; all losses but the triplet compute with logits. CE is a softmax over the P logits.
      5. Of a sentence's n words exactly max(1, round(0.15 n)) are chosen, as BERT's own code does; of regions each with probability
-        0.15 as printed, up to a count that is exceeded once in 30,000 images, so that shapes do not depend on data.
+        0.15 as printed, up to a count that one image of 24,000 exceeds (100 regions; one of 9,600 with 36), so that shapes do
+        not depend on data.
      6. A region whose twin stays visible would give nothing to learn: every region that overlaps a zeroed one with IoU above
         `twin_iou` is zeroed too, without a loss of its own. `twin_iou=1` is the print.
      7. The global feature comes from a CNN that saw the whole image, hidden regions included.
@@ -106,7 +107,8 @@ PRESETS = {
                  retrieval=dict(optimizer="adamw", batch_size=24, steps=400, lr=2e-4, schedule="cosine", eval_limit=100)),
 }
 
-# Sections 5.1 (pre-training, both stages alike) and 5.2 (fine-tuning). Stage 1 is LAIT, stage 2 CC + SBU: --stage_data LAIT CC,SBU.
+# Sections 5.1 (pre-training, both stages alike) and 5.2 (fine-tuning). Stage 1 is LAIT, stage 2 CC + SBU: --stage_data LAIT CC,SBU,
+# from BERT's weights: --init_text bert-base-uncased.
 # Table 1: pre-trained only; Table 2: `--task retrieval --init RUN --data FLICKR|COCO`. COCO is evaluated on 5,000 images and 5 x 1,000.
 # Table 3, all on `--task pretrain`, evaluated on Flickr30K without fine-tuning:
 #   LAIT                                --stage_data LAIT
@@ -129,7 +131,16 @@ BACKBONE = ("bert.", "regions.")  # `--init` must fill every key that starts so
 
 
 def setup(cfg, task, stats):
-    """Sizes that the regions file decides. stats: data.stats() of the training records."""
+    """Sizes that the regions file decides, and settings that cannot be. stats: data.stats() of the training records."""
+    for field, values in (("negatives", ("both", "text", "image")), ("act", ("gelu", "relu"))):
+        if getattr(cfg, field) not in values:
+            raise SystemExit(f"--{field} {getattr(cfg, field)}: it is one of {', '.join(values)}")
+    if cfg.pool < 2:
+        raise SystemExit(f"--pool {cfg.pool}: the positive and at least one negative make 2")
+    if cfg.max_text >= cfg.positions:
+        raise SystemExit(f"--max_text {cfg.max_text}: of {cfg.positions} positions the last is that of the regions")
+    if cfg.width % cfg.heads:
+        raise SystemExit(f"--width {cfg.width}: not a multiple of {cfg.heads} heads")
     cfg.region_dim, cfg.region_classes = stats["region_dim"], stats["region_classes"]
     if not any((cfg.mlm, cfg.moc, cfg.mrfr, cfg.itm) if task == "pretrain" else (cfg.bce, cfg.ce, cfg.triplet)):
         raise SystemExit("every loss has weight 0: nothing to train")

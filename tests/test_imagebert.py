@@ -5,10 +5,14 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +91,19 @@ def test_imagebert_eq1():
             for d in range(16):
                 want = (e[d] - mean) / math.sqrt(var + 1e-12) * embed.LayerNorm.weight[d].item() + embed.LayerNorm.bias[d].item()
                 assert got[b, i, d].item() == pytest.approx(want, abs=1e-9)
+
+
+def test_the_global_feature_is_one_more_token():
+    """Eq. 1 with the CNN's feature in place of a region's and the whole image as its box; there in every image, behind the regions."""
+    model, batch = make_model(global_feature=True), make_batch()
+    got, mask = model.images_of(batch)
+    tables, embed = model.bert.embeddings, model.regions
+    want = embed.LayerNorm(embed.image(batch["regions_global"]) + tables.token_type_embeddings.weight[1] + tables.position_embeddings.weight[11]
+                           + embed.box(torch.tensor([0.0, 0, 1, 1, 1])))
+    assert got.shape[1] == 5 and torch.equal(mask, F.pad(batch["regions_mask"], (0, 1), value=1))
+    torch.testing.assert_close(got[:, 4], want)
+    torch.testing.assert_close(got[:, :4], embed.LayerNorm(embed.feature(batch["regions"]) + tables.token_type_embeddings.weight[1]
+                               + tables.position_embeddings.weight[11] + embed.box(ib.box_code(batch["regions_box"], batch["regions_size"]))))
 
 
 def test_words_are_word_plus_segment_plus_position():
@@ -185,6 +202,10 @@ def test_region_masking_rates():
     assert chosen.sum() / n == pytest.approx(0.15, abs=0.01) and gone.sum() / chosen.sum() == pytest.approx(0.9, abs=0.01)
     assert places.shape[1] == math.ceil(3 + 4 * math.sqrt(2.55))
     assert [row.unique().numel() for row in places] == [places.shape[1]] * b
+    for r, once_in in ((100, 24_000), (36, 9_600)):                         # how often Deviation 5's cap takes a region away
+        cap = ib.mask_regions(torch.zeros(1, r, 1), torch.zeros(1, r, 4), torch.ones(1, r))[1].shape[1]
+        more = sum(math.comb(r, k) * 0.15 ** k * 0.85 ** (r - k) for k in range(cap + 1, r + 1))
+        assert 1 / more == pytest.approx(once_in, rel=0.02) and f"{once_in:,}" in ib.__doc__
 
 
 def test_a_twin_gives_nothing_away():
@@ -251,6 +272,26 @@ def test_masked_losses_are_of_matched_pairs_only(monkeypatch):
     assert set(out["logs"]) == {"mlm", "moc", "mrfr", "itm", "itm_acc"}
     want = sum(out["logs"][k] for k in ("mlm", "moc", "mrfr", "itm"))
     assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_mismatched_pairs_are_masked_too(monkeypatch):
+    """What the transformer reads: hidden words and regions in every pair, but never [CLS], [SEP] or padding hidden."""
+    model, batch = make_model(region_prob=1.0, region_zero=1.0, mlm_prob=0.5), make_batch()
+    read = {}
+    for module, name, key in ((model.bert.embeddings, "forward", "text"), (model.regions, "forward", "regions")):
+        monkeypatch.setattr(module, name, lambda x, *a, key=key, real=module.forward: read.update({key: x}) or real(x, *a))
+    hidden = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model(batch)
+        torch.manual_seed(seed)
+        image, sentence, y = ib.mismatch(batch["image_id"], 3)
+        text, mask = batch["text"][sentence], batch["text_mask"][sentence]
+        special = (mask == 0) | (text == 2) | (text == 3)
+        assert y.tolist() == [1, 1, 1, 0, 0, 0] and (read["regions"] == 0).all()
+        assert torch.equal(read["text"][special], text[special])
+        hidden.append((read["text"] == 4).any(1))
+    assert (torch.stack(hidden).float().mean(0) > 0.5).all()                # each hidden word with 80 %
 
 
 def test_a_hidden_region_is_not_in_the_sequence():
@@ -405,6 +446,20 @@ def test_setup_reads_the_regions_file():
             ib.setup(config(global_feature=True), "pretrain", stats | change)
     with pytest.raises(SystemExit, match="every loss"):
         ib.setup(config(bce=0.0), "retrieval", stats)
+    for change in (dict(negatives="texts"), dict(act="gleu"), dict(pool=1), dict(max_text=12), dict(heads=3)):
+        with pytest.raises(SystemExit, match="--" + {"heads": "width"}.get(*change, *change)) as caught:
+            ib.setup(config(**change), "retrieval", stats)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_file_runs_alone(tmp_path):
+    """Copied away, with nothing of the project beside it: one line a task, each with its losses."""
+    shutil.copy(ib.__file__, tmp_path / "copied.py")
+    done = subprocess.run([sys.executable, "-I", "copied.py"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(ib.TASKS) and all("parameters" in line for line in lines)
+    assert all(f"'{k}'" in line for line, keys in zip(lines, (("mlm", "moc", "mrfr", "itm"), ("bce", "ce", "triplet"))) for k in keys)
 
 
 @pytest.mark.parametrize("heads", [True, False])
@@ -490,7 +545,7 @@ def test_regions_file_round_trip(tmp_path):
     data.collect_regions(out + "2", items, len(items), lambda i: i and found(*i, dim=7), META, quiet=True)
     with pytest.raises(data.DataError, match="differ in feature size"):
         data.Regions([out, out + "2"])
-    with pytest.raises(data.DataError, match="not finite"):
+    with pytest.raises(data.DataError, match="picture 1.jpg: .* not finite"):
         data.collect_regions(out + "3", items, len(items), lambda i: i and {**found(*i), "features": np.full((i[1], 6), 1e6)}, META, quiet=True)
     Path(out).write_bytes(Path(out).read_bytes()[:300])
     with pytest.raises(data.DataError, match="not a whole"):
@@ -508,13 +563,128 @@ def test_regions_go_on_after_a_stop(tmp_path):
     out = str(tmp_path / "r.safetensors")
     with pytest.raises(KeyboardInterrupt):
         data.collect_regions(out, items, 10, look, META, shard=3, quiet=True)
-    with pytest.raises(data.DataError, match="begun with other settings"):
-        data.collect_regions(out, items, 10, look, {**META, "detector": "another"}, shard=3, quiet=True)
+    for other in (dict(metadata={**META, "detector": "another"}), dict(metadata=META, source="other pictures, as many")):
+        with pytest.raises(data.DataError, match="begun with other settings or other pictures"):
+            data.collect_regions(out, items, 10, look, **other, shard=3, quiet=True)
     data.collect_regions(out, items, 10, look, META, shard=3, quiet=True)
     assert looked[8:] == ["6.jpg", "7.jpg", "8.jpg", "9.jpg"]               # two parts of three were whole
     whole = str(tmp_path / "w.safetensors")
     data.collect_regions(whole, items, 10, lambda i: found(*i), META, shard=3, quiet=True)
     assert Path(out).read_bytes() == Path(whole).read_bytes()
+
+
+def test_regions_survive_kill_9_at_every_point(tmp_path, monkeypatch):
+    """A process that dies without a chance to tidy up, at each look, each renaming and each removal: the same command then makes the
+    file that an undisturbed one makes, and another command is refused as long as a part of the first one lies there."""
+    items, events = [(f"{n}.jpg", 2) for n in range(7)], []
+
+    def at_last():
+        events.append(0)
+        if len(events) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(real):
+        return lambda *args: (at_last(), real(*args), at_last())[1]
+    look = lambda item: found(*item)
+    collect = lambda out, look=look, meta=META: data.collect_regions(str(out), items, 7, look, meta, shard=3, quiet=True)
+    collect(tmp_path / "whole")
+    whole, last, deaths = (tmp_path / "whole").read_bytes(), 0, 0
+    for last in range(1, 100):
+        out = tmp_path / f"{last}"
+        child = os.fork()
+        if not child:
+            for name in ("replace", "remove", "rmdir"):
+                setattr(os, name, dying(getattr(os, name)))
+            collect(out, dying(look))
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+        deaths += 1
+        if list(tmp_path.glob(f"{last}.parts/*.safetensors")):
+            with pytest.raises(data.DataError, match="begun with other"):
+                collect(out, meta={**META, "detector": "another"})
+        collect(out)
+        assert out.read_bytes() == whole and not Path(f"{out}.parts").exists()
+    assert deaths == 2 * (7 + 5 + 4 + 1)                                    # looks; plan, parts, whole; parts and plan go; the folder
+
+
+def stub_detector(monkeypatch):
+    """A detector that finds one box in every picture, at no cost."""
+    model = SimpleNamespace(to=lambda device: None, transform=SimpleNamespace(min_size=(800,), max_size=1333))
+    monkeypatch.setattr(data, "load_detector", lambda *a: (model, ["none", "thing"], "a stub"))
+    monkeypatch.setattr(data, "detect", lambda model, image: {"features": np.ones((1, 4)), "boxes": np.array([[0.0, 0, 2, 2]]),
+                                                              "labels": np.array([1]), "scores": np.ones(1)})
+
+
+def test_extraction_goes_on_with_the_same_pictures_only(tmp_path, monkeypatch, capsys):
+    stub_detector(monkeypatch)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in (b"a.png", b"caf\xe9.png", b"c.png", b"d.png"):            # a name from a disk that is not of UTF-8
+        Image.new("RGB", (20, 10), (9, 9, 9)).save(os.path.join(os.fsencode(folder), name), format="png")
+    (folder / "e.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (1, 3000)).save(folder / "f.png")                      # resized, it would have no width left
+    args = ["regions", "--images", str(folder), "--out", str(tmp_path / "r.safetensors"), "--shard", "1", "--device", "cpu"]
+    real, seen = data.detect, []
+
+    def stops(model, image):
+        seen.append(0)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(model, image)
+    monkeypatch.setattr(data, "detect", stops)
+    with pytest.raises(KeyboardInterrupt):
+        data.main(args)
+    (folder / "a.png").rename(folder / "z.png")                             # as many pictures, but others
+    with pytest.raises(data.DataError, match="other pictures"):
+        data.main(args)
+    (folder / "z.png").rename(folder / "a.png")
+    assert data.main(args) == 0 and len(seen) == 5
+    out, err = capsys.readouterr()
+    assert re.search(r"unreadable, left out +2\n", out) and "e.jpg: no image format" in err and "1x3000 pixels, too narrow" in err
+    names = next(data.Regions([str(tmp_path / "r.safetensors")]).tables())
+    assert set(names) == {"a.png", os.fsdecode(b"caf\xe9.png"), "c.png", "d.png"}
+
+
+def test_a_file_larger_than_memory(tmp_path):
+    """100,000 pictures of 36 regions, 15 GB: opened, listed and read here and there in less than 100 MB (the file has holes)."""
+    n, path = 100_000, tmp_path / "r.safetensors"
+    names = [f"{i}.jpg".encode() for i in range(n)]
+    small = {"offsets": np.arange(0, 36 * n + 1, 36, dtype=np.int64), "name_ends": np.cumsum([len(x) for x in names], dtype=np.int64),
+             "names": np.frombuffer(b"".join(names), np.uint8)}
+    header, at = {"__metadata__": {"detector": "a test"}}, 0
+    for key, dtype, shape in (("offsets", "I64", [n + 1]), ("name_ends", "I64", [n]), ("labels", "I64", [36 * n]), ("sizes", "I64", [n, 2]),
+                              ("boxes", "F32", [36 * n, 4]), ("scores", "F32", [36 * n]), ("features", "F16", [36 * n, 2048]),
+                              ("names", "U8", [len(small["names"])])):
+        size = math.prod(shape) * {"I64": 8, "F32": 4, "F16": 2, "U8": 1}[dtype]
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + at)
+        for key, array in small.items():
+            f.seek(8 + len(text) + header[key]["data_offsets"][0])
+            f.write(array.tobytes())
+    assert path.stat().st_size > 14e9
+    statm = Path("/proc/self/statm")
+    resident = lambda: int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if statm.exists() else 0.0
+    before = resident()
+    r = data.Regions([str(path)])
+    table = next(r.tables())
+    assert len(r) == len(table) == n and table["99999.jpg"] == 99_999
+    assert all(r[i]["features"].sum() == 0 and r[i]["features"].shape == (36, 2048) for i in range(0, n, 5000))
+    assert resident() - before < 100
+
+
+def test_making_a_file_takes_the_memory_of_one_part(tmp_path):
+    look = lambda n: {**found(f"{n}.jpg", 36), "features": np.ones((36, 2048), np.float16)}        # 150 kB each, 30 MB in all
+    tracemalloc.start()
+    data.collect_regions(str(tmp_path / "r"), range(200), 200, look, META, shard=5, quiet=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "r").stat().st_size > 29e6 and peak < 6e6, peak
 
 
 def test_pictures_are_found_by_name(tmp_path):
@@ -590,13 +760,36 @@ def test_bottom_up_attention_files(tmp_path, labels, capsys):
 
 @pytest.mark.parametrize("change,words", [(lambda c: c[:4], "6 or 10 columns"), (lambda c: c[:5] + ["%%"], "features is not base64"),
                                           (lambda c: c[:4] + [c[4][:16], c[5]], "boxes holds 3 numbers for 3 boxes"),
-                                          (lambda c: c[:3] + ["0"] + c[4:], "num_boxes is '0'")])
+                                          (lambda c: c[:3] + ["0"] + c[4:], "num_boxes is '0'"),
+                                          (lambda c: c[:5] + ["\u00e9" + c[5][1:]], "features is not base64")])
 def test_damaged_tsv(tmp_path, change, words):
+    """One line, with file and line."""
     good = tsv_row(1, 3)[0]
-    (tmp_path / "a.tsv").write_text(good + "\t".join(change(good.rstrip("\n").split("\t"))) + "\n")
+    (tmp_path / "a.tsv").write_text(good + "\t".join(change(good.rstrip("\n").split("\t"))) + "\n", encoding="utf-8")
     with pytest.raises(data.DataError, match=f"a.tsv line 2: {words}") as caught:
         data.main(["regions", "--tsv", str(tmp_path / "a.tsv"), "--out", str(tmp_path / "o")])
     assert "\n" not in str(caught.value)
+
+
+def test_tsv_files_that_do_not_belong_together(tmp_path, monkeypatch):
+    for folder, rows in (("a", [tsv_row(1, 3)]), ("b", [tsv_row(1, 3), tsv_row(2, 3)]), ("c", [tsv_row(1, 3), tsv_row(2, 3, dim=7)])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.tsv").write_text("".join(r[0] for r in rows))
+    convert = lambda folder, *more: data.main(["regions", "--tsv", str(tmp_path / folder / "x.tsv"), "--out", str(tmp_path / folder / "o"), *more])
+    for shard in ("1", "1000"):                                             # within a part, and from part to part
+        with pytest.raises(data.DataError, match="features of 8 numbers and .* features of 7 numbers"):
+            convert("c", "--shard", shard)
+        shutil.rmtree(tmp_path / "c" / "o.parts")
+    with pytest.raises(data.DataError, match="--global_feature looks at pictures"):
+        convert("a", "--global_feature", "resnet50")
+    with pytest.raises(data.DataError, match="--tsv .*nowhere.*: no such file"):
+        data.main(["regions", "--tsv", str(tmp_path / "nowhere.tsv"), "--out", str(tmp_path / "o")])
+    plans = []                                                              # the same name, another file: not to be gone on with
+    monkeypatch.setattr(data, "collect_regions", lambda *args, source="", **more: plans.append(source) or sys.exit())
+    for folder in "aba":
+        with pytest.raises(SystemExit):
+            convert(folder)
+    assert plans[0] == plans[2] != plans[1]
 
 
 def test_detector(tmp_path, monkeypatch, capsys):
@@ -625,6 +818,11 @@ def test_detector(tmp_path, monkeypatch, capsys):
         assert len(boxes) == 7 and (boxes >= 0).all() and (boxes[:, 2] <= 60).all() and (boxes[:, 3] <= 40).all()
         assert (np.diff(r[n]["scores"]) <= 0).all() and (r[n]["labels"] > 0).all()
     model = small("", 7, 0.0, True)[0]
+    picture = torch.from_numpy(np.array(Image.open(folder / "1.png"))).permute(2, 0, 1).float() / 255
+    with torch.no_grad():
+        want = model([picture])[0]                                          # torchvision's own way through
+    for key in ("boxes", "labels", "scores"):
+        np.testing.assert_allclose(r[1][key], want[key].numpy(), rtol=1e-4, atol=1e-4)
     again = data.detect(model, torch.from_numpy(np.array(Image.open(folder / "1.png"))).permute(2, 0, 1).float() / 255)
     np.testing.assert_allclose(again["features"].astype("f2"), r[1]["features"], rtol=1e-2, atol=1e-3)
     none = data.detect(small("", 7, 0.99, True)[0], torch.rand(3, 40, 60))
@@ -715,6 +913,22 @@ def test_training_fine_tuning_and_evaluation(world, tmp_path, capsys):
         ev.main([str(tmp_path / "ft"), "--task", "masked"])
     with pytest.raises(SystemExit, match="name their files, --regions"):
         train.main(command(world, tmp_path / "no"))
+
+
+def test_regions_stand_for_the_pictures(world, tmp_path, capsys):
+    """Who has features has often no pictures: nothing opens them, nothing asks for them. A model that looks at them still does."""
+    shutil.copy(world / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    extra = json.dumps({"image": "unknown.png", "image_id": 99, "caption": ["a red square"]}) + "\n"
+    (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text() + extra)
+    train.main(ours(world, tmp_path / "run", "--data", tmp_path / "pairs.jsonl", "--steps", 1, "--evals", "retrieval", "--eval_split", "train"))
+    out, err = capsys.readouterr()
+    assert "24 records of" in out and "without_regions 1" in out and "missing" not in out.split("parameters")[0] and "1 of 25 records left out" in err
+    result = json.loads((tmp_path / "run" / "eval-retrieval.json").read_text())
+    assert result["protocol"]["images"] == 24 and result["protocol"]["unreadable_images"] == 0
+    with pytest.raises(data.DataError, match="none of the 25 image files"):
+        train.main(command(world, tmp_path / "no", "--data", tmp_path / "pairs.jsonl", model="codis"))
+    with pytest.raises(data.DataError, match="--regions .*nowhere: no such file"):
+        train.main(ours(world, tmp_path / "no", "--regions", tmp_path / "nowhere"))
 
 
 def test_all_pairs_and_a_shortlist(world, tmp_path, capsys):

@@ -1276,7 +1276,7 @@ def needs(views):
 
 
 def absent(views):
-    """open_source(missing=) for VIEWS[task]: who looks at regions alone needs no picture, and often has none (features by TSV)."""
+    """open_source(missing=) for VIEWS[task]: who looks at regions alone needs no pictures, and often has none (TSV)."""
     seen = set(view_keys(views).values())
     return "keep" if "regions" in seen and not seen & set(IMAGE_VIEWS) else "drop"
 

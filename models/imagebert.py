@@ -107,8 +107,8 @@ PRESETS = {
                  retrieval=dict(optimizer="adamw", batch_size=24, steps=400, lr=2e-4, schedule="cosine", eval_limit=100)),
 }
 
-# Sections 5.1 (pre-training, both stages alike) and 5.2 (fine-tuning). Stage 1 is LAIT, stage 2 CC + SBU: --stage_data LAIT CC,SBU,
-# from BERT's weights: --init_text bert-base-uncased.
+# Sections 5.1 (pre-training, both stages alike, from BERT's weights: --init_text bert-base-uncased) and 5.2 (fine-tuning).
+# Stage 1 is LAIT, stage 2 CC + SBU: --stage_data LAIT CC,SBU.
 # Table 1: pre-trained only; Table 2: `--task retrieval --init RUN --data FLICKR|COCO`. COCO is evaluated on 5,000 images and 5 x 1,000.
 # Table 3, all on `--task pretrain`, evaluated on Flickr30K without fine-tuning:
 #   LAIT                                --stage_data LAIT

@@ -94,16 +94,16 @@ def test_imagebert_eq1():
 
 
 def test_the_global_feature_is_one_more_token():
-    """Eq. 1 with the CNN's feature in place of a region's and the whole image as its box; there in every image, behind the regions."""
+    """Eq. 1 with the CNN's feature in place of a region's and the whole image as its box; in every image, behind the regions."""
     model, batch = make_model(global_feature=True), make_batch()
     got, mask = model.images_of(batch)
     tables, embed = model.bert.embeddings, model.regions
-    want = embed.LayerNorm(embed.image(batch["regions_global"]) + tables.token_type_embeddings.weight[1] + tables.position_embeddings.weight[11]
-                           + embed.box(torch.tensor([0.0, 0, 1, 1, 1])))
+    both = tables.token_type_embeddings.weight[1] + tables.position_embeddings.weight[11]
+    code = ib.box_code(batch["regions_box"], batch["regions_size"])
+    want = embed.LayerNorm(embed.image(batch["regions_global"]) + both + embed.box(torch.tensor([0.0, 0, 1, 1, 1])))
     assert got.shape[1] == 5 and torch.equal(mask, F.pad(batch["regions_mask"], (0, 1), value=1))
     torch.testing.assert_close(got[:, 4], want)
-    torch.testing.assert_close(got[:, :4], embed.LayerNorm(embed.feature(batch["regions"]) + tables.token_type_embeddings.weight[1]
-                               + tables.position_embeddings.weight[11] + embed.box(ib.box_code(batch["regions_box"], batch["regions_size"]))))
+    torch.testing.assert_close(got[:, :4], embed.LayerNorm(embed.feature(batch["regions"]) + both + embed.box(code)))
 
 
 def test_words_are_word_plus_segment_plus_position():
@@ -455,11 +455,13 @@ def test_setup_reads_the_regions_file():
 def test_the_file_runs_alone(tmp_path):
     """Copied away, with nothing of the project beside it: one line a task, each with its losses."""
     shutil.copy(ib.__file__, tmp_path / "copied.py")
-    done = subprocess.run([sys.executable, "-I", "copied.py"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-I", "copied.py"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(ib.TASKS) and all("parameters" in line for line in lines)
-    assert all(f"'{k}'" in line for line, keys in zip(lines, (("mlm", "moc", "mrfr", "itm"), ("bce", "ce", "triplet"))) for k in keys)
+    for line, names in zip(lines, (("mlm", "moc", "mrfr", "itm"), ("bce", "ce", "triplet"))):
+        assert all(f"'{name}'" in line for name in names)
 
 
 @pytest.mark.parametrize("heads", [True, False])
@@ -574,8 +576,8 @@ def test_regions_go_on_after_a_stop(tmp_path):
 
 
 def test_regions_survive_kill_9_at_every_point(tmp_path, monkeypatch):
-    """A process that dies without a chance to tidy up, at each look, each renaming and each removal: the same command then makes the
-    file that an undisturbed one makes, and another command is refused as long as a part of the first one lies there."""
+    """A process that dies without a chance to tidy up, at each look, each renaming and each removal: the same command then makes
+    the file that an undisturbed one makes, and another command is refused as long as a part of the first one lies there."""
     items, events = [(f"{n}.jpg", 2) for n in range(7)], []
 
     def at_last():
@@ -605,7 +607,7 @@ def test_regions_survive_kill_9_at_every_point(tmp_path, monkeypatch):
                 collect(out, meta={**META, "detector": "another"})
         collect(out)
         assert out.read_bytes() == whole and not Path(f"{out}.parts").exists()
-    assert deaths == 2 * (7 + 5 + 4 + 1)                                    # looks; plan, parts, whole; parts and plan go; the folder
+    assert deaths == 2 * (7 + 5 + 4 + 1)                                    # looks; plan, parts, whole; what is removed; the folder
 
 
 def stub_detector(monkeypatch):
@@ -650,12 +652,12 @@ def test_a_file_larger_than_memory(tmp_path):
     """100,000 pictures of 36 regions, 15 GB: opened, listed and read here and there in less than 100 MB (the file has holes)."""
     n, path = 100_000, tmp_path / "r.safetensors"
     names = [f"{i}.jpg".encode() for i in range(n)]
-    small = {"offsets": np.arange(0, 36 * n + 1, 36, dtype=np.int64), "name_ends": np.cumsum([len(x) for x in names], dtype=np.int64),
-             "names": np.frombuffer(b"".join(names), np.uint8)}
+    small = {"offsets": np.arange(0, 36 * n + 1, 36, dtype=np.int64), "names": np.frombuffer(b"".join(names), np.uint8),
+             "name_ends": np.cumsum([len(x) for x in names], dtype=np.int64)}
     header, at = {"__metadata__": {"detector": "a test"}}, 0
-    for key, dtype, shape in (("offsets", "I64", [n + 1]), ("name_ends", "I64", [n]), ("labels", "I64", [36 * n]), ("sizes", "I64", [n, 2]),
-                              ("boxes", "F32", [36 * n, 4]), ("scores", "F32", [36 * n]), ("features", "F16", [36 * n, 2048]),
-                              ("names", "U8", [len(small["names"])])):
+    for key, dtype, shape in (("offsets", "I64", [n + 1]), ("name_ends", "I64", [n]), ("labels", "I64", [36 * n]),
+                              ("sizes", "I64", [n, 2]), ("boxes", "F32", [36 * n, 4]), ("scores", "F32", [36 * n]),
+                              ("features", "F16", [36 * n, 2048]), ("names", "U8", [len(small["names"])])):
         size = math.prod(shape) * {"I64": 8, "F32": 4, "F16": 2, "U8": 1}[dtype]
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
         at += size
@@ -772,10 +774,12 @@ def test_damaged_tsv(tmp_path, change, words):
 
 
 def test_tsv_files_that_do_not_belong_together(tmp_path, monkeypatch):
-    for folder, rows in (("a", [tsv_row(1, 3)]), ("b", [tsv_row(1, 3), tsv_row(2, 3)]), ("c", [tsv_row(1, 3), tsv_row(2, 3, dim=7)])):
+    one, two, three = tsv_row(1, 3), tsv_row(2, 3), tsv_row(2, 3, dim=7)
+    for folder, rows in (("a", [one]), ("b", [one, two]), ("c", [one, three])):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.tsv").write_text("".join(r[0] for r in rows))
-    convert = lambda folder, *more: data.main(["regions", "--tsv", str(tmp_path / folder / "x.tsv"), "--out", str(tmp_path / folder / "o"), *more])
+    file = lambda folder, name: str(tmp_path / folder / name)
+    convert = lambda folder, *more: data.main(["regions", "--tsv", file(folder, "x.tsv"), "--out", file(folder, "o"), *more])
     for shard in ("1", "1000"):                                             # within a part, and from part to part
         with pytest.raises(data.DataError, match="features of 8 numbers and .* features of 7 numbers"):
             convert("c", "--shard", shard)
@@ -916,13 +920,15 @@ def test_training_fine_tuning_and_evaluation(world, tmp_path, capsys):
 
 
 def test_regions_stand_for_the_pictures(world, tmp_path, capsys):
-    """Who has features has often no pictures: nothing opens them, nothing asks for them. A model that looks at them still does."""
+    """Who has features has often no pictures: nothing opens them, nothing asks for them. A model that looks at them does."""
     shutil.copy(world / "pairs.jsonl", tmp_path / "pairs.jsonl")
     extra = json.dumps({"image": "unknown.png", "image_id": 99, "caption": ["a red square"]}) + "\n"
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text() + extra)
-    train.main(ours(world, tmp_path / "run", "--data", tmp_path / "pairs.jsonl", "--steps", 1, "--evals", "retrieval", "--eval_split", "train"))
+    train.main(ours(world, tmp_path / "run", "--data", tmp_path / "pairs.jsonl", "--steps", 1, "--evals", "retrieval",
+                    "--eval_split", "train"))
     out, err = capsys.readouterr()
-    assert "24 records of" in out and "without_regions 1" in out and "missing" not in out.split("parameters")[0] and "1 of 25 records left out" in err
+    assert "24 records of" in out and "without_regions 1" in out and "missing" not in out.split("parameters")[0]
+    assert "1 of 25 records left out" in err
     result = json.loads((tmp_path / "run" / "eval-retrieval.json").read_text())
     assert result["protocol"]["images"] == 24 and result["protocol"]["unreadable_images"] == 0
     with pytest.raises(data.DataError, match="none of the 25 image files"):

@@ -7,7 +7,7 @@ The built-in world: 64x64 pictures of one to three coloured shapes, written to d
       |-- ask() -------------------> vqa_{split}_questions.json, vqa_{split}_annotations.json             VQA v2, 10 answers
       |-- draw_plan(), edit() -----> ve_{split}.jsonl  SNLI-VE               sts_{split}.csv              STS-B, graded 0-5
       |-- NLVR_HAS, NLVR_COUNT ----> nlvr2_{split}.jsonl  NLVR2              hashing/{train,database,test}.txt    CSQ lists
-      |-- write_classes() ---------> classes/{train,val}/SHAPE/*.jpg         ImageFolder of single objects
+      |-- write_classes() ---------> classes/{train,val}/SIZE_COLOR/*.jpg    ImageFolder of single objects
       '-- write_clips() -----------> clips/videodatainfo.json  MSR-VTT       clips/features/VIDEO_ID.npy  (frames, 240) float32
 
 `ensure()` makes it on first use (about 15 s on two cores), reuses it afterwards, and makes it anew when this file has changed;
@@ -709,18 +709,25 @@ def write_hashing(root, seed, scale):
         (root / "hashing" / f"{file}.txt").write_text("".join(content))
 
 
+def class_name(cell, size, color, shape):
+    return f"{size}_{color}"
+
+
+CLASSES = sorted(class_name(None, size, color, None) for size in SIZES for color in COLORS)
+
+
 def write_classes(root, seed, scale, split):
-    """Single objects at any place, class = shape; 2,000 / 500. The 1,152 combinations of cell, size, color and shape are split between
-    train and val; pictures of one combination differ in jitter, ground and noise."""
+    """Single objects at any place, class = size and color; 2,000 / 500. The 1,152 combinations of cell, size, color and shape are split
+    between train and val; pictures of one combination differ in jitter, ground and noise."""
     combos = [(cell, size, color, shape) for cell in range(9) for size in SIZES for color in COLORS for shape in SHAPES]
     Random(f"classes {seed}").shuffle(combos)
     combos = combos[:920] if split == "train" else combos[920:]
-    combos = [c for turn in zip_longest(*([c for c in combos if c[3] == s] for s in SHAPES)) for c in turn if c]      # the shapes take turns
+    combos = [c for turn in zip_longest(*([c for c in combos if class_name(*c) == name] for name in CLASSES)) for c in turn if c]     # the classes take turns
     for i in range(round((2000 if split == "train" else 500) * scale)):
         cell, *names = combos[i % len(combos)]
         o = Obj(cell // 3, cell % 3, *names)
         picture, _ = draw_scene((o,), np.random.default_rng([seed, 300000 if split == "train" else 400000, i]))
-        save_jpeg(picture, root / "classes" / split / o.shape / f"{i:06d}.jpg")
+        save_jpeg(picture, root / "classes" / split / class_name(cell, *names) / f"{i:06d}.jpg")
 
 
 def frame_features(frames):
@@ -802,7 +809,7 @@ def write_world(root, seed=0, scale=1.0, quiet=False):
     """Writes every file of the world under the empty directory `root`, with as many processes as there are cores (2 to 8).
     The same bytes for the same seed and scale (0 < scale <= 1 shrinks every count), whatever the number of processes."""
     for folder in (*(f"images/{s}" for s in COUNTS), "hashing", "clips/features", "clips/frames",
-                   *(f"classes/{split}/{shape}" for split in ("train", "val") for shape in SHAPES)):
+                   *(f"classes/{split}/{name}" for split in ("train", "val") for name in CLASSES)):
         (root / folder).mkdir(parents=True)
     (root / "vocab.txt").write_text("\n".join(vocabulary()) + "\n")
     chunks = [(split, a, min(a + 250, len(scenes))) for split, scenes in all_scenes(seed, scale).items() for a in range(0, len(scenes), 250)]

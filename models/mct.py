@@ -137,7 +137,9 @@ PRESETS = {
                  queue_size=128, momentum=0.99, lambda_ic=0.0256, lambda_ci=0.0256, bn_groups=2,
                  joint_dim=256, word_dim=64, tag_hidden=256,
                  detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=16, proposals=(50, 20), fpn_width=64,
-                 pretrain=dict(batch_size=64, steps=1000, lr=0.05, text_lr=0.05, crop_scale=(0.4, 1.0), workers=1),
+                 # AdamW: in minutes, SGD does not bring a BERT of random weights off the ground
+                 pretrain=dict(optimizer="adamw", batch_size=64, steps=1200, lr=1e-3, text_lr=1e-3, warmup_steps=50,
+                               crop_scale=(0.4, 1.0), workers=1),
                  detection=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
                  segmentation=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
                  retrieval_gru=dict(epochs=6), tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),

@@ -856,8 +856,9 @@ def draw_maps(picture, text, words, sentence, path, width=192, columns=6):
 
 
 def seen_by(views):
-    """-> (the views of a picture and a caption, for gradcam(); does a center crop show the model less than the picture?)"""
-    kept = {k: v for k, v in views.items() if k in ("image", "image_eval", "norm")}
+    """-> (the views of a picture, or its regions, and a caption, for gradcam() or speed(); does a center crop show the model less
+    than the picture?)"""
+    kept = {k: v for k, v in views.items() if k in ("image", "image_eval", "norm", "regions")}
     return {**kept, "source": "pairs", "text": "caption"}, kept.get("image_eval", "resize") == "center"
 
 
@@ -1060,7 +1061,8 @@ def sts(ev):
     kept = ("P+S / 2", "spearman", "pearson")
     metrics = {k: sum(r[k] for r in rows[1::2]) / len(sets) for k in kept}
     metrics["baseline"] = sum(r["spearman"] for r in rows[::2]) / len(sets)
-    ev.protocol.update(similarity="cosine, no training", unscored=records.notes.get("unscored", 0))
+    vector = ev.model.sentence_vector() if hasattr(ev.model, "sentence_vector") else None
+    ev.protocol.update(similarity="cosine, no training", vector=vector, unscored=records.notes.get("unscored", 0))
     return {"rows": rows, "metrics": metrics}
 
 
@@ -1199,11 +1201,13 @@ def score_pairs(ev, images, texts):
 
 
 def speed(ev):
-    """Figure 4: seconds of embedding and scoring a gallery of n pictures and their captions, reading files not counted; for a dual
-    encoder, and for a model that scores pairs; with --beside, those of another run too. `growth` = log of the ratio of seconds over
-    log of the ratio of pictures, from one size to the next: 1 is O(n), 2 is O(n^2)."""
+    """Figure 4: seconds of embedding and scoring a gallery of n pictures and their captions, without those of reading files and
+    of the detector behind stored regions; for a dual encoder, and for a model that scores pairs; with --beside, those of another
+    run too. `growth` = log of the ratio of seconds over log of the ratio of pictures, from one size to the next: 1 is O(n), 2 is
+    O(n^2)."""
     rows, metrics, sizes = [], {}, sorted({int(s) for s in ev.opts.sizes.split(",")})
-    for run in [ev] + ([ev.other(ev.opts.beside)] if ev.opts.beside else []):
+    runs = [ev] + ([ev.other(ev.opts.beside)] if ev.opts.beside else [])
+    for run in runs:
         run.rank, run.world, run.views = 0, 1, seen_by(run.views)[0]
         records = run.open(need=("caption",))
         if len(records) < sizes[-1]:
@@ -1226,7 +1230,8 @@ def speed(ev):
                 last = n
             slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0] if len(sizes) > 1 else math.nan
             metrics[f"{name}, {way}: growth"] = float(slope)
-    ev.protocol.update(sizes=sizes, threads=torch.get_num_threads(), batch_size=ev.opts.batch_size, pairs=ev.opts.pairs)
+    ev.protocol.update(sizes=sizes, threads=torch.get_num_threads(), batch_size=ev.opts.batch_size, pairs=ev.opts.pairs,
+                       not_counted="reading files" + ", making regions" * any("regions" in run.views for run in runs))
     return {"rows": rows, "metrics": metrics}
 
 

@@ -24,16 +24,23 @@ Equations
 Deviations from the paper
      1. Eq. 5 prints k^- without index: it runs over the other samples of the *global* batch. Other captions of one image are no
         negatives; a row left without negatives has loss 0.
-     2. tau is not given: 0.05. Neither are the rates of Eq. 10: a fifth of the words; of these half are masked, a tenth substituted,
-        the rest deleted (VSE-infinity's code). [CLS] and [SEP] stay, and at least one word.
-     3. "ResNeXt101" cites the weakly supervised weights; 32x8d is our guess of the width. `--init_vision` takes torchvision's keys.
+     2. tau is not given: 0.05 (SimCSE's). Neither are the rates of Eq. 10: a fifth of the words; of these half are masked, a
+        tenth substituted, the rest deleted (VSE-infinity's code). [CLS] and [SEP] stay, and at least one word. Nor are the
+        strengths of Eq. 8: SimCLR's, crops of 0.2 to 1 of the area (MoCo v2's); nor AdamW's weight decay: 0.01, BERT's, on
+        matrices only.
+     3. "ResNeXt101" cites the weakly supervised weights; 32x8d is our guess of the width. `--init_vision` takes torchvision's
+        keys.
      4. Embeddings have unit norm; pooling is the mean, or GPO as VSE-infinity has it (`pooling="gpo"`, one for each modality).
         Transformers are post-norm with ReLU ("the standard definition"); their dropout is BERT's.
      5. The batch of stage 2 is one call per modality: raw, view 1 and view 2 stacked. Batch norm sees them together.
         `ccl_on="view1"` drops the raw ones. With `chunk`, batch norm's statistics are those of a chunk.
      6. Batch norm's statistics are each process's own; the saved ones are the first process's.
-     7. Hinge margin, warm-up, learning rates and epochs of fine-tuning stood in an appendix that we lack: see RECIPE.
-     8. Hashing adds CSQ's three-layer hash head and quantization weight 0.05, its pairwise loss is left out (weight 0 in its commands).
+     7. Hinge margin, warm-up, learning rates and epochs of fine-tuning stood in an appendix that we lack: see RECIPE. Of
+        VSE-infinity's recipe its CNN frozen for an epoch and its dropping of regions and words are left out; the hinge is a mean
+        over rows (a sum there).
+     8. Hashing adds CSQ's three-layer hash head and quantization weight 0.05, its pairwise loss is left out (weight 0 in its
+        commands). What is evaluated is the last checkpoint (there: the best on the test list), test pictures are the middle
+        square (there: of 255 pixels the middle 224).
      9. Table 5b's "FC layers" are the WS-TE's feed-forward blocks without their attention (`ws="fc"`).
     10. `backbone="tiny"` (a ResNet of three basic blocks, 16 pixels a patch) exists for the CPU.
 
@@ -41,14 +48,18 @@ Run: python models/cookie.py      (2 s: shapes, parameters and every loss on a r
 """
 
 import contextlib
+import json
 import math
+import pickle
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
@@ -113,18 +124,29 @@ PRESETS = {
                               image_view="plain")),
 }
 
-# Section 4.1 gives pre-training. Fine-tuning stood in an appendix that our copy lacks: [V] = VSE++ / VSE-infinity (GPO), [C] = CSQ.
+# Section 4.1 gives pre-training, all but the decay [B], BERT's; of Config, temp is SimCSE's and tcl_* are VSE-infinity's.
+# Fine-tuning stood in an appendix that our copy lacks: [V] = VSE++ / VSE-infinity (GPO), also margin and warmup_epochs of Config;
+# [C] = CSQ, also quantization and hash_dropout. Data (section 4.1): Conceptual Captions, SBU, COCO, Flickr30K, and the questions
+# of VQA v2 and GQA as captions. Ablations (section 4.3): ITM with ResNeXt-101, image retrieval with ResNet-50, text with ResNet-101.
+# Table 5b, rows from above (flags at pre-training and again at fine-tuning):
+#   baseline  --ws_layers 0 --tav_layers 0        FC, shared   --ws fc --tav_layers 0
+#   WS-TE, not shared  --ws_shared false --tav_layers 0        WS-TE, shared  --tav_layers 0
+#   both again with the TAV-TE   --ws_shared false             (the default)
+# Table 5c, 0 layers, prints the baseline of 5b: without the TAV-TE, too.
 RECIPE = {
     "pretrain": [
-        dict(task="ccl", optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1, epochs=30, batch_size=576),
-        dict(optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1, epochs=10, batch_size=288),
+        dict(task="ccl", optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1, epochs=30, batch_size=576,
+             weight_decay=0.01),                                                                                           # [B]
+        dict(optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1, epochs=10, batch_size=288,
+             weight_decay=0.01),                                                                                           # [B]
     ],
     "retrieval": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1, epochs=25, batch_size=128, clip=2.0,
                       weight_decay=1e-4, vision_lr=0.01, text_lr=0.1, crop_scale=(0.6, 1.0)),                              # [V]
     "vtm": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1, epochs=25, batch_size=128, clip=2.0,
                 weight_decay=1e-4, text_lr=0.1),                                                                           # [V]
     "hashing": dict(image_size=224, backbone="resnet50", optimizer="adam", lr=1e-3, vision_lr=0.05, schedule="step", gamma=0.7,
-                    milestones=",".join(f"{10 * i / 90:.4f}" for i in range(1, 9)), epochs=90, batch_size=64),             # [C]
+                    milestones=",".join(f"{10 * i / 90:.4f}" for i in range(1, 9)), epochs=90, batch_size=64,
+                    crop_scale=(0.08, 1.0)),                                                                               # [C]
 }
 
 TASKS = ("pretrain", "retrieval", "vtm", "hashing")
@@ -687,12 +709,19 @@ class Cookie(nn.Module):
         """-> (B, D) unit norm."""
         return self.embed_text(batch["text"], batch["text_mask"])
 
+    def sentence_vector(self):
+        """What encode_text() is made of, in words, for the protocol of an evaluation."""
+        cfg = self.cfg
+        if cfg.embed == "bert":
+            return f"{cfg.pooling} of the last of BERT's {cfg.text_layers} layers over all tokens"
+        return f"{cfg.pooling} of layer {cfg.ws_layers} of the {'WS-TE' if cfg.ws == 'te' else 'shared FC'} over all tokens"
+
     def token_scores(self, batch):
         """Figure 3: cosine of the final vector with each token after the WS-TE -> image (B, h, w), text (B, T)."""
         image, text = self.image_tokens(batch["image"]), self.text_tokens(batch["text"], batch["text_mask"])
         image_emb = pool(image, None, getattr(self, "gpo_image", None))
         text_emb = pool(text, batch["text_mask"], getattr(self, "gpo_text", None))
-        h, w = (s // self.vision.stride for s in batch["image"].shape[2:])
+        h, w = (-(-s // self.vision.stride) for s in batch["image"].shape[2:])       # a strided convolution rounds up
         score = lambda tokens, emb: (F.normalize(tokens.float(), dim=-1) @ emb[..., None]).squeeze(-1)
         return {"image": score(image, image_emb).unflatten(1, (h, w)), "text": score(text, text_emb)}
 
@@ -815,55 +844,132 @@ def resize_grid(pos, height, width):
 # ----------------------------------------------------------------------------------------------------------------------
 # Foreign weights
 
-RENAMES = {  # per tower, in order: (pattern, what stands for it). First match of each; all other letters of a key stay
-    "vision": ((r"^module\.", ""),),                                                 # torchvision's and WSL's ResNet keys are ours
-    "text": ((r"^module\.", ""), (r"^bert\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
-}
-UNUSED = {"vision": ("fc.",), "text": ("pooler.", "cls.", "embeddings.position_ids")}   # heads and constants that we do not build
+# Copied from models/codis.py::read_foreign
+def read_foreign(path, where):
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
 
-
-def read_state(path):
-    """{name: tensor} of a safetensors or PyTorch file. SystemExit, one line, if it is neither."""
-    try:
-        state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:                                                           # each format has its own kinds of damage
-        raise SystemExit(f"{path}: not a readable safetensors or PyTorch file ({type(e).__name__}: {str(e).splitlines()[0]})")
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise SystemExit(f"{path}: not a file of named tensors")
-    return state
-
-
-def load_pretrained(model, **paths):
-    """Fills towers from foreign files: vision=PATH, a torchvision ResNet or ResNeXt (also WSL's); text=PATH, a Hugging Face BERT.
-
-    -> a line per tower: what matched, what is missing, what was not expected. SystemExit unless every tensor of the tower is filled
-    and every tensor of the file is either used or one of UNUSED.
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
+    `where` begins each error, which is a SystemExit of one line.
     """
-    said = []
-    for side, path in paths.items():
-        tower, state, unused = getattr(model, side, None), {}, []
-        if tower is None:
-            raise SystemExit(f"--init_{side} {path}: a model for {model.task} has no {side} tower")
-        for key, value in read_state(path).items():
-            for pattern, new in RENAMES[side]:
-                key = re.sub(pattern, new, key, count=1)
-            if key.startswith(UNUSED[side]):
-                unused.append(key)
-            else:
-                state[key] = value
-        mine = {k: v for k, v in tower.state_dict().items() if not k.endswith("num_batches_tracked")}    # WSL's files lack them
-        missing = [f"{k} is missing" for k in mine if k not in state]
-        unexpected = [f"{k} is unexpected" for k in state if k not in mine and not k.endswith("num_batches_tracked")]
-        shapes = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in mine.items() if k in state and state[k].shape != v.shape]
-        matched = len(mine) - len(missing) - len(shapes)
-        wrong = shapes + missing + unexpected
-        if wrong:
-            raise SystemExit(f"--init_{side} {path}: {matched} of {len(mine)} tensors match; {'; '.join(wrong[:3])}"
-                             + (f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-        tower.load_state_dict(state, strict=False)
-        said.append(f"{side} from {path}: {matched} tensors matched, 0 missing, 0 unexpected; not used: {', '.join(sorted(unused)) or 'none'}")
-    return "\n  ".join(said)
+    path, config = Path(path), {}
+    if path.is_dir():
+        if (path / "config.json").exists():
+            config = json.loads((path / "config.json").read_text())
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        if not found:
+            raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
+        path = found[0]
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
+        raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise SystemExit(f"{where}: {path.name} is not a state dict, names and tensors and nothing else")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}, config
+
+
+# Copied from models/codis.py::short
+def short(names):
+    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    number, layers = r"(?<=\.)\d+(?=\.)", {}
+    for name in sorted(names):
+        layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
+    out = []
+    for name, numbers in layers.items():
+        for column in zip(*numbers):
+            low, high, some = min(column), max(column), sorted(set(column))
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+        out.append(name)
+    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    out = [name for name in out if name.removesuffix(".bias") not in both]
+    return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
+                     for name in out) or "none"
+
+
+# Copied from models/codis.py::fill
+def fill(model, state, where, rename, required, reads, ignored=()):
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
+    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
+    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
+    """
+    mine, source, unexpected = model.state_dict(), {}, []
+    for key, value in state.items():
+        names = [name for name in rename(key) if name in mine]
+        for name in names:
+            if value.shape != mine[name].shape:
+                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+            if not torch.equal(state[source.setdefault(name, key)], value):
+                raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
+        if not names and key not in ignored:
+            unexpected.append(key)
+    counts = [key for key in unexpected if reads(key)]
+    missing = [name for name in required if name not in source]
+    if len(missing) == len(required):
+        raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
+    if missing:
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+    if counts:
+        raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
+    with torch.no_grad():
+        for name, key in source.items():
+            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+    left = [key for key in state if key in ignored]
+    matched = len(state) - len(unexpected) - len(left)
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
+                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
+
+
+# Copied from models/codis.py::agree
+def agree(where, config, here):
+    """What the shapes of weights do not tell, as far as their config.json does. SystemExit where it says otherwise."""
+    for field, value in here.items():
+        if config.get(field, value) != value:
+            raise SystemExit(f"{where}: these weights have {field} {config[field]}, this model has {value}")
+
+
+# Copied from models/codis.py::told
+def told(config, heads):
+    """The report's words where nothing confirms the number of heads, which no shape shows."""
+    return "" if "num_attention_heads" in config else f"; how many heads it has the file does not tell, here {heads}"
+
+
+def load_vision(model, path):
+    """torchvision's ResNet or ResNeXt, also WSL's -> `vision.`, whose keys are theirs. The classifier is left out."""
+    where = f"--init_vision {path}"
+    if not hasattr(model, "vision"):
+        raise SystemExit(f"{where}: a model for {model.task} has no image tower")
+    state, _ = read_foreign(path, where)
+    required = [k for k in model.state_dict() if k.startswith("vision.") and not k.endswith("num_batches_tracked")]  # WSL lacks it
+    return fill(model, state, where, lambda key: ["vision." + key], required, reads=lambda key: not key.startswith("fc."))[1]
+
+
+def load_text(model, path):
+    """Hugging Face's BERT -> `text.`. Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta. Its pooler and
+    heads come after the last layer and are left out."""
+    cfg, where = model.cfg, f"--init_text {path}"
+    if not hasattr(model, "text"):
+        raise SystemExit(f"{where}: a model for {model.task} has no text tower")
+    state, config = read_foreign(path, where)
+    agree(where, {"hidden_act": "gelu", **config},
+          {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
+    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"):
+             v for k, v in state.items()}
+    required = [k for k in model.state_dict() if k.startswith("text.")]
+    return fill(model, state, where, lambda key: ["text." + key], required, ignored=("embeddings.position_ids",),
+                reads=lambda key: key.startswith(("embeddings.", "encoder.")))[1] + told(config, cfg.heads)
+
+
+def load_pretrained(model, vision=None, text=None):
+    """Fills the towers from foreign weight files or folders; paths, or None -> the report, a line per tower. SystemExit, one
+    line, unless every tensor of the tower is filled and every tensor that the tower would need is taken."""
+    return "\n  ".join(load(model, path) for load, path in ((load_vision, vision), (load_text, text)) if path)
 
 
 Model = Cookie

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,7 +369,7 @@ def worker(rank, path, task, out):
 
 
 def test_two_processes_equal_one(tmp_path):
-    for task in ("ccl", "pretrain", "retrieval"):
+    for task in ("ccl", "pretrain", "retrieval", "vtm"):
         model = make_model(task, tcl_prob=0.0).double()
         for norm in model.norms:
             norm.eval()
@@ -474,30 +475,76 @@ def test_backbone_computes_what_torchvision_computes():
 
 
 def test_load_pretrained(tmp_path):
+    """A ResNet of WSL's or torchvision's names, a BERT as file or as the folder that the hub gives."""
     model = make_model("ccl")
     state = {"module." + k: torch.randn_like(v) for k, v in model.vision.state_dict().items() if v.is_floating_point()}
     torch.save({"state_dict": {**state, "module.fc.weight": torch.zeros(3)}}, tmp_path / "v.pth")
     bert = {("bert." + k).replace("LayerNorm.weight", "LayerNorm.gamma"): torch.randn_like(v) for k, v in model.text.state_dict().items()}
-    save_file({**bert, "cls.predictions.bias": torch.zeros(2), "bert.pooler.dense.weight": torch.zeros(2)}, tmp_path / "t.safetensors")
-    lines = cookie.load_pretrained(model, vision=tmp_path / "v.pth", text=tmp_path / "t.safetensors")
-    assert f"{len(state)} tensors matched, 0 missing, 0 unexpected; not used: fc.weight" in lines
-    assert f"{len(bert)} tensors matched" in lines and "not used: cls.predictions.bias, pooler.dense.weight" in lines
-    for name, v in state.items():
-        close(model.vision.state_dict()[name[len("module."):]], v)
-    for name, v in bert.items():
-        close(model.text.state_dict()[name[len("bert."):].replace("gamma", "weight")], v)
-    word = "bert.embeddings.word_embeddings.weight"
-    for wrong, message in (({**bert, "bert.encoder.layer.9.x": torch.zeros(2)}, "layer.9.x is unexpected"),
-                           ({k: v for k, v in bert.items() if k != word}, "word_embeddings.weight is missing"),
-                           ({**bert, word: torch.zeros(9, 24)}, r"word_embeddings.weight is \(9, 24\), not \(57, 24\)")):
+    more = {"cls.predictions.bias": torch.zeros(2), "bert.pooler.dense.weight": torch.zeros(2),
+            "bert.embeddings.position_ids": torch.zeros(2)}
+    for folder in (False, True):
+        place = tmp_path / "hub" if folder else tmp_path / "t.safetensors"
+        if folder:
+            place.mkdir()
+            (place / "config.json").write_text(json.dumps({"model_type": "bert", "num_attention_heads": 3, "hidden_act": "gelu"}))
+        save_file({**bert, **more}, place / "model.safetensors" if folder else place)
+        for p in model.parameters():
+            p.data.zero_()
+        vision, text = cookie.load_pretrained(model, vision=tmp_path / "v.pth", text=place).splitlines()
+        assert f"matched {len(state)} of {len(state) + 1} tensors" in vision and "missing 0; unexpected 1: fc.weight" in vision
+        assert f"matched {len(bert)} of {len(bert) + 3}" in text
+        assert "unexpected 2: cls.predictions.bias, pooler.dense.weight; ignored: embeddings.position_ids" in text
+        assert ("the file does not tell" in text) != folder
+        for name, v in state.items():
+            close(model.vision.state_dict()[name[len("module."):]], v)
+        for name, v in bert.items():
+            close(model.text.state_dict()[name[len("bert."):].replace("gamma", "weight")], v)
+
+
+def test_load_pretrained_refuses(tmp_path):
+    model = make_model("ccl")
+    bert, word = dict(model.text.state_dict()), "embeddings.word_embeddings.weight"
+    for wrong, message in (({**bert, "encoder.layer.9.x": torch.zeros(2)}, "no place for encoder.layer.9.x"),
+                           ({k: v for k, v in bert.items() if k != word}, "not filled: text.embeddings.word_embeddings.weight"),
+                           ({**bert, word: torch.zeros(9, 24)}, r"word_embeddings.weight is \(9, 24\) there, .* \(57, 24\)")):
         save_file(wrong, tmp_path / "t.safetensors")
         with pytest.raises(SystemExit, match=message):
             cookie.load_pretrained(model, text=tmp_path / "t.safetensors")
+    save_file(bert, tmp_path / "t.safetensors")
+    with pytest.raises(SystemExit, match="hidden_act gelu, this model has relu"):           # a shape does not show it
+        cookie.load_pretrained(make_model("ccl", act="relu"), text=tmp_path / "t.safetensors")
+    for tower, task in (("vision", "vtm"), ("text", "hashing")):
+        with pytest.raises(SystemExit, match=f"for {task} has no (image|text) tower"):
+            cookie.load_pretrained(make_model(task), **{tower: tmp_path / "t.safetensors"})
+    resnet = {k: v for k, v in model.vision.state_dict().items() if k != "layer2.0.bn1.running_var"}
+    save_file(resnet, tmp_path / "v.safetensors")
+    with pytest.raises(SystemExit, match="not filled: vision.layer2.0.bn1.running_var"):
+        cookie.load_pretrained(model, vision=tmp_path / "v.safetensors")
     (tmp_path / "t.safetensors").write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="not a readable"):
+    with pytest.raises(SystemExit, match="cannot be read as weights"):
         cookie.load_pretrained(model, text=tmp_path / "t.safetensors")
-    with pytest.raises(SystemExit, match="has no vision tower"):
-        cookie.load_pretrained(make_model("vtm"), vision=tmp_path / "v.pth")
+
+
+def test_base_is_the_papers():
+    """Section 4.1, read off the settings that `--preset base` gives and the model that they build."""
+    for stage, (epochs, batch) in enumerate(((30, 576), (10, 288))):
+        loop, cfg = train.settings(cookie, "base", "pretrain", {}, stage)
+        assert (loop.optimizer, loop.lr, loop.epochs, loop.batch_size, loop.steps) == ("adamw", 2e-5, epochs, batch, 0)
+        rates = [train.learning_rate(step, 100, loop) for step in range(100)]               # a tenth after half of the stage
+        assert rates[:50] == [2e-5] * 50 and rates[50:] == pytest.approx([2e-6] * 50)
+        assert loop.weight_decay == 0.01                                                    # BERT's; the paper names none
+    assert cookie.RECIPE["pretrain"][0]["task"] == "ccl" and "task" not in cookie.RECIPE["pretrain"][1]
+    assert (cfg.vcl, cfg.tcl, cfg.ccl_on) == (True, True, "raw")
+    with torch.device("meta"):
+        model = Cookie(cfg, "pretrain")
+    assert model.image_pos.shape == (1, 256, 1024) and cfg.max_text == 50
+    assert (model.image_fc.in_features, model.text_fc.in_features, len(model.text.encoder.layer)) == (2048, 768, 12)
+    assert (len(model.tav.layer), len(model.ws.layer)) == (1, 2) and not hasattr(model, "ws_text")
+    for layer in (*model.tav.layer, *model.ws.layer):
+        assert layer.attention.heads == 8 and layer.intermediate.dense.out_features == 1024
+    assert {g["lr"] for g in model.param_groups(loop)} == {2e-5, 2e-5 * 0.1}                # the ResNeXt's a tenth
+    loop, cfg = train.settings(cookie, "base", "hashing", {})
+    assert (cfg.image_size, cfg.backbone) == (224, "resnet50")
 
 
 def test_learning_rates():
@@ -664,6 +711,20 @@ def test_map_at(r):
         close(mine, 100 * theirs)
 
 
+@pytest.mark.parametrize("pooling, size", [("mean", 48), ("gpo", 48), ("mean", 40)])        # 40: no multiple of a patch's 16
+def test_token_scores(pooling, size):
+    """Figure 3: the final vector against each token behind the WS-TE."""
+    model = make_model("ccl", pooling=pooling, image_size=size).eval()
+    batch = make_batch(model.cfg)
+    with torch.no_grad():
+        scores, image, text = model.token_scores(batch), model.encode_image(batch), model.encode_text(batch)
+        areas, words = model.image_tokens(batch["image"]), model.text_tokens(batch["text"], batch["text_mask"])
+    assert scores["image"].shape == (4, 3, 3) and scores["text"].shape == batch["text"].shape
+    for i, j in itertools.product(range(4), range(9)):
+        close(scores["image"][i, j // 3, j % 3], areas[i, j] @ image[i] / areas[i, j].norm(), 1e-5)
+        close(scores["text"][i, j], words[i, j] @ text[i] / words[i, j].norm(), 1e-5)
+
+
 def test_by_rank():
     picture = data.Image.new("RGB", (4, 4), (200, 200, 200))
     out = np.asarray(ev.by_rank(picture, torch.tensor([[0.9, 0.1], [0.2, 0.3]])))
@@ -720,6 +781,19 @@ def test_train_and_evaluate(world, tmp_path):
     there.write_text(json.dumps({**info, "loop": {**info["loop"], "data": "another.json"}}))      # whatever b learnt from: one gallery
     both = ev.main([a, "--task", "retrieval", "--ensemble", a, b])["retrieval"]
     assert "mean similarity of 2 runs" in [r["scores"] for r in both["rows"]] and len(both["protocol"]["ensemble"]) == 2
+    sims = []
+    for path in (a, b):
+        model, of_run = ev.load_run(path)
+        one = ev.Eval(model, of_run, "retrieval", ev.argparse.Namespace(**{**vars(ev.parser().parse_args([path])),
+                                                                           "data": str(world / "pairs.jsonl")}), 0, 1)
+        records = one.open()
+        with torch.no_grad():
+            image, text = (torch.cat([encode(b) for b in one.batches(records, what)])
+                           for encode, what in ((model.encode_image, "image"), (model.encode_text, "text")))
+        sims.append(image @ text.T)
+    owner = torch.arange(12).repeat_interleave(2)
+    assert both["metrics"] == ev.recall(sum(sims) / 2, owner) and not torch.equal(sims[0].argsort(), sims[1].argsort())
+    assert both["metrics"] != ev.recall(sims[0], owner)
     assert alone["protocol"]["protocol"].startswith("in domain, pre-trained only")
     with pytest.raises(SystemExit, match="at least one other"):
         ev.main([a, "--task", "retrieval", "--ensemble", a])
@@ -738,6 +812,7 @@ def test_train_and_evaluate(world, tmp_path):
     graded = ev.main([a, "--task", "sts", "--data", str(world / "sts-test.csv")])["sts"]
     assert [r["scores"] for r in graded["rows"]] == ["bag of words", "model"] and graded["rows"][0]["pairs"] == 12
     assert "pre-trained only" in graded["protocol"]["protocol"]
+    assert graded["protocol"]["vector"] == "mean of layer 2 of the WS-TE over all tokens"
 
 
 def test_speed_of_a_model_that_scores_pairs(world, tmp_path):
@@ -755,6 +830,35 @@ def test_speed_of_a_model_that_scores_pairs(world, tmp_path):
              **{k: torch.cat([b[k] for b in texts])[torch.arange(18) % 6] for k in ("text", "text_mask")}}
     with torch.no_grad():
         close(ev.score_pairs(run, images, texts), model.match(pairs), 1e-4)                 # all 3 x 6 pairs, in order
+
+
+def test_speed_beside_a_one_stream_model_of_regions(world, tmp_path):
+    """Figure 4's other side: a model without encoders, which looks at stored regions (here ImageBERT), beside a dual encoder."""
+    records, boxes = data.open_source("pairs", str(world / "pairs.jsonl"), "test"), {"boxes": [[0, 0, 16, 32], [16, 0, 32, 32]]}
+    regions = str(tmp_path / "r.safetensors")
+    data.collect_regions(regions, records, 12, lambda r: data.box_regions({**r, **boxes, "labels": [0, 1]}, Path(r["image"]).name),
+                         {"detector": data.STAND_IN, "root": str(world), "label_names": '["a", "b"]'}, quiet=True)
+    run(world, tmp_path / "a", "--data", world / "pairs.jsonl", "--evals", "none", "--steps", 0)
+    train.main(["--model", "imagebert", "--data", str(world / "pairs.jsonl"), "--vocab", str(world / "vocab.txt"), "--regions", regions,
+                "--out", str(tmp_path / "b"), "--steps", "0", "--batch_size", "4", "--evals", "none", "--width", "16", "--layers", "1",
+                "--heads", "2"])
+    result = ev.main([str(tmp_path / "a"), "--task", "speed", "--sizes", "2,4", "--beside", str(tmp_path / "b"), "--regions", regions])
+    rows = result["speed"]["rows"]
+    assert [(r["way"], r["pictures"], r["captions"]) for r in rows] == [("dual encoder", 2, 4), ("dual encoder", 4, 8),
+                                                                        ("match, every pair", 2, 4), ("match, every pair", 4, 8)]
+    assert result["speed"]["protocol"]["not_counted"] == "reading files, making regions"
+
+
+def test_growth(world, tmp_path, monkeypatch):
+    """Of seconds that grow with n and with n^2, after a first call that is not counted."""
+    run(world, tmp_path / "a", "--data", world / "pairs.jsonl", "--evals", "none", "--steps", 0)
+    for power in (1, 2):
+        seconds = iter([0.5 * n ** power for n in (2, 4, 12)])
+        monkeypatch.setattr(ev, "timed", lambda fn, device, repeats: next(seconds))
+        result = ev.main([str(tmp_path / "a"), "--task", "speed", "--sizes", "2,12,4"])["speed"]
+        assert [r["growth"] for r in result["rows"]] == [None] + [f"{power:.2f}"] * 2
+        assert [r["pictures"] for r in result["rows"]] == [2, 4, 12] and [r["captions"] for r in result["rows"]] == [4, 8, 24]
+        close(list(result["metrics"].values())[0], float(power), 1e-6)
 
 
 def test_vtm_and_hashing(world, tmp_path):
@@ -802,8 +906,8 @@ def test_embed_bert_run(world, tmp_path):
     cfg.vocab_size = 13
     text = cookie.TextEncoder(cfg)
     save_file(text.state_dict(), tmp_path / "t.safetensors")
-    result = run(world, tmp_path / "e", "--data", world / "pairs.jsonl", "--embed", "bert", "--ws_layers", 0, "--steps", 0, "--init_text",
-                 tmp_path / "t.safetensors", "--evals", "sts", "--eval_data", world / "sts-test.csv")
+    result = run(world, tmp_path / "e", "--data", world / "pairs.jsonl", "--embed", "bert", "--ws_layers", 0, "--act", "gelu",
+                 "--steps", 0, "--init_text", tmp_path / "t.safetensors", "--evals", "sts", "--eval_data", world / "sts-test.csv")
     model, _ = ev.load_run(tmp_path / "e")
     for name, p in text.state_dict().items():
         close(model.text.state_dict()[name], p)

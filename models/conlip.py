@@ -134,7 +134,7 @@ class Config:
 #   3 DCL + ConMLM       --mim none                                     4 DCL + ConMIM      --mlm none      5 both  the default
 # Table 4  --head_layers 3; --head_layers 2; --head_layers 2 --head_shared; the default
 # Table 5  --mim_prob 0.4 | 0.5 | 0.6 | 0.7, --mlm_prob 0.15 | 0.25 | 0.3 | 0.4
-# Figure 4  eval.py RUN --task speed, and the same for a single-stream model's run
+# Figure 4  eval.py RUN --task speed --beside RUN_OF_A_SINGLE_STREAM_MODEL --data COCO --sizes 1000,5000
 # Figure 5  eval.py RUN --task gallery --text "..." --image FILE
 PAPER = dict(optimizer="adamw", lr=5e-5, weight_decay=0.01, schedule="linear", warmup_steps=0.1, epochs=30, batch_size=4096,
              amp="fp16")

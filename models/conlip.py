@@ -32,13 +32,15 @@ Deviations from the paper
      3. Eq. 9-11 print h without the mark of a momentum encoder for the positive too. MoCo, which they follow, takes the momentum
         encoder's key: `positive="momentum"` (default); `positive="online"` is the print, with gradient to both sides.
      4. A key in a queue that stems from the query's own image (another caption of it, or an earlier epoch) is no negative: it is
-        left out of the sum by its image id. The paper does not speak of them.
+        left out of the sum by its image id. The paper does not speak of them. Queues start with random unit vectors, which count
+        as negatives (MoCo); a row left without any negative has loss 0.
      5. Exactly max(1, round(0.15 n)) of a sentence's n words and round(0.5 n) of an image's n units are masked, which keeps
         shapes static. Words: 80 % [MASK], 10 % a random word, 10 % unchanged, as in BERT. A unit is one patch; SimMIM's 32 pixels
         are `mask_unit=2`.
      6. "One-layer transformer with cross-attention" is BERT's layer: self-attention over the masked side, cross-attention to
         the other, feed-forward. Words are predicted by BERT's head with its word embeddings as output matrix, pixels by one
-        linear layer. In the last layer only masked places are computed: nothing else is read.
+        linear layer. In the last layer only masked places are computed: nothing else is read. Table 4's row with shared
+        parameters is read as the layers of one head sharing theirs (`head_shared`), not as one head for both modalities.
      7. h_cls of the masked input is among the queries of its head but not among the keys of the other (section 3.2: "[h_cls;
         h_1*, h_2*, ...]"). In `vanilla` the keys are all states of the complete input, h_cls included.
      8. Dropout 0.1 (Table 6) is BERT's, in the text tower and both heads; the ViT has none, as its published weights were
@@ -122,15 +124,17 @@ class Config:
             raise SystemExit(f"--image_size {self.image_size}: not a multiple of patch {self.patch} x mask_unit {self.mask_unit}")
 
 
-# Values are Table 6's and section 4.1's. Data: CC3M + CC12M, "randomly collect 200k, 5.3M and 9.5M": --limit 200000 --seed 0.
+# Values are Table 6's and section 4.1's; AdamW's betas, no clipping and decay to zero, of which they are silent, train.py's.
+# Data: CC3M + CC12M, "randomly collect 200k, 5.3M and 9.5M": --limit 200000 --seed 0.
 # Towers: --init_vision google/vit-base-patch16-224-in21k --init_text bert-base-uncased; the heads start at random.
 # Table 1  CL: --mlm none --mim none; Vanilla: --mlm vanilla --mim vanilla; ConLIP: the default; then eval.py on Flickr30K and
 #          COCO ("zs"), or --task retrieval --init RUN --data KARPATHY first. Table 2  eval.py RUN --task cross_attention
 # Table 3  rows from above, the first two and --mlm, --mim of each:
 #   1 InfoNCE            --contrast infonce --mlm none --mim none        2 DCL      --mlm none --mim none
-#   3 DCL + ConMLM       --mim none                                     4 DCL + ConMIM      --mlm none        5 both      the default
+#   3 DCL + ConMLM       --mim none                                     4 DCL + ConMIM      --mlm none      5 both  the default
 # Table 4  --head_layers 3; --head_layers 2; --head_layers 2 --head_shared; the default
 # Table 5  --mim_prob 0.4 | 0.5 | 0.6 | 0.7, --mlm_prob 0.15 | 0.25 | 0.3 | 0.4
+# Figure 4  eval.py RUN --task speed --beside RUN_OF_A_SINGLE_STREAM_MODEL --data COCO --sizes 1000,5000
 # Figure 5  eval.py RUN --task gallery --text "..." --image FILE
 PAPER = dict(optimizer="adamw", lr=5e-5, weight_decay=0.01, schedule="linear", warmup_steps=0.1, epochs=30, batch_size=4096,
              amp="fp16")
@@ -638,8 +642,9 @@ class ConLIP(nn.Module):
         if self.mlm == self.mim == "none":
             self.cross_attention = None  # not offered
         self.init_weights()
-        self.vision_m = deepcopy(self.vision).requires_grad_(False)
-        self.text_m = deepcopy(self.text).requires_grad_(False)
+        self.students = ("vision", "text")
+        for name in self.students:  # the momentum encoders
+            self.add_module(name + "_m", deepcopy(getattr(self, name)).requires_grad_(False))
         for name in ("image", "text"):
             self.register_buffer(f"queue_{name}", F.normalize(torch.randn(cfg.queue_size, cfg.width), dim=-1))
         self.register_buffer("queue_ids", torch.full((cfg.queue_size,), -1))
@@ -656,8 +661,8 @@ class ConLIP(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.vision_m.eval()  # no dropout in a teacher
-        self.text_m.eval()
+        for name in self.students:
+            getattr(self, name + "_m").eval()  # no dropout in a teacher
         return self
 
     # -- encoders
@@ -781,7 +786,7 @@ class ConLIP(nn.Module):
     @torch.no_grad()
     def after_step(self, step, total_steps, epoch_steps=None):
         """Eq. (8)."""
-        for name in ("vision", "text"):
+        for name in self.students:
             ema_(list(getattr(self, name + "_m").parameters()), list(getattr(self, name).parameters()), self.cfg.momentum)
 
     def param_groups(self, cfg):
@@ -803,21 +808,8 @@ def unit_cls(tokens):
     return F.normalize(tokens[:, 0].float(), dim=-1)
 
 
-Model = ConLIP
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Published weights
-
-VIT_NAMES = (  # google/vit-base-patch16-224-in21k -> ours
-    (r"^vit\.", ""), (r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."), (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."), (r"\.attention\.attention\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."), (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."), (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."))
-BERT_NAMES = ((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))  # bert-base-uncased -> ours
-UNUSED = ("pooler.", "cls.", "classifier.", "embeddings.position_ids", "embeddings.mask_token")  # heads that nothing here needs
-
+# Foreign weights
 
 # Copied from models/codis.py::read_foreign
 def read_foreign(path, where):
@@ -846,45 +838,158 @@ def read_foreign(path, where):
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}, config
 
 
-def load_pretrained(model, vision="", text=""):
-    """Fills the towers, and their momentum copies, from files or folders in Hugging Face's names: ViT and BERT.
+# Copied from models/codis.py::short
+def short(names):
+    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    number, layers = r"(?<=\.)\d+(?=\.)", {}
+    for name in sorted(names):
+        layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
+    out = []
+    for name, numbers in layers.items():
+        for column in zip(*numbers):
+            low, high, some = min(column), max(column), sorted(set(column))
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+        out.append(name)
+    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    out = [name for name in out if name.removesuffix(".bias") not in both]
+    return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
+                     for name in out) or "none"
 
-    The image tower's position embeddings are interpolated. -> one line a tower: how many tensors of the tower were filled, which
-    are missing, which of the file's were unexpected. SystemExit unless every tensor of a named tower is filled and every one of
-    its file is placed or among UNUSED.
+
+# Copied from models/codis.py::fill
+def fill(model, state, where, rename, required, reads, ignored=()):
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
+    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
+    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
     """
-    said = []
-    for name, path, names in (("vision", vision, VIT_NAMES), ("text", text, BERT_NAMES)):
-        if not path:
-            continue
-        state, _ = read_foreign(path, f"--init_{name} {path}")
-        for pattern, new in names:
-            state = {re.sub(pattern, new, k): v for k, v in state.items()}
-        unused = [k for k in state if k.startswith(UNUSED)]
-        state = {k: v for k, v in state.items() if k not in unused}
-        for key in [k for k in state if ".attn.query." in k]:
-            parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-            if all(k in state for k in parts):
-                state[key.replace(".query.", ".qkv.")] = torch.cat([state.pop(k) for k in parts])
-        if "pos_embed" in state:
-            side = model.cfg.image_size // model.cfg.patch
-            state["pos_embed"] = resize_pos_embed(state["pos_embed"], side, side)
-        tower = getattr(model, name)
-        mine = tower.state_dict()
-        matched = [k for k in mine if k in state and state[k].shape == mine[k].shape]
-        wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(mine[k].shape)}" for k in mine if k in state and k not in matched]
-        wrong += [f"{k} is missing" for k in mine if k not in state] + [f"{k} is unexpected" for k in state if k not in mine]
-        line = f"{name} from {path}: {len(matched)} of {len(mine)} tensors matched"
-        if wrong:
-            raise SystemExit(f"--init_{name}: {line}; {'; '.join(wrong[:4])}" + f"; {len(wrong) - 4} more" * (len(wrong) > 4))
-        tower.load_state_dict(state)
-        getattr(model, name + "_m").load_state_dict(state)
-        said.append(f"{line}, 0 missing, {len(unused)} unexpected and left out ({prefixes(unused)})")
-    return "; ".join(said)
+    mine, source, unexpected = model.state_dict(), {}, []
+    for key, value in state.items():
+        names = [name for name in rename(key) if name in mine]
+        for name in names:
+            if value.shape != mine[name].shape:
+                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+            if not torch.equal(state[source.setdefault(name, key)], value):
+                raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
+        if not names and key not in ignored:
+            unexpected.append(key)
+    counts = [key for key in unexpected if reads(key)]
+    missing = [name for name in required if name not in source]
+    if len(missing) == len(required):
+        raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
+    if missing:
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+    if counts:
+        raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
+    with torch.no_grad():
+        for name, key in source.items():
+            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+    left = [key for key in state if key in ignored]
+    matched = len(state) - len(unexpected) - len(left)
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
+                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
 
 
-def prefixes(keys):
-    return ", ".join(sorted({k.split(".")[0] for k in keys})) or "none"
+# Copied from models/codis.py::timm_vit
+def timm_vit(state):
+    """Hugging Face's ViT and DeiT -> timm's names, queries, keys and values as one matrix; timm's own state comes back as it is."""
+    if not any("encoder.layer." in key for key in state):
+        return state
+    out = {}
+    for key, value in state.items():
+        name = re.sub(r"^(vit|deit)\.", "", key)
+        for theirs, timm in (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
+                             ("embeddings.distillation_token", "dist_token"),
+                             ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+                             ("encoder.layer.", "blocks."), (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
+                             (".attention.output.dense.", ".attn.proj."), (".intermediate.dense.", ".mlp.fc1."),
+                             (".output.dense.", ".mlp.fc2."), ("layernorm.", "norm."), ("classifier.", "head.")):
+            name = name.replace(theirs, timm)
+        if ".attention.attention.query." in name:
+            qkv = [state.get(key.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+            if all(x is not None for x in qkv):
+                out[name.replace(".attention.attention.query.", ".attn.qkv.")] = torch.cat(qkv)
+        elif not re.search(r"\.attention\.attention\.(key|value)\.", name):
+            out[name] = value
+    return out
+
+
+# Copied from models/codis.py::load_vision
+def load_vision(model, path):
+    """DeiT, timm or Hugging Face ViT weights -> `vision.`, whose keys are timm's. Position embeddings follow the image size."""
+    cfg, where = model.cfg, f"--init_vision {path}"
+    if cfg.stem != "patch" or cfg.act != "gelu":
+        raise SystemExit(f"{where}: a ViT has one patch projection and GELU: it needs --stem patch --act gelu,"
+                         f" this model has {cfg.stem} and {cfg.act}")
+    state, config = read_foreign(path, where)
+    agree(where, config, {"num_attention_heads": cfg.vision_heads, "hidden_act": cfg.act})
+    state = timm_vit(state)
+    if "pos_embed" in state:
+        pos, grid = state["pos_embed"], cfg.image_size // cfg.patch
+        if "dist_token" in state or pos.ndim != 3 or pos.shape[1] != 1 + math.isqrt(max(0, pos.shape[1] - 1)) ** 2:
+            raise SystemExit(f"{where}: pos_embed {tuple(pos.shape)} is not a class token and a square of patches"
+                             + (": take the DeiT without distillation token" if "dist_token" in state else ""))
+        state["pos_embed"] = resize_pos_embed(pos, grid, grid)
+
+    def reads(key):
+        return key.startswith(("norm_pre.", "reg_token", "patch_embed.")) or layer_of(key, "blocks.") < cfg.vision_layers
+    filled, line = fill(model, state, where, lambda key: ["vision." + key],
+                        required=["vision." + key for key in model.vision.state_dict()], reads=reads)
+    if pos.shape != state["pos_embed"].shape:
+        side = math.isqrt(pos.shape[1] - 1)
+        line += f"; pos_embed interpolated from {side}x{side} to {grid}x{grid}"
+    return filled, line + told(config, cfg.vision_heads)
+
+
+# Copied from models/codis.py::layer_of
+def layer_of(key, prefix):
+    """The number behind `prefix`, inf for another key."""
+    found = re.match(re.escape(prefix) + r"(\d+)\.", key)
+    return int(found[1]) if found else math.inf
+
+
+# Copied from models/codis.py::agree
+def agree(where, config, here):
+    """What the shapes of weights do not tell, as far as their config.json does. SystemExit where it says otherwise."""
+    for field, value in here.items():
+        if config.get(field, value) != value:
+            raise SystemExit(f"{where}: these weights have {field} {config[field]}, this model has {value}")
+
+
+# Copied from models/codis.py::told
+def told(config, heads):
+    """The report's words where nothing confirms the number of heads, which no shape shows."""
+    return "" if "num_attention_heads" in config else f"; how many heads it has the file does not tell, here {heads}"
+
+
+def load_text(model, path):
+    """Hugging Face BERT weights -> `text.`. Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta.
+
+    Its pooler and its prediction heads are left out: nothing is pooled here, and the token-level heads start at random (4.1).
+    """
+    cfg, where = model.cfg, f"--init_text {path}"
+    state, config = read_foreign(path, where)
+    agree(where, {"hidden_act": "gelu", **config},
+          {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
+    state = {re.sub(r"^bert\.", "", k).replace(".gamma", ".weight").replace(".beta", ".bias"): v for k, v in state.items()}
+    required = ["text." + name for name in model.text.state_dict()]
+    filled, line = fill(model, state, where, lambda key: ["text." + key], required, ignored=("embeddings.position_ids",),
+                        reads=lambda key: key.startswith(("embeddings.", "encoder.")))
+    return filled, line + told(config, cfg.heads)
+
+
+def load_pretrained(model, vision=None, text=None):
+    """Fills the towers from foreign weight files; paths, or None -> the report, a line per file. Momentum copies follow."""
+    lines = [load(model, path)[1] for load, path in ((load_vision, vision), (load_text, text)) if path]
+    for name in model.students:
+        getattr(model, name + "_m").load_state_dict(getattr(model, name).state_dict())
+    return "\n  ".join(lines)
+
+
+Model = ConLIP
 
 
 if __name__ == "__main__":

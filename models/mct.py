@@ -161,6 +161,7 @@ PRESETS = {
 # Table 4: `--task retrieval_gru --init R --data dataset_coco.json`. Table 6: on Stock; Stock-sup: --init out/mct-tag_supervised
 # Table 5: `--task tagging --init R`, beside `--task tag_supervised` (Stock-sup).
 # Table 7: `eval.py R --task retrieval`; RS = its row "chance"; Inter-modal: --lambda_ii 0 --lambda_tag 0 --lambda_cc 0.
+# IN-Sup of Tables 1 to 4: --init_vision resnet50.pth (torchvision's, IMAGENET1K_V1: 76.1) where --init R stands.
 # Section 4.4: --heads unified|distinct with --intra_dim and --inter_dim both 128, 1024 or 1152; J_ii alone is MoCo-v2 above;
 #   J_ii + J_tag: --lambda_cc 0 --lambda_ic 0 --lambda_ci 0; tags from captions: --tag_words nouns.txt.
 RECIPE = {

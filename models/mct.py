@@ -38,14 +38,19 @@ Deviations from the paper
         and its back-translation, made offline (`paraphrase`); where there is none, the caption twice.
      6. lambda_ic and lambda_ci go with K, for their losses are sums over the queue: `tiny` keeps lambda K = 3.3.
      7. Detection: torchvision's Faster R-CNN (R50-C4 of its parts: conv4 features, RoIAlign 14x14, conv5 and MoCo's extra
-        norm as box head) where the paper has Detectron2. Other than there: torchvision's anchors, smooth L1 with beta 1/9 (not
-        0) for boxes, no precise BN, images without objects are kept, weight decay 0 on norms as there. Segmentation:
-        torchvision's Mask R-CNN R50-FPN, batch norm in FPN. Batch norm is synchronised over processes on CUDA, plain on a CPU.
+        norm as box head) where the paper has Detectron2. Other than there: torchvision's anchors, RoIAlign without the shift of
+        half a pixel, smooth L1 with beta 1/9 (not 0) for boxes, no precise BN, images without objects are kept; weight decay 0
+        on norms as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm in FPN. Batch norm is synchronised over
+        processes on CUDA, plain on a CPU.
      8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of the paper), reads word pieces,
         clips gradients at 2 and takes the hardest negative of its own process' batch (VSE++).
      9. Tagging: PMI is clipped at 0, tags count as co-occurring with themselves, SVD vectors U sqrt(S) of at most V dimensions.
         The paper names neither optimizer nor length (here Adam 1e-3, 30 epochs), nor Stock-sup's loss (here BCE, SGD).
-    10. `block`, `layers`, `stem`, `vision_width`, `act`, smaller anchors and fewer RoIs exist for `tiny`.
+    10. Frozen features and evaluations see the middle square of the picture, its short side resized to `image_size` (MoCo: 256,
+        then the middle 224; the paper is silent).
+    11. For `tiny` alone: `block`, `layers`, `vision_width`, `stem` (3x3 with stride 2; torchvision's max pool follows it as it
+        does the 7x7), `act`, `init_std` (BERT's 0.02 is for 768 channels: 128 of it make all captions one point, cosine 0.9999),
+        `fpn_width`, smaller anchors and fewer RoIs.
 
 Run: python models/mct.py      (5 s: parameters and every loss of every task on a random batch)
      python models/mct.py export out/mct-pretrain/model.safetensors resnet50.pth      (the backbone for other people's code)
@@ -156,6 +161,7 @@ PRESETS = {
 # Table 4: `--task retrieval_gru --init R --data dataset_coco.json`. Table 6: on Stock; Stock-sup: --init out/mct-tag_supervised
 # Table 5: `--task tagging --init R`, beside `--task tag_supervised` (Stock-sup).
 # Table 7: `eval.py R --task retrieval`; RS = its row "chance"; Inter-modal: --lambda_ii 0 --lambda_tag 0 --lambda_cc 0.
+# IN-Sup of Tables 1 to 4: --init_vision resnet50.pth (torchvision's, IMAGENET1K_V1: 76.1) where --init R stands.
 # Section 4.4: --heads unified|distinct with --intra_dim and --inter_dim both 128, 1024 or 1152; J_ii alone is MoCo-v2 above;
 #   J_ii + J_tag: --lambda_cc 0 --lambda_ic 0 --lambda_ci 0; tags from captions: --tag_words nouns.txt.
 RECIPE = {

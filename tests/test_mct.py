@@ -328,10 +328,17 @@ def test_mct_split_batch_norm():
         make_model(bn_groups=4)(make_batch())
 
 
-def test_mct_loss_of_one_process_does_not_depend_on_the_keys_shuffle():
-    model, batch = make_model(), make_batch()
+def test_mct_one_process_shuffles_its_keys():
+    """Keys come back in their order, from other company: with two virtual groups a key's batch norm hangs on the draw."""
+    model, batch = make_model(bn_groups=2), make_batch()
     z, restore = shuffle(batch["image_key"])
     assert torch.equal(unshuffle(z, restore), batch["image_key"])
+    keys = lambda seed: (torch.manual_seed(seed), model.keys(batch)["vision"]["intra"])[1]
+    assert any(not torch.allclose(keys(0), keys(seed), atol=1e-3) for seed in range(1, 6))
+    for m in model.modules():
+        if isinstance(m, SplitBatchNorm):
+            m.groups = 1
+    close(keys(0), keys(1))
 
 
 # ------------------------------------------------------------------------------------------------------------------ all the tasks
@@ -643,6 +650,40 @@ def test_mct_real_detection_data():
     assert len(sample["masks"][0]) == len(sample["boxes"][0]) == len(coco[crowded]["boxes"]) - sum(coco[crowded]["crowd"])
 
 
+@pytest.mark.skipif(not SHARED.exists(), reason="the cuts of public data are not here")
+@pytest.mark.parametrize("task, flags", [("detection", f"--data {SHARED}/voc/VOCdevkit"),
+                                         ("segmentation", f"--data {SHARED}/coco/annotations/instances_val2017.json --split val")])
+def test_mct_detectors_train_on_real_data(task, flags, tmp_path, tok):
+    """VOC's and COCO's files as they are published, crowds and truncated pictures among them: a step, and the table."""
+    pytest.importorskip("pycocotools")
+    import train
+    argv = ["--model", "mct", "--task", task, *flags.split(), "--vocab", str(tok), "--out", str(tmp_path / task), *TINY]
+    rows = train.main(argv + ["--steps", "1", "--eval_limit", "5"])[task]["rows"]
+    assert len(rows) == (4 if task == "detection" else 5) and all(0 <= r["AP"] <= r["AP50"] + 1e-6 < 101 for r in rows)
+
+
+def test_mct_whole_picture_is_the_baseline_of_detection(tmp_path):
+    """Of two classes, one whose only object fills its picture is found (AP 100), one whose object is small is not (AP 0)."""
+    pytest.importorskip("pycocotools")
+    images = [{"id": i, "file_name": f"{i}.png", "height": 30, "width": 40} for i in (1, 2)]
+    for i in (1, 2):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{i}.png")
+    notes = [{"id": i, "image_id": i, "category_id": i, "iscrowd": 0, "bbox": box, "area": box[2] * box[3], "segmentation": []}
+             for i, box in ((1, [0, 0, 40, 30]), (2, [4, 4, 9, 9]))]
+    file = write(tmp_path / "instances.json", {"images": images, "annotations": notes,
+                                               "categories": [{"id": 1, "name": "wide"}, {"id": 2, "name": "small"}]})
+    model = make_model("detection")
+    model.detect = lambda batch: [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)} for _ in batch["image"]]
+    opts = evaluation.parser().parse_args(["x", "--data", str(file), "--image_root", str(tmp_path)])
+    ev = mock.Mock(opts=opts, task="detection", info={}, world=1, model=model, protocol={})
+    ev.open.return_value = data.open_source("detection", str(file), "train", str(tmp_path))
+    ev.progress.return_value = [{"index": torch.arange(2), "image": [None, None]}]
+    table = {r["measure"]: (r["AP"], r["AP50"]) for r in evaluation.detection(ev)["rows"]}
+    close(torch.tensor(table["whole picture, VOC07 11-point"]), [50.0, 50.0])
+    close(torch.tensor(table["whole picture, pycocotools"]), [50.0, 50.0])
+    assert table["boxes, VOC07 11-point"] == table["boxes, pycocotools"] == (0, 0)
+
+
 def test_mct_optional_views(tmp_path, tok):
     """Records without caption, tags or paraphrase are samples as all others."""
     _, pairs = photos(tmp_path)
@@ -727,6 +768,24 @@ def test_mct_fit_linear():
     assert lr == 1.0 and (F.linear(x, weight, bias).argmax(1) == y).float().mean() > 0.95
 
 
+def test_mct_probe_fits_features_of_any_scale():
+    """Features that are all positive and unlike in size: as they are SGD does not get there, brought to one scale it does. A unit
+    that is dead in train does no harm."""
+    torch.manual_seed(0)
+    z, way = torch.randn(400, 6), torch.randn(6, 4)
+    y = (z @ way).argmax(1)
+    x = torch.cat([5 + z * torch.tensor([0.01, 0.1, 1, 0.02, 0.5, 0.05]), torch.zeros(400, 1)], 1)
+    x[300:, 6] = 1e-6
+    x, y = {"train": x[:300], "test": x[300:]}, {"train": y[:300], "test": y[300:]}
+    train, test, lr = evaluation.fit_probe(x, y, 4)
+    assert min(train, test) > 90 and lr in (3.0, 1.0, 0.3, 0.1, 0.03)
+    raw_train, raw_test, lr = evaluation.fit_probe(x, y, 4, 30.0)
+    assert raw_train < 75 and lr == 30
+    for blind in (torch.zeros(400, 3), torch.full((400, 3), 7.0)):
+        train, test, _ = evaluation.fit_probe({"train": blind[:300], "test": blind[300:]}, y, 4)
+        assert train < 50 and test < 50
+
+
 # -------------------------------------------------------------------------------------------------- as a user would call it
 
 TINY = ("--image_size 32 --vision_width 4 --width 24 --text_layers 1 --text_heads 3 --head_hidden 20 --queue_size 16 --max_text 6 --rois 8 "
@@ -757,9 +816,10 @@ def test_mct_every_task_trains(tmp_path, tok, monkeypatch, capsys):
     assert top1["accuracy"] >= top1["baseline"]
     assert set(results["tagging"]["tagging"]["metrics"]) <= {"mIOU@5", "mIOU@10", "mIOU@15", "mIOU@20"}
     assert results["detection"]["detection"]["rows"][0]["measure"].startswith("boxes, VOC07")
-    assert [r["measure"] for r in results["segmentation"]["segmentation"]["rows"]][2] == "masks, pycocotools"
+    rows = results["segmentation"]["segmentation"]["rows"]
+    assert [r["measure"] for r in rows][2:4] == ["masks, pycocotools", "whole picture, VOC07 11-point"]
     probe = evaluation.main([str(tmp_path / "pretrain"), "--task", "probe", "--data", str(tmp_path / "classes"), "--probe_lr", "1"])
-    assert {"random weights", "model"} < set(probe["probe"]["metrics"])
+    assert {"random weights", "model"} < set(probe["probe"]["metrics"]) and set(probe["probe"]["rows"][2]) > {"train top-1", "top-1"}
     first = (tmp_path / "linear" / "features.npy").stat().st_mtime_ns
     train.main(["--model", "mct", "--task", "linear", "--data", str(tmp_path / "classes"), "--vocab", str(tok), "--image_root", str(tmp_path),
                 "--out", str(tmp_path / "linear"), "--init", str(tmp_path / "pretrain"), *TINY, "--lr", "1.0", "--evals", "none"])

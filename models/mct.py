@@ -50,7 +50,7 @@ Deviations from the paper
         then the middle 224; the paper is silent).
     11. For `tiny` alone: `block`, `layers`, `vision_width`, `stem` (3x3 with stride 2; torchvision's max pool follows it as it
         does the 7x7), `act`, `init_std` (BERT's 0.02 is for 768 channels: 128 of it make all captions one point, cosine 0.9999),
-        `fpn_width`, smaller anchors and fewer RoIs.
+        `fpn_width`, smaller anchors and fewer RoIs; its pre-training has AdamW.
 
 Run: python models/mct.py      (5 s: parameters and every loss of every task on a random batch)
      python models/mct.py export out/mct-pretrain/model.safetensors resnet50.pth      (the backbone for other people's code)
@@ -145,6 +145,7 @@ PRESETS = {
                  # AdamW: in minutes, SGD does not bring a BERT of random weights off the ground
                  pretrain=dict(optimizer="adamw", batch_size=64, steps=1200, lr=1e-3, text_lr=1e-3, warmup_steps=50,
                                crop_scale=(0.4, 1.0), workers=1),
+                 linear=dict(lr=3.0),                                      # 2,000 pictures are 480 steps
                  detection=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
                  segmentation=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
                  retrieval_gru=dict(epochs=6), tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),

@@ -370,19 +370,20 @@ def cpu_limit(seconds):
 
     def stop(*_):
         raise Dropped("hostile: too slow to parse")
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def parse(html, url, seconds=5.0):
     """str -> Page. Dropped: nested deeper than 512 blocks, or so made that parsing takes longer than `seconds`."""
     page = Page(url)
     with cpu_limit(seconds):
+        html = re.sub(r"<!\[[^<>]{0,100}>", " ", html).replace("<![", "&lt;![")     # <![endif]> and its like; html.parser chokes on them
         page.feed(html)
         page.close()
     return page

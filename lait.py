@@ -153,7 +153,7 @@ SPAM = ("click here", "click to", "buy now", "shop now", "order now", "sign up",
         "learn more", "all rights reserved", "terms of", "privacy policy", "cookies", "advertisement", "sponsored", "limited offer",
         "discount code", "best price", "casino", "viagra", "download now", "follow us", "share this", "log in", "stock photo",
         "image may contain", "no description available", "lorem ipsum", "enable javascript")
-SPANS = re.compile(r"<[^<>]{1,200}>|\b(?:https?://|www\.)\S+|\S+@\S+\.\w+|[@#]\w+|\b\S+\.(?:jpe?g|png|gif|webp|html?|com|org|net)\b"
+SPANS = re.compile(r"<[^<>]{1,200}>|\b(?:https?://|www\.)\S+|[\w.+-]{1,64}@[\w.-]{1,64}|[@#]\w+|\b[\w%./-]{1,200}\.(?:jpe?g|png|gif|webp|html?|com|org|net)\b"
                    r"|[(\[](?:photo|image|picture|credit|source|via|ap|afp|getty|reuters)\b[^)\]]{0,100}[)\]]"
                    r"|\b(?:photo|image|picture)s? (?:by|credit|courtesy)\b.{0,100}|\b(?:photo|image) ?credit:.{0,100}|\|.{0,100}$", re.I)
 
@@ -302,7 +302,7 @@ class Page(HTMLParser):
         self.words.append(text)
         if any(entry[0] == "figcaption" for entry in self.stack) and self.figures:
             for image in self.images[self.figures[-1]:]:
-                image["caption"] += " " + text[:2000]
+                image["caption"] += (" " + text)[:2000 - len(image["caption"])]
         else:
             self.flow.append((text, [entry[1] for entry in self.stack]))
 

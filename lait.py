@@ -423,7 +423,7 @@ def documents(files, root, limit, skip=0):
 
 def page_file(path, inside, limit):
     real = os.path.realpath(path)
-    if os.path.islink(path) and not real.startswith(inside + os.sep):
+    if os.path.islink(path) and real != inside and not real.startswith(inside + os.sep):
         return Dropped("link out of the folder")
     if not os.path.isfile(real):                                        # a pipe would wait forever
         return Dropped("not a file")
@@ -979,8 +979,8 @@ def rare_texts(lines, most, counts):
 
 def run_merge(args):
     """All candidates -> OUT/00000.tar ..., OUT/report.json."""
+    parts, plan = parts_of(args.out)
     with alone(os.path.join(args.out, "candidates")):
-        parts, plan = parts_of(args.out)
         root, work = args.images or plan["images"], os.path.join(args.out, "candidates", "merge")
         if not os.path.isdir(root):
             fail(f"--images {root}: no such directory")

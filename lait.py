@@ -814,7 +814,7 @@ def run_map(args, shard, shards):
                 mine.append((path, name))
         plan = {k: getattr(args, k) for k in MAP_SETTINGS} | {"in": args.pages, "files": len(mine), "listing": digest.hexdigest()}
         note = os.path.join(folder, "plan.json")
-        if os.path.exists(note):
+        if os.path.exists(os.path.join(folder, "part-000000.txt")):
             with open(note, encoding="utf-8") as f:
                 old = json.load(f)
             changed = [k for k in plan if plan[k] != old.get(k)]

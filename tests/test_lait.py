@@ -239,7 +239,7 @@ def web(tmp_path_factory):
     web.count("pairs/text of too many images", n=5)
     for name, alt in [web.good(alt="a large house in the garden") for _ in range(4)]:
         web.keep(name, alt)
-    (home / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(WORDS), *"abcdefghijklmnopqrstuvwxyz",
+    (home / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(WORDS - {"a"}), *"abcdefghijklmnopqrstuvwxyz",
                                                *("##" + c for c in "abcdefghijklmnopqrstuvwxyz")]) + "\n")
     web.flags = ["--in", str(web.root), "--vocab", str(home / "vocab.txt"), "--max_page", "1", "--max_image", "1", "--page_seconds", "0.1",
                  "--max_images", "4", "--part", "37", "--sort_lines", "20", "--shard_size", "50"]

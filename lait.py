@@ -11,54 +11,58 @@
     python lait.py --in CRAWL --out SHARDS --shard 3/64 ...      the map alone, its 4th part of 64 (0 to 63): any engine runs these
     python lait.py --out SHARDS --merge                          the reduce, when all 64 are there
 
-Nothing is fetched: a page's images are files below --images (default: --in), where `wget -x` puts them: http://HOST/a/b.jpg is
-HOST/a/b.jpg. A page file's own relative addresses start from its folder. Both passes need the memory of one part (--part documents)
-or of one sorted run (--sort_lines), whatever the size of the crawl; both go on where they were stopped, by the same command. Every
-document, image, sentence and pair that is dropped is counted under its stage and reason (SHARDS/report.json); the counts must add up.
+The result does not depend on the number of parts. Nothing is fetched: a page's images are files below --images (default: --in), where
+`wget -x` puts them: http://HOST/a/b.jpg is HOST/a/b.jpg. A page file's own relative addresses start from its folder. Both passes need
+the memory of --part documents or of --sort_lines candidates, whatever the size of the crawl. After a stop the same command goes on
+(the map at its next part, the reduce from the candidates). Every document, image, sentence and pair that is dropped is counted under
+its stage and reason (SHARDS/report.json); the counts must add up.
 
 Shards are img2dataset's: KEY.jpg (the file's own bytes), KEY.txt, KEY.json. Pages and pictures are taken to be hostile: sizes,
 nesting and time are bounded, addresses cannot leave --images, compressed data stops at its limit.
 
 Filters are functions, exchangeable from the command line (--natural my_filters.py:function); what the default ones cannot see is
-printed with the report. language(text, declared) and natural(PIL image) and safe(PIL image, texts, page) return None or a reason.
+printed with the report. language(text, declared), natural(PIL image) and safe(PIL image, texts, page) return None or a reason.
 
 Deviations from the paper
   1. The semantic model is one score of any run directory (cosine of encode_image and encode_text, else match), not a classifier on
      "hundreds of features including text-only features, image-content features, and text-image cross-modal features".
-  2. The paper names no threshold. Default: the 95th percentile of the scores that the same texts get with other pictures.
+  2. The paper names no threshold. Default: the 95 % quantile of the scores that 2,000 of the texts get with other pictures.
   3. Its classifiers of unnatural and of unsafe images are not published. natural() measures flatness, colors and shape; safe() reads
      the page's own label and words in addresses and texts, and does not look at the picture.
   4. "Heuristic rules", "normal length", "high ratio", "too many images" are not quantified there: the defaults of the flags are ours.
   5. Language is told by function words and the declared language; "the same image" means the same bytes.
 """
 import argparse
+import fcntl
 import gzip
 import hashlib
 import heapq
+import http.client
 import importlib.util
 import io
 import itertools
 import json
-import math
 import os
-import random
 import re
+import shutil
 import signal
 import sys
 import tarfile
 import threading
 import unicodedata
 import zlib
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from contextlib import ExitStack, contextmanager
 from html.parser import HTMLParser
 from urllib.parse import unquote, urljoin, urlsplit
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import data
+import eval as evaluation
 
 PAPER_WORDS = 13                        # mean length of LAIT's descriptions (section 3)
 SOURCES = ("caption", "alt", "title", "near")       # of texts, the surest first: decides where there is no score
@@ -66,14 +70,12 @@ FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bm
 PAGE_TYPES, ARCHIVE_TYPES = (".html", ".htm", ".xhtml"), (".warc", ".warc.gz")
 MAX_DEPTH = 512                         # open elements of a page
 MAX_RECORD = 1 << 30                    # bytes of a WARC record: one that claims more ends its archive
-
-
-class LaitError(SystemExit):
-    """Something the user can put right: printed as one line `lait.py: ...`, exit status 1."""
+MAX_RATIO = 200                         # bytes that a byte of a .warc.gz may become, beyond the first 64 MB (pages: 5 to 20)
+CHANCE_TEXTS = 2000                     # texts that are scored with other pictures, where that sets the threshold
 
 
 def fail(message):
-    raise LaitError(f"lait.py: {message}")
+    raise SystemExit(f"lait.py: {message}")
 
 
 class Dropped(Exception):
@@ -153,8 +155,8 @@ SPAM = ("click here", "click to", "buy now", "shop now", "order now", "sign up",
         "learn more", "all rights reserved", "terms of", "privacy policy", "cookies", "advertisement", "sponsored", "limited offer",
         "discount code", "best price", "casino", "viagra", "download now", "follow us", "share this", "log in", "stock photo",
         "image may contain", "no description available", "lorem ipsum", "enable javascript")
-SPANS = re.compile(r"<[^<>]{1,200}>|\b(?:https?://|www\.)\S+|[\w.+-]{1,64}@[\w.-]{1,64}|[@#]\w+|\b[\w%./-]{1,200}\.(?:jpe?g|png|gif|webp|html?|com|org|net)\b"
-                   r"|[(\[](?:photo|image|picture|credit|source|via|ap|afp|getty|reuters)\b[^)\]]{0,100}[)\]]"
+SPANS = re.compile(r"<[^<>]{1,200}>|\b(?:https?://|www\.)\S+|[\w.+-]{1,64}@[\w.-]{1,64}|[@#]\w+"
+                   r"|\b[\w%./-]{1,200}\.(?:jpe?g|png|gif|webp|html?|com|org|net)\b|[(\[](?:photo|image|picture|credit|source|via|ap|afp|getty|reuters)\b[^)\]]{0,100}[)\]]"
                    r"|\b(?:photo|image|picture)s? (?:by|credit|courtesy)\b.{0,100}|\b(?:photo|image) ?credit:.{0,100}|\|.{0,100}$", re.I)
 
 
@@ -231,21 +233,26 @@ class Page(HTMLParser):
     def __init__(self, url):
         super().__init__(convert_charrefs=True)
         self.url, self.base, self.lang, self.title, self.rating = url, None, None, "", ""
-        self.stack, self.flow, self.words, self.images, self.own = [], [], [], [], set()    # stack: [tag, number, unseen, place]
-        self.picture, self.number, self.headings, self.figures = [], 0, 0, []
+        self.parents = [0]                      # of each block element, by its number in the page; 0: the page
+        self.stack = [("", 0, "", 0)]           # open blocks: (tag, number, role: "", unseen, caption or title; place: see place())
+        self.flow = []                          # (block number, list of strings or number of an image), in the page's order
+        self.ended = True                       # does the next text begin a new block of text?
+        self.words, self.images, self.own, self.picture, self.figures, self.headings = [], [], set(), [], [], 0
 
     def place(self, tag, attrs):
         """+1 content, -1 margin, 0 as its parent."""
-        called = set(re.split(r"[^a-z]+", f"{attrs.get('class') or ''} {attrs.get('id') or ''} {attrs.get('role') or ''}".lower()[:500]))
+        called = set(re.split(r"[^a-z]+", " ".join(attrs.get(k, "") for k in ("class", "id", "role")).lower()[:500]))
         if tag in ("nav", "header", "footer", "aside") or called & BAD_PLACE or "navigation" in called:
             return -1
         return 1 if tag in ("article", "main", "figure") else 0
 
     def handle_starttag(self, tag, attrs):
         attrs = {k: v or "" for k, v in reversed(attrs)}                # the first of a doubled attribute counts
+        top, _, role, place = self.stack[-1]
         if tag == "img":
-            return self.add_image(attrs)
-        if tag == "html":
+            if role != "unseen":                                        # else nobody sees it: it is no image of the page
+                self.add_image(attrs)
+        elif tag == "html":
             self.lang = attrs.get("lang") or attrs.get("xml:lang") or self.lang
         elif tag == "base" and self.base is None:
             self.base = attrs.get("href")
@@ -255,25 +262,26 @@ class Page(HTMLParser):
                 self.own.add(attrs.get("content", "").strip())
             elif name == "rating":
                 self.rating = attrs.get("content", "").lower()[:100]
-        elif tag == "source" and self.stack and self.stack[-1][0] == "picture":
+        elif tag == "source" and top == "picture":
             self.picture += srcset(attrs.get("srcset", ""))
         elif tag == "link" and attrs.get("rel", "").lower() == "image_src":
             self.own.add(attrs.get("href", "").strip())
         if tag in VOID or tag not in BLOCK:
-            self.flow += [None] if tag in ("br", "hr") else []
+            self.ended |= tag in ("br", "hr", "img")
             return
-        top = self.stack[-1][0] if self.stack else None
-        if top in CLOSES_ITSELF and (top == tag or top == "p" or (top, tag) in (("td", "th"), ("th", "td"), ("dt", "dd"), ("dd", "dt"))):
+        if top in CLOSES_ITSELF and (top in (tag, "p") or {top, tag} in ({"td", "th"}, {"dt", "dd"})):
             if not (top == "p" and tag in UNSEEN | {"noscript", "picture"}):
                 self.stack.pop()
-        if len(self.stack) >= MAX_DEPTH:
+        if len(self.stack) > MAX_DEPTH:
             raise Dropped("hostile: nested too deep")
-        self.number += 1
-        hidden = "hidden" in attrs or re.search(r"display\s*:\s*none", attrs.get("style", "")[:500])
-        _, _, unseen, place = self.stack[-1] if self.stack else (None, 0, False, 0)
+        _, parent, role, place = self.stack[-1]
+        if not role and ("hidden" in attrs or tag in UNSEEN or re.search(r"display\s*:\s*none", attrs.get("style", "")[:500])):
+            role = "unseen"
         here = self.place(tag, attrs)
-        self.stack.append([tag, self.number, unseen or bool(hidden) or tag in UNSEEN, -1 if place < 0 else here or place])
-        self.flow.append(None)                                          # a block ends the text before it
+        self.stack.append((tag, len(self.parents), role or {"title": "title", "figcaption": "caption"}.get(tag, ""),
+                           -1 if place < 0 else here or place))
+        self.parents.append(parent)
+        self.ended = True
         self.headings += tag == "h1"
         if tag == "figure":
             self.figures.append(len(self.images))
@@ -281,66 +289,66 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag not in BLOCK or all(entry[0] != tag for entry in self.stack):
             return
-        while True:
+        ended = None
+        while ended != tag:
             ended = self.stack.pop()[0]
             if ended == "figure" and self.figures:
                 self.figures.pop()
-            if ended == tag:
-                break
-        self.flow.append(None)
+        self.ended = True
         if tag == "picture":
             self.picture = []
 
     def handle_data(self, text):
-        if not text.strip():
-            return
-        if self.stack and self.stack[-1][0] == "title":
+        _, number, role, _ = self.stack[-1]
+        if role == "title":
             self.title += text[:300 - len(self.title)]
-            return
-        if self.stack and self.stack[-1][2]:
+        if role in ("title", "unseen") or not text.strip():
             return
         self.words.append(text)
-        if any(entry[0] == "figcaption" for entry in self.stack) and self.figures:
+        if role == "caption" and self.figures:
             for image in self.images[self.figures[-1]:]:
                 image["caption"] += (" " + text)[:2000 - len(image["caption"])]
+        elif self.ended:
+            self.flow.append((number, [text]))
+            self.ended = False
         else:
-            self.flow.append((text, [entry[1] for entry in self.stack]))
+            self.flow[-1][1].append(text)
 
     def add_image(self, attrs):
-        if self.stack and self.stack[-1][2]:                            # nobody sees it: not even counted as an image of the page
-            return
         sources = [*self.picture, *srcset(attrs.get("srcset") or attrs.get("data-srcset") or ""), attrs.get("data-src"),
                    attrs.get("data-original"), attrs.get("src")]
-        image = {"sources": list(dict.fromkeys(s.strip() for s in sources if s and s.strip()))[:20], "caption": "", "before": "", "after": "",
-                 "alt": attrs.get("alt", "")[:2000], "title": attrs.get("title", "")[:2000]}
+        image = {"sources": list(dict.fromkeys(s.strip() for s in sources if s and s.strip()))[:20], "caption": "", "before": "",
+                 "after": "", "alt": attrs.get("alt", "")[:2000], "title": attrs.get("title", "")[:2000]}
         sides = [int(m[0]) for m in (re.match(r"\d{1,5}", attrs.get(k, "").strip()) for k in ("width", "height")) if m]
-        called = set(re.split(r"[^a-z]+", " ".join([attrs.get("class", ""), attrs.get("id", ""), *image["sources"][-1:]]).lower()[:1000]))
-        place = self.stack[-1][3] if self.stack else 0
+        called = " ".join([attrs.get("class", ""), attrs.get("id", ""), *image["sources"][-1:]]).lower()[:1000]
+        place = self.stack[-1][3]
         image["marks"] = {"in article, main or figure": place > 0, "in nav, header, footer, aside": place < 0,
-                          "called logo, icon, ad ...": bool(called & BAD_PLACE), "first after the heading": self.headings == 1,
-                          "declared over 300 px": len(sides) == 2 and min(sides) > 300, "declared up to 300 px": bool(sides) and min(sides) <= 300}
+                          "called logo, icon, ad ...": bool(set(re.split(r"[^a-z]+", called)) & BAD_PLACE),
+                          "first after the heading": self.headings == 1,
+                          "declared over 300 px": len(sides) == 2 and min(sides) > 300,
+                          "declared up to 300 px": bool(sides) and min(sides) <= 300}
         self.headings += self.headings == 1                             # only the first image after <h1> is that
-        self.flow.append((len(self.images), [entry[1] for entry in self.stack]))
+        self.flow.append((self.stack[-1][1], len(self.images)))
         self.images.append(image)
+
+    def around(self, number):
+        """A block, its parent, its grandparent ..., the page."""
+        yield number
+        while number:
+            number = self.parents[number]
+            yield number
 
     def close(self):
         super().close()
         self.text = " ".join(" ".join(self.words).split())
-        blocks = []                                                     # [text or image number, ancestors], in the page's order
-        for open_, item in zip([None] + self.flow, self.flow):
-            if item is None:
+        for k, (number, n) in enumerate(self.flow):
+            if isinstance(n, list):
                 continue
-            if open_ and isinstance(item[0], str) and isinstance(open_[0], str):
-                blocks[-1][0] += item[0]
-            else:
-                blocks.append(list(item))
-        for k, (number, mine) in enumerate(blocks):
-            if isinstance(number, str):
-                continue
-            image = self.images[number]
-            for side, j in (("before", k - 1), ("after", k + 1)):       # the next text, unless it stands in another part of the page
-                text, path = blocks[j] if 0 <= j < len(blocks) else (0, [])
-                if isinstance(text, str) and path[:max(1, len(mine) - 2)] == mine[:max(1, len(mine) - 2)]:
+            image = self.images[n]
+            part = list(itertools.islice(self.around(number), 3))[-1]   # its block's grandparent: what stands elsewhere is of other things
+            for side, j in (("before", k - 1), ("after", k + 1)):
+                if 0 <= j < len(self.flow) and isinstance(self.flow[j][1], list) and part in self.around(self.flow[j][0]):
+                    text = "".join(self.flow[j][1])
                     image[side] = text[-1000:] if side == "before" else text[:1000]
             marks = image.pop("marks")
             marks["alone"] = len(self.images) == 1
@@ -391,153 +399,121 @@ def parse(html, url, seconds=5.0):
 
 # ------------------------------------------------------------------------------------------------------------------------ documents
 
-def listing(root):
-    """Yields (path, name from root) of every page file and archive below a folder (or of the one file), in a fixed order."""
-    if os.path.isfile(root):
-        yield root, os.path.basename(root)
-        return
-    for folder, folders, files in os.walk(root):
+def listing(root, shard=0, shards=1):
+    """Yields (path, name from root) of the page files and archives below a folder (or of the one file) that are this shard's, in a
+    fixed order. Links to folders are not followed."""
+    top, files = os.path.dirname(root), [(os.path.dirname(root), [], [os.path.basename(root)])]
+    if os.path.isdir(root):
+        top, files = root, os.walk(root)
+    for folder, folders, names in files:
         folders.sort()
-        for file in sorted(files):
-            if file.lower().endswith(PAGE_TYPES + ARCHIVE_TYPES):
-                path = os.path.join(folder, file)
-                yield path, os.path.relpath(path, root)
+        for path in (os.path.join(folder, n) for n in sorted(names) if n.lower().endswith(PAGE_TYPES + ARCHIVE_TYPES)):
+            name = os.path.relpath(path, top or ".")
+            if zlib.crc32(name.encode("utf-8", "surrogateescape")) % shards == shard:
+                yield path, name
 
 
-def documents(files, root, limit, skip=0):
+def documents(files, root, limit):
     """files: (path, name) -> yields (name, address or None, bytes or Dropped, Content-Type), one for each page file and each response
-    in an archive, without the first `skip`. limit: bytes of a page."""
-    inside = os.path.realpath(root)
+    in an archive. limit: bytes of a page."""
     for path, name in files:
         if name.lower().endswith(ARCHIVE_TYPES):
-            for document in archive(path, name, limit):
-                if skip:
-                    skip -= 1
-                else:
-                    yield document
-        elif skip:
-            skip -= 1
+            yield from archive(path, name, root, limit)
         else:
-            yield name, None, page_file(path, inside, limit), ""
+            try:
+                inside(path, root, limit)
+                with open(path, "rb") as f:
+                    yield name, None, f.read(), ""
+            except Dropped as e:
+                yield name, None, e, ""
+            except OSError:
+                yield name, None, Dropped("unreadable file"), ""
 
 
-def page_file(path, inside, limit):
-    real = os.path.realpath(path)
-    if os.path.islink(path) and real != inside and not real.startswith(inside + os.sep):
-        return Dropped("link out of the folder")
-    if not os.path.isfile(real):                                        # a pipe would wait forever
-        return Dropped("not a file")
-    try:
-        if os.path.getsize(real) > limit:
-            return Dropped("page too large")
-        with open(real, "rb") as f:
-            return f.read()
-    except OSError:
-        return Dropped("unreadable file")
+def inside(path, root, limit=None):
+    """Dropped: no plain file (a pipe would wait forever), one larger than `limit`, or a link that leads out of root."""
+    real, home = os.path.realpath(path), os.path.realpath(root)
+    if real != home and not real.startswith(home + os.sep):
+        raise Dropped("link out of the folder")
+    if not os.path.isfile(real):
+        raise Dropped("not a file")
+    if limit is not None and os.path.getsize(real) > limit:
+        raise Dropped("page too large")
 
 
-def archive(path, name, limit):
+def archive(path, name, root, limit):
     """Yields what documents() yields for the response and resource records of a WARC file, gzipped or not, read as a stream."""
     try:
+        inside(path, root)
         with open(path, "rb") as raw, (gzip.GzipFile(fileobj=raw) if name.lower().endswith(".gz") else raw) as f:
             while True:
-                line = f.readline(1 << 16)
-                while line in (b"\r\n", b"\n"):
-                    line = f.readline(1 << 16)
+                line = next((x for x in (f.readline(1 << 16) for _ in range(100)) if x not in (b"\r\n", b"\n")), b"blank")
                 if not line:
                     return
                 if not line.startswith(b"WARC/"):
                     raise ValueError("no WARC record")
-                fields = header_lines(f)
-                size = int(fields.get("content-length", "x"))
-                if not 0 <= size <= MAX_RECORD:
-                    yield name, None, Dropped("decompression bomb"), ""
-                    return
-                kind, wanted = fields.get("warc-type"), size <= 2 * limit + (1 << 16)
-                body = f.read(size) if wanted else skip_bytes(f, size)
-                if wanted and len(body) < size:
+                fields = http.client.parse_headers(f)
+                size, kind = int(fields["content-length"] or "none"), fields["warc-type"]
+                if not 0 <= size <= MAX_RECORD or f.tell() > MAX_RATIO * raw.tell() + (64 << 20):
+                    raise Dropped("decompression bomb")
+                if wanted := kind in ("response", "resource") and size <= 2 * limit + (1 << 16):
+                    body = f.read(size)
+                for at in range(0, 0 if wanted else size, 1 << 20):
+                    body = f.read(min(1 << 20, size - at))              # only the last is kept: it shows whether the file ended
+                if size and len(body) != (size if wanted else (size - 1) % (1 << 20) + 1):
                     raise EOFError
                 if kind in ("response", "resource"):
-                    address = fields.get("warc-target-uri", "").strip("<> ")
-                    if not wanted:
-                        found, content_type = Dropped("page too large"), ""
-                    elif kind == "resource":
-                        content_type = fields.get("content-type", "")
-                        found = body if "html" in content_type else Dropped("not HTML")
-                    else:
+                    address, found, content_type = (fields["warc-target-uri"] or "").strip("<> "), Dropped("page too large"), ""
+                    if wanted and kind == "response":
                         found, content_type = response(body, limit)
+                    elif wanted:
+                        content_type = fields["content-type"] or ""
+                        found = Dropped("not HTML") if "html" not in content_type else body if len(body) <= limit else found
                     yield f"{name} {address}", address, found, content_type
-    except (OSError, EOFError, ValueError, zlib.error):                 # what came before it stays; the next archive goes on
+    except Dropped as e:
+        yield name, None, e, ""
+    except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error):      # what came before it stays; the next archive goes on
         yield name, None, Dropped("broken archive"), ""
 
 
-def header_lines(f):
-    fields = {}
-    for _ in range(1000):
-        line = f.readline(1 << 16)
-        if not line.strip():
-            return fields
-        key, _, value = line.decode("utf-8", "replace").partition(":")
-        fields[key.strip().lower()] = value.strip()
-    raise ValueError("no end of the header")
+class Recorded(io.BytesIO):
+    """Bytes that http.client takes for a socket."""
+
+    def makefile(self, mode):
+        return self
 
 
-def skip_bytes(f, size):
-    while size > 0:
-        got = len(f.read(min(size, 1 << 20)))
-        if not got:
-            raise EOFError
-        size -= got
-
-
-def response(body, limit):
+def response(block, limit):
     """The HTTP response in a record -> (page bytes or Dropped, Content-Type)."""
-    f = io.BytesIO(body)
-    status = f.readline(1 << 16).split(None, 2)
     try:
-        fields = header_lines(f)
-        content_type = fields.get("content-type", "")
-        if len(status) < 2 or status[1] != b"200":
+        reply = http.client.HTTPResponse(Recorded(re.sub(rb"\AHTTP/[\d.]+", b"HTTP/1.1", block)))
+        reply.begin()
+        content_type = reply.headers["content-type"] or ""
+        if reply.status != 200:
             raise Dropped("HTTP status not 200")
         if "html" not in content_type.lower():
             raise Dropped("not HTML")
-        body = f.read()
-        if "chunked" in fields.get("transfer-encoding", "").lower():
-            body = dechunk(body)
-        coding = fields.get("content-encoding", "identity").lower()
-        if coding in ("gzip", "x-gzip", "deflate"):
-            body = inflate(body, limit, coding)
-        elif coding not in ("identity", ""):
+        try:
+            body = reply.read()
+        except http.client.IncompleteRead as e:                         # crawlers cut pages off; one without a byte is broken
+            body = e.partial
+            if not body:
+                raise
+        coding = (reply.headers["content-encoding"] or "identity").lower()
+        if coding in ("gzip", "x-gzip", "deflate"):                     # never more than limit + 1 bytes are made
+            engine = zlib.decompressobj(47 if "gzip" in coding or body[:1] == b"\x78" else -15)
+            body = engine.decompress(body, limit + 1)
+            if len(body) > limit:
+                raise Dropped("decompression bomb")
+        elif coding != "identity":
             raise Dropped("unknown encoding")
         if len(body) > limit:
             raise Dropped("page too large")
         return body, content_type
     except Dropped as e:
         return e, ""
-    except (ValueError, zlib.error):
+    except (ValueError, http.client.HTTPException, zlib.error):
         return Dropped("broken response"), ""
-
-
-def dechunk(body):
-    out, at = [], 0
-    while True:
-        end = body.index(b"\n", at)
-        size = int(body[at:end].split(b";")[0].strip(), 16)
-        if size < 0:
-            raise ValueError("chunk of negative size")
-        if size == 0:
-            return b"".join(out)
-        out.append(body[end + 1:end + 1 + size])
-        at = end + 1 + size + 2
-
-
-def inflate(body, limit, coding):
-    """gzip or deflate -> bytes; never more than limit + 1 of them are made."""
-    engine = zlib.decompressobj(47 if "gzip" in coding or body[:1] == b"\x78" else -15)
-    out = engine.decompress(body, limit + 1)
-    if len(out) > limit:
-        raise Dropped("decompression bomb")
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------------------------- images
@@ -591,26 +567,27 @@ def locate(source, name, page, root):
 
 
 def open_image(path, args):
-    """-> (PIL RGB image, extension, sha256 of the bytes). Dropped: unreadable, a bomb, too small."""
+    """-> (PIL RGB image, extension, sha256 of the bytes). Dropped: unreadable, a bomb, too small, animated."""
     try:
         if os.path.getsize(path) > args.max_image << 20:
             raise Dropped("file too large")
         with open(path, "rb") as f:
-            raw = f.read()
-        with Image.open(io.BytesIO(raw), formats=list(FORMATS)) as image:   # the header only
-            kind, (width, height) = image.format, image.size
-            if width * height > Image.MAX_IMAGE_PIXELS:
-                raise Dropped("decompression bomb")
-            if min(width, height) <= args.min_side:
+            digest = hashlib.sha256(f.read()).hexdigest()
+        with Image.open(path, formats=list(FORMATS)) as image:          # the header only
+            kind = image.format
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            if min(image.size) <= args.min_side:
                 raise Dropped(f"side up to {args.min_side} px")
             if getattr(image, "is_animated", False):
                 raise Dropped("unnatural: animated")
-        return data.load_image(path), FORMATS[kind], hashlib.sha256(raw).hexdigest()
+        return data.load_image(path), FORMATS[kind], digest
     except Image.DecompressionBombError:
         raise Dropped("decompression bomb") from None
-    except (data.BadImage, OSError, ValueError, SyntaxError, EOFError, zlib.error) as e:
-        known = "unknown format" if type(e).__name__ == "UnidentifiedImageError" else "corrupt"
-        raise Dropped(known) from None
+    except UnidentifiedImageError:
+        raise Dropped("unknown format") from None
+    except (data.BadImage, OSError, ValueError, SyntaxError, EOFError, zlib.error):
+        raise Dropped("corrupt") from None
 
 
 # -------------------------------------------------------------------------------------------------------------------------- scoring
@@ -619,7 +596,6 @@ class Scorer:
     """How well text and picture fit, by a run directory: the cosine of encode_image and encode_text, else match."""
 
     def __init__(self, run, device, batch_size):
-        import eval as evaluation
         self.model, info = evaluation.load_run(run, device)
         views = sys.modules[type(self.model).__module__].VIEWS[info["task"]]
         keys = data.view_keys(views)
@@ -634,38 +610,32 @@ class Scorer:
         self.tokenizer = data.get_tokenizer(os.path.join(info["path"], "vocab.txt"))
         if self.tokenizer.vocab_size != self.model.cfg.vocab_size:
             fail(f"{info['path']}/vocab.txt: {self.tokenizer.vocab_size} tokens, the run has {self.model.cfg.vocab_size}")
-        self.device, self.batch_size, cfg = device, batch_size, self.model.cfg
-        self.sizes = (cfg.image_size, cfg.max_text)
+        self.device, self.batch_size = device, batch_size
         self.about = f"{'cosine' if self.dual else 'match'} of {run} ({info['model']}, {info['task']}, step {info.get('step', '?')})"
 
-    def batches(self, records, what):
-        for batch in data.iter_eval(records, self.views, self.tokenizer, *self.sizes, what=what, batch_size=self.batch_size):
-            yield {k: v.to(self.device) for k, v in batch.items()}
+    def run(self, fn, what, pairs):
+        """pairs: list of (path, text) -> fn of all of them, on the CPU. The last batch is filled up: each row is computed in one shape."""
+        records = data.Records("pairs", None)
+        for n, (path, text) in enumerate(pairs + pairs[-1:] * (-len(pairs) % self.batch_size)):
+            records.append({"image": path, "image_id": n, "caption": [text]})
+        sizes, out = (self.model.cfg.image_size, self.model.cfg.max_text), []
+        for batch in data.iter_eval(records, self.views, self.tokenizer, *sizes, what=what, batch_size=self.batch_size):
+            out.append(fn(data.move(batch, self.device)).double().cpu())
+        return torch.cat(out)[:len(pairs)]
 
-    def __call__(self, images):
-        """images: list of (path, hash, list of texts) -> (score, other), both (texts in all,) float64: of each text with its picture, and
-        with another picture of the list (NaN where there is none)."""
-        import torch
-        owner = np.repeat(np.arange(len(images)), [len(texts) for _, _, texts in images])
-        half = (owner + max(1, len(images) // 2)) % len(images)
-        other = np.array([next((j for j in (h, (h + 1) % len(images)) if images[j][1] != images[o][1]), -1) for o, h in zip(owner, half)])
-        with torch.inference_mode():
-            if self.dual:
-                records = data.Records("pairs", None)
-                for n, (path, _, texts) in enumerate(images):
-                    records.append({"image": path, "image_id": n, "caption": texts})
-                image = torch.cat([self.model.encode_image(b).float().cpu() for b in self.batches(records, "image")]).numpy()
-                text = torch.cat([self.model.encode_text(b).float().cpu() for b in self.batches(records, "text")]).numpy()
-                pairs = lambda rows: (image[rows] * text).sum(1, dtype=np.float64)
-            else:
-                flat = [t for _, _, texts in images for t in texts]
-
-                def pairs(rows):
-                    records = data.Records("pairs", None)
-                    for n, (row, text) in enumerate(zip(rows, flat)):
-                        records.append({"image": images[row][0], "image_id": n, "caption": [text]})
-                    return torch.cat([self.model.match(b).float().cpu() for b in self.batches(records, "sample")]).double().numpy()
-            return pairs(owner), np.where(other >= 0, pairs(other), np.nan)
+    @torch.inference_mode()
+    def __call__(self, paths, owner, texts):
+        """paths: list of str; texts: list of str; owner: for each text the number of its picture -> list of float, one a text.
+        Rounded to 4 digits, so that the texts it happens to be computed with do not show."""
+        pairs = [(paths[o], text) for o, text in zip(owner, texts)]
+        if self.dual:
+            image = self.run(self.model.encode_image, "image", [(path, "") for path in paths])
+            score = (image[list(owner)] * self.run(self.model.encode_text, "text", pairs)).sum(1)
+        else:
+            score = self.run(self.model.match, "sample", pairs)
+        if not score.isfinite().all():
+            fail(f"--score: {self.about} gives scores that are no numbers")
+        return [round(x, 4) for x in score.tolist()]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ map
@@ -681,9 +651,6 @@ class Harvest:
         self.spam = re.compile("|".join(rf"\b{re.escape(p)}\b" for p in phrases) or r"(?!)")
         self.scorer = Scorer(args.score, args.device, args.batch_size) if args.score else None
 
-    def drop(self, stage, reason, n=1):
-        self.counts[stage, str(reason)] += n
-
     def document(self, name, address, raw, content_type):
         """Adds the candidates of one document to `found`."""
         self.counts["pages", "in"] += 1
@@ -692,81 +659,69 @@ class Harvest:
                 raise raw
             page = parse(decode(raw, content_type), address or "", self.args.page_seconds)
             reason = self.language(page.text or " ".join(i["alt"] for i in page.images), page.lang)
-            if reason:
-                raise Dropped(reason)
-            if not page.images:
-                raise Dropped("no image")
+            if reason or not page.images:
+                raise Dropped(reason or "no image")
         except Dropped as e:
-            return self.drop("pages", e)
+            self.counts["pages", str(e)] += 1
+            return
         self.counts["pages", "out"] += 1
-        self.counts["images", "in"] += len(page.images)
-        ranked = sorted(page.images, key=lambda i: -i["score"])         # stable: earlier first
-        for n, image in enumerate(ranked):
+        for n, image in enumerate(sorted(page.images, key=lambda i: -i["score"])):      # stable: of equals the earlier
+            self.counts["images", "in"] += 1
             try:
                 if n >= self.args.per_page or image["score"] <= 0:
                     raise Dropped("not dominant")
-                self.image(image, name, page)
+                self.found.append(self.image(image, name, page))
                 self.counts["images", "out"] += 1
             except Dropped as e:
-                self.drop("images", e)
+                self.counts["images", str(e)] += 1
 
     def image(self, image, name, page):
-        trouble, file = Dropped("no address"), None
+        """One dominant image -> its row of `found`."""
+        trouble = Dropped("no address")
         for source in image["sources"]:
             try:
                 file = locate(source, name, page, self.args.images)
                 break
-            except Dropped as e:
-                trouble = e
-                if str(e) == "path trick":
-                    break
-        if file is None:
+            except Dropped as e:                                        # a path trick is remembered; else the last address says why
+                trouble = trouble if str(trouble) == "path trick" else e
+        else:
             raise trouble
-        path = os.path.join(self.args.images, file)
-        picture, kind, digest = open_image(path, self.args)
-        reason = self.natural(picture)
-        if reason:
-            raise Dropped(f"unnatural: {reason}")
+        picture, kind, digest = open_image(os.path.join(self.args.images, file), self.args)
         raw = {"caption": [image["caption"]], "alt": [image["alt"]], "title": [image["title"]], "near": [image["before"], image["after"]]}
-        reason = self.safe(picture, [t for texts in raw.values() for t in texts if t], page)
-        if reason:
+        if reason := self.natural(picture):
+            raise Dropped(f"unnatural: {reason}")
+        if reason := self.safe(picture, [t for texts in raw.values() for t in texts if t], page):
             raise Dropped(f"unsafe: {reason}")
         texts = {}
         for source in SOURCES:
-            for text, side in zip(raw[source], (-1, 1)):
-                found = [s for s in sentences(text)]
-                found = [] if found == [""] and not text.strip() else found
+            for n, text in enumerate(raw[source]):
+                found = list(sentences(text)) if text.strip() else []
                 if source == "near":
-                    found = found[-2:] if side < 0 else found[:2]       # the two sentences next to the picture
+                    found = found[:2] if n else found[-2:]              # the two sentences next to the picture
                 for sentence in found:
-                    self.counts["texts", "in"] += 1
                     reason = reject(sentence, self.args, self.words, self.spam)
-                    if reason is None and any(normal(sentence) == normal(t) for t in texts):
+                    if not reason and normal(sentence) in map(normal, texts):
                         reason = "said twice of one image"
-                    if reason:
-                        self.drop("texts", reason)
-                    else:
+                    self.counts["texts", "in"] += 1
+                    self.counts["texts", reason or "out"] += 1
+                    if not reason:
                         texts[sentence] = source
         if not texts:
             raise Dropped("no text left")
-        self.counts["texts", "out"] += len(texts)
-        self.found.append({"path": file, "hash": digest, "kind": kind, "size": picture.size, "page": name, "texts": texts})
+        return {"hash": digest, "texts": texts, "about": {"image": file, "kind": kind, "width": picture.width, "height": picture.height,
+                                                          "page": name}}
 
     def candidates(self):
         """The pairs found since the last call -> list of lines "image hash TAB text hash TAB json"."""
-        found, self.found, lines = self.found, [], []
-        if self.scorer and found:
-            score, other = self.scorer([(os.path.join(self.args.images, f["path"]), f["hash"], list(f["texts"])) for f in found])
-            if not np.isfinite(score).all():
-                fail(f"--score {self.args.score}: it gives scores that are no numbers")
-            score, other = score.tolist(), [None if math.isnan(o) else o for o in other.tolist()]
-        else:
-            score = other = [None] * sum(len(f["texts"]) for f in found)
-        pairs = ((f, text, source) for f in found for text, source in f["texts"].items())
-        for (f, text, source), s, o in zip(pairs, score, other):
-            row = {"image": f["path"], "kind": f["kind"], "width": f["size"][0], "height": f["size"][1], "page": f["page"], "text": text,
-                   "source": source, "score": s, "other": o}
-            lines.append(f"{f['hash']}\t{hashlib.sha256(normal(text).encode()).hexdigest()}\t{json.dumps(row)}\n")
+        found, self.found = self.found, []
+        pairs = [(n, text) for n, f in enumerate(found) for text in f["texts"]]
+        scores = [None] * len(pairs)
+        if self.scorer and pairs:
+            scores = self.scorer([os.path.join(self.args.images, f["about"]["image"]) for f in found], *zip(*pairs))
+        lines = []
+        for (n, text), score in zip(pairs, scores):
+            row = {**found[n]["about"], "text": text, "source": found[n]["texts"][text], "score": score}
+            lines.append(f"{found[n]['hash']}\t{hashlib.sha256(normal(text).encode()).hexdigest()}\t{json.dumps(row)}\n")
         return lines
 
 
@@ -779,15 +734,17 @@ def write(path, lines):
     """A text file, whole or not at all."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.writelines(lines)
-        f.flush()
-        os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
+
+
+def first_line(path):
+    with open(path, encoding="utf-8") as f:
+        return json.loads(f.readline())
 
 
 @contextmanager
 def alone(folder):
     """The lock of a folder: two processes never write one shard. It ends with the process, however that ends."""
-    import fcntl
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "lock"), "w") as f:
         try:
@@ -797,56 +754,47 @@ def alone(folder):
         yield
 
 
-MAP_SETTINGS = ("images", "language", "natural", "safe", "vocab", "spam", "score", "min_side", "per_page", "min_words", "max_words", "max_oov",
-                "max_page", "max_image", "page_seconds", "part")
+MAP_SETTINGS = ("images", "language", "natural", "safe", "vocab", "spam", "score", "min_side", "per_page", "min_words", "max_words",
+                "max_oov", "max_page", "max_image", "page_seconds", "part")
+
+
+def parts(folder):
+    """The parts of a shard that are finished, in order."""
+    files = (os.path.join(folder, f"part-{n:06d}.txt") for n in itertools.count())
+    return list(itertools.takewhile(os.path.exists, files))
 
 
 def run_map(args, shard, shards):
-    """Documents of one shard -> OUT/candidates/I-of-N/part-*.txt: a line of JSON {counts, last, scored}, then candidates. A finished part
-    is never made again; the settings and the list of files must be those it was begun with."""
+    """Documents of one shard -> OUT/candidates/I-of-N/part-*.txt: a line of JSON {counts, last}, then candidates. A finished part is
+    never made again; the settings and the list of files must be those it was begun with."""
     folder = os.path.join(args.out, "candidates", f"{shard:05d}-of-{shards:05d}")
     with alone(folder):
-        mine, digest = [], hashlib.sha256()
-        for path, name in listing(args.pages):
-            if zlib.crc32(name.encode("utf-8", "surrogateescape")) % shards == shard:
-                size = os.lstat(path).st_size
-                digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
-                mine.append((path, name))
-        plan = {k: getattr(args, k) for k in MAP_SETTINGS} | {"in": args.pages, "files": len(mine), "listing": digest.hexdigest()}
-        note = os.path.join(folder, "plan.json")
-        if os.path.exists(os.path.join(folder, "part-000000.txt")):
-            with open(note, encoding="utf-8") as f:
-                old = json.load(f)
-            changed = [k for k in plan if plan[k] != old.get(k)]
-            if changed:
-                what = "the files in --in have changed" if set(changed) <= {"files", "listing"} else f"other {', '.join(changed)}"
-                fail(f"{folder}: begun with other settings ({what}; see plan.json): go on with those, or delete the folder")
-        write(note, [json.dumps(plan, indent=1)])
-        done = last = 0
-        for part in itertools.count():
-            file = os.path.join(folder, f"part-{part:06d}.txt")
-            if not os.path.exists(file):
-                break
-            with open(file, encoding="utf-8") as f:
-                head = json.loads(f.readline())
-            done, last = done + sum(n for stage, what, n in head["counts"] if (stage, what) == ("pages", "in")), head["last"]
-        if last:
+        digest = hashlib.sha256()
+        for path, name in listing(args.pages, shard, shards):
+            digest.update(f"{name}\0{os.lstat(path).st_size}\n".encode("utf-8", "surrogateescape"))
+        plan = {k: getattr(args, k) for k in MAP_SETTINGS} | {"in": args.pages, "files": digest.hexdigest()}
+        note, finished = os.path.join(folder, "plan.json"), [first_line(p) for p in parts(folder)]
+        if finished:
+            old = first_line(note)
+            if changed := [k for k in plan if plan[k] != old.get(k)]:
+                fail(f"{folder}: begun with other {', '.join(changed)} (see plan.json): go on with those, or delete the folder")
+        write(note, [json.dumps(plan)])
+        done = sum(n for head in finished for *key, n in head["counts"] if key == ["pages", "in"])
+        if finished and finished[-1]["last"]:
             return
         harvest = Harvest(args)
-        stream = documents(mine, args.pages, args.max_page << 20, done)
-        with tqdm(desc=f"pages {shard}/{shards}", initial=done, unit="page", disable=None) as bar:
-            while not last:
-                n = 0
-                for document in itertools.islice(stream, args.part):
-                    harvest.document(*document)
-                    n += 1
-                    bar.update()
-                last, lines = n < args.part, harvest.candidates()
-                head = {"counts": [[*key, n] for key, n in sorted(harvest.counts.items())], "last": last,
-                        "scored": harvest.scorer.about if harvest.scorer else None}
-                write(os.path.join(folder, f"part-{part:06d}.txt"), [json.dumps(head) + "\n"] + lines)
-                harvest.counts.clear()
-                part += 1
+        stream = documents(listing(args.pages, shard, shards), args.pages, args.max_page << 20)
+        bar = tqdm(itertools.islice(stream, done, None), f"pages {shard}/{shards}", initial=done, unit="page", disable=None)
+        for part in itertools.count(len(finished)):
+            n = 0
+            for n, document in enumerate(itertools.islice(bar, args.part), 1):
+                harvest.document(*document)
+            lines = harvest.candidates()
+            head = {"counts": [[*key, n] for key, n in sorted(harvest.counts.items())], "last": n < args.part}
+            write(os.path.join(folder, f"part-{part:06d}.txt"), [json.dumps(head) + "\n"] + lines)
+            harvest.counts.clear()
+            if head["last"]:
+                return
 
 
 # --------------------------------------------------------------------------------------------------------------------------- reduce
@@ -854,114 +802,88 @@ def run_map(args, shard, shards):
 def external_sort(lines, folder, most, fan=32):
     """Yields lines (str that end in a newline) in order, holding at most `most` of them: sorted runs on disk, merged `fan` at a time."""
     os.makedirs(folder, exist_ok=True)
-    lines, levels, number = iter(lines), [[]], itertools.count()
+    levels, number, lines = defaultdict(list), itertools.count(), iter(lines)
 
-    def spill(ordered):
+    def spill(ordered, level):
         path = os.path.join(folder, f"run-{next(number):06d}.txt")
         with open(path, "w", encoding="utf-8") as f:
             f.writelines(ordered)
-        return path
+        levels[level].append(path)
+        if len(levels[level]) == fan:
+            spill(merged(levels.pop(level)), level + 1)
 
     def merged(paths):
-        files = [open(p, encoding="utf-8", newline="\n") for p in paths]
-        try:
-            yield from heapq.merge(*files)
-        finally:
-            for f in files:
-                f.close()
-            for p in paths:
-                os.remove(p)
+        with ExitStack() as stack:
+            yield from heapq.merge(*(stack.enter_context(open(p, encoding="utf-8", newline="\n")) for p in paths))
+        for p in paths:
+            os.remove(p)
 
     while chunk := list(itertools.islice(lines, most)):
-        levels[0].append(spill(sorted(chunk)))
-        for k in itertools.count():
-            if len(levels[k]) < fan:
-                break
-            levels += [[]] if k + 1 == len(levels) else []
-            levels[k + 1].append(spill(merged(levels[k])))
-            levels[k] = []
-    yield from merged([p for level in levels for p in level])
+        spill(sorted(chunk), 0)
+    yield from merged([p for level in levels.values() for p in level])
 
 
-def parts_of(out):
-    """-> (parts, plan): the files of all shards of the map, in order. LaitError: a shard is missing or not finished."""
+def all_parts(out):
+    """-> (the parts of all shards of the map, the settings they share). SystemExit: a shard is missing, unfinished, or of another kind."""
     home = os.path.join(out, "candidates")
     names = sorted(n for n in os.listdir(home) if re.fullmatch(r"\d+-of-\d+", n)) if os.path.isdir(home) else []
     if not names:
         fail(f"{home}: no candidates here: run the map first (--in PAGES --out {out})")
     if len({n.split("-of-")[1] for n in names}) > 1:
         fail(f"{home}: holds shards of different divisions ({', '.join(names[:4])} ...): delete those of one")
-    shards, parts, plans = int(names[0].split("-of-")[1]), [], []
+    found, plan, shards = [], None, int(names[0].split("-of-")[1])
     for i in range(shards):
-        folder, last = os.path.join(home, f"{i:05d}-of-{shards:05d}"), False
-        for part in itertools.count():
-            file = os.path.join(folder, f"part-{part:06d}.txt")
-            if not os.path.exists(file):
-                break
-            parts.append(file)
-            with open(file, encoding="utf-8") as f:
-                last = json.loads(f.readline())["last"]
-        if not last:
+        folder = os.path.join(home, f"{i:05d}-of-{shards:05d}")
+        mine = parts(folder)
+        if not mine or not first_line(mine[-1])["last"]:
             fail(f"{folder}: not finished: run --shard {i}/{shards} (again) before --merge")
-        with open(os.path.join(folder, "plan.json"), encoding="utf-8") as f:
-            plans.append(json.load(f))
-        different = [k for k in MAP_SETTINGS if plans[0][k] != plans[-1][k]]
-        if different:
+        own = first_line(os.path.join(folder, "plan.json"))
+        plan, found = plan or own, found + mine
+        if different := [k for k in MAP_SETTINGS if plan[k] != own[k]]:
             fail(f"{folder}: made with other settings than shard 0: {', '.join(different)}")
-    return parts, plans[0]
+    return found, plan
 
 
-def candidates_of(parts):
-    for file in parts:
+def candidates_of(files):
+    for file in files:
         with open(file, encoding="utf-8", newline="\n") as f:
             f.readline()
             yield from f
 
 
-def threshold(parts, args):
-    """-> (least score or None, how it came about). By default the 95th percentile of the `other` scores, of a sample of 100,000."""
-    rng, sample, seen, scored = random.Random(0), [], 0, None
-    for file in parts:
-        with open(file, encoding="utf-8", newline="\n") as f:
-            scored = json.loads(f.readline())["scored"] or scored
-            for line in f if scored and args.min_score is None else ():
-                other = json.loads(line.split("\t", 2)[2])["other"]
-                if other is None:
-                    continue
-                seen += 1
-                if len(sample) < 100_000:
-                    sample.append(other)
-                elif (k := rng.randrange(seen)) < 100_000:
-                    sample[k] = other
-    if scored is None:
+def threshold(lines, plan, root, args):
+    """lines: candidates, some sorted by image hash (a hash's order is random) -> (least score or None, how it came about)."""
+    if not plan["score"]:
         if args.min_score is not None:
             fail("--min_score: these candidates were not scored (--score RUN)")
         return None, f"none (no --score): the best text of an image is its {', else its '.join(SOURCES)}"
     if args.min_score is not None:
-        return args.min_score, f"{scored}; at least {args.min_score:g} (--min_score)"
-    if len(sample) < 100:
-        fail(f"{len(sample)} scores of texts with other pictures are too few for a threshold: give --min_score")
-    least = float(np.quantile(sample, args.chance_quantile))
-    return least, f"{scored}; at least {least:.4f}, the {args.chance_quantile:.0%} quantile of {seen:,} texts with other pictures"
+        return args.min_score, f"by {plan['score']}; at least {args.min_score:g} (--min_score)"
+    rows = [(line.split("\t", 1)[0], json.loads(line.split("\t", 2)[2])) for line in lines]
+    pairs = [(k, (k + len(rows) // 2) % len(rows)) for k in range(len(rows))]           # a text, and whose picture it gets
+    pairs = [(k, j) for k, j in pairs if rows[k][0] != rows[j][0]]
+    if len(pairs) < 100:
+        fail(f"{len(pairs)} texts to score with other pictures are too few for a threshold: give --min_score")
+    scorer = Scorer(plan["score"], args.device, args.batch_size)
+    chance = scorer([os.path.join(root, row["image"]) for _, row in rows], [j for _, j in pairs], [rows[k][1]["text"] for k, _ in pairs])
+    least = round(float(np.quantile(chance, args.chance_quantile)), 4)
+    return least, f"{scorer.about}; at least {least:.4f}, the {args.chance_quantile:.0%} quantile of {len(pairs):,} texts with other pictures"
 
 
 def best_texts(lines, least, counts):
-    """lines sorted by image hash -> yields "text hash TAB image hash TAB json" of the best text of each image."""
+    """lines, sorted -> yields "text hash TAB image hash TAB json" of the best text of each image."""
     for image, group in itertools.groupby(lines, lambda line: line.split("\t", 1)[0]):
-        best, seen = None, {}
-        for line in group:
-            _, text, row = line.rstrip("\n").split("\t", 2)
+        best = last = None
+        for _, text, row in (line.rstrip("\n").split("\t", 2) for line in group):
             counts["pairs", "in"] += 1
             row = json.loads(row)
             if least is not None and row["score"] < least:
                 counts["pairs", "below the score"] += 1
                 continue
+            if best:                                                    # one of the two goes; the same texts stand side by side
+                counts["pairs", "same pair on several pages" if text == last else "not the best text"] += 1
             rank = (row["score"] if least is not None else 0, -SOURCES.index(row["source"]), row["text"], row["page"])
-            if best is not None:                                        # one of the two goes
-                counts["pairs", "same pair on several pages" if text in seen else "not the best text"] += 1
-            seen[text] = None if len(seen) < 1000 else seen.get(text)   # enough to tell the two reasons apart; bounded
-            if best is None or rank > best[0]:
-                best = rank, text, row
+            best, last = max(best or (rank, text, row), (rank, text, row), key=lambda b: b[0]), text
         if best:
             yield f"{best[1]}\t{image}\t{json.dumps(best[2])}\n"
 
@@ -970,161 +892,141 @@ def rare_texts(lines, most, counts):
     """lines sorted by text hash -> yields those whose text belongs to at most `most` images; of the others none."""
     for _, group in itertools.groupby(lines, lambda line: line.split("\t", 1)[0]):
         few = list(itertools.islice(group, most))
-        more = sum(1 for _ in group)
-        if more:
+        if more := sum(1 for _ in group):
             counts["pairs", "text of too many images"] += len(few) + more
         else:
             yield from few
 
 
 def run_merge(args):
-    """All candidates -> OUT/00000.tar ..., OUT/report.json."""
-    parts, plan = parts_of(args.out)
-    with alone(os.path.join(args.out, "candidates")):
-        root, work = args.images or plan["images"], os.path.join(args.out, "candidates", "merge")
+    """All candidates -> OUT/00000.tar ..., OUT/report.json, which is printed. Begins anew after a stop; what is done stays."""
+    files, plan = all_parts(args.out)
+    home, report = os.path.join(args.out, "candidates"), os.path.join(args.out, "report.json")
+    with alone(home):
+        root, note, work = args.images or plan["images"], os.path.join(home, "merge.json"), os.path.join(home, "merge")
         if not os.path.isdir(root):
             fail(f"--images {root}: no such directory")
-        sizes = hashlib.sha256("".join(f"{p} {os.path.getsize(p)}\n" for p in parts).encode()).hexdigest()
-        settings = {k: getattr(args, k) for k in ("min_score", "chance_quantile", "max_images", "shard_size")} | {"candidates": sizes}
-        note, kept = os.path.join(work, "plan.json"), os.path.join(work, "kept.txt")
-        tars = [n for n in os.listdir(args.out) if n.endswith(".tar")]
-        old = None
-        if os.path.exists(note):
-            with open(note, encoding="utf-8") as f:
-                old = json.load(f)
-        if old != settings:
-            if tars:
-                fail(f"{args.out}: holds {len(tars)} shards of another merge ({tars[0]} ...): delete them first, or name another --out")
-            if os.path.exists(kept):
-                os.remove(kept)
-            os.makedirs(work, exist_ok=True)
-            write(note, [json.dumps(settings, indent=1)])
-        if not os.path.exists(kept):                                    # both sorts again, unless they are done
-            counts = Counter()
-            for file in parts:
-                with open(file, encoding="utf-8") as f:
-                    counts.update({(stage, what): n for stage, what, n in json.loads(f.readline())["counts"]})
-            least, how = threshold(parts, args)
-            for leftover in (n for n in os.listdir(work) if os.path.isdir(os.path.join(work, n))):
-                for file in os.listdir(os.path.join(work, leftover)):
-                    os.remove(os.path.join(work, leftover, file))
-            lines = tqdm(candidates_of(parts), "sorting by image", total=counts["texts", "out"], unit="pair", disable=None)
-            by_image = external_sort(lines, os.path.join(work, "by-image"), args.sort_lines)
-            by_text = external_sort(best_texts(by_image, least, counts), os.path.join(work, "by-text"), args.sort_lines)
-            with open(f"{kept}.body", "w", encoding="utf-8") as f:
-                total = 0
-                for line in rare_texts(by_text, args.max_images, counts):
-                    f.write(line)
-                    total += 1
-            head = {"counts": [[*key, n] for key, n in sorted(counts.items())], "how": how, "total": total}
-            with open(f"{kept}.body", encoding="utf-8", newline="\n") as f:
-                write(kept, itertools.chain([json.dumps(head) + "\n"], f))
-            os.remove(f"{kept}.body")
-        with open(kept, encoding="utf-8", newline="\n") as f:
-            head = json.loads(f.readline())
-            counts = Counter({(stage, what): n for stage, what, n in head["counts"]})
-            with tqdm(total=head["total"], desc="writing shards", unit="pair", disable=None) as bar:
-                words = sum(pack(f, n, args, root, counts, bar) for n in range(math.ceil(head["total"] / args.shard_size)))
-        report(args, plan, counts, head["how"], words)
+        digest = hashlib.sha256("".join(f"{p} {os.path.getsize(p)}\n" for p in files).encode()).hexdigest()
+        settings = {k: getattr(args, k) for k in ("min_score", "chance_quantile", "max_images", "shard_size")} | {"candidates": digest}
+        same = os.path.exists(note) and first_line(note) == settings
+        if same and os.path.exists(report):
+            with open(report, encoding="utf-8") as f:
+                return show(json.load(f), args.out)
+        if not same and (tars := [n for n in sorted(os.listdir(args.out)) if n.endswith(".tar")]):
+            fail(f"{args.out}: holds {len(tars)} shards of another merge ({tars[0]} ...): delete them first, or name another --out")
+        if os.path.exists(report):
+            os.remove(report)
+        write(note, [json.dumps(settings)])
+        shutil.rmtree(work, ignore_errors=True)
+        counts = Counter()
+        for file in files:
+            counts.update({(stage, what): n for stage, what, n in first_line(file)["counts"]})
+        lines = tqdm(candidates_of(files), "sorting", total=counts["texts", "out"], unit="pair", disable=None)
+        lines = external_sort(lines, os.path.join(work, "by-image"), args.sort_lines)
+        some = list(itertools.islice(lines, CHANCE_TEXTS))
+        least, how = threshold(some, plan, root, args)
+        lines = best_texts(itertools.chain(some, lines), least, counts)
+        lines = external_sort(lines, os.path.join(work, "by-text"), args.sort_lines)
+        lines = tqdm(rare_texts(lines, args.max_images, counts), "writing shards", unit="pair", disable=None)
+        words, number = 0, itertools.count()
+        while chunk := list(itertools.islice(lines, args.shard_size)):
+            words += pack(os.path.join(args.out, f"{next(number):05d}.tar"), chunk, args, root, counts)
+        shutil.rmtree(work, ignore_errors=True)
+        result = summary(plan, counts, how, words)
+        write(report, [json.dumps(result, indent=1)])
+        show(result, args.out)
 
 
-def pack(lines, number, args, root, counts, bar):
-    """The next shard_size lines -> OUT/NNNNN.tar (and NNNNN.json with its counts, img2dataset's habit), unless it is there -> its words."""
-    tar, stats = (os.path.join(args.out, f"{number:05d}.{kind}") for kind in ("tar", "json"))
-    chunk = list(itertools.islice(lines, args.shard_size))
-    if not (os.path.exists(tar) and os.path.exists(stats)):
-        done = {"pairs": 0, "changed": 0, "words": 0}
-        with tarfile.open(f"{tar}.tmp", "w", format=tarfile.USTAR_FORMAT) as out:
-            for k, line in enumerate(chunk):
-                _, digest, row = line.rstrip("\n").split("\t", 2)
-                row, key = json.loads(row), f"{number:05d}{k:06d}"
-                try:
-                    with open(os.path.join(root, row["image"]), "rb") as f:
-                        raw = f.read((args.max_image << 20) + 1)
-                except OSError:
-                    raw = b""
-                bar.update()
-                if hashlib.sha256(raw).hexdigest() != digest:           # gone, or another picture since the map
-                    done["changed"] += 1
-                    continue
-                about = {"caption": row["text"], "url": row["image"], "key": key, "sha256": digest, **{k: row[k] for k in
-                         ("page", "source", "score", "width", "height")}}
-                for kind, content in ((row["kind"], raw), ("txt", row["text"].encode()), ("json", json.dumps(about).encode())):
-                    member = tarfile.TarInfo(f"{key}.{kind}")
-                    member.size, member.mode = len(content), 0o644
-                    out.addfile(member, io.BytesIO(content))
-                done["pairs"] += 1
-                done["words"] += len(row["text"].split())
-        os.replace(f"{tar}.tmp", tar)
-        write(stats, [json.dumps(done)])
-    else:
-        bar.update(len(chunk))
-    with open(stats, encoding="utf-8") as f:
-        done = json.load(f)
-    counts["pairs", "out"] += done["pairs"]
-    if done["changed"]:
-        counts["pairs", "file changed since the map"] += done["changed"]
-    return done["words"]
+def pack(path, lines, args, root, counts):
+    """Candidates -> a tar of their pictures' own bytes, texts and records -> how many words the texts have."""
+    words = 0
+    with tarfile.open(f"{path}.tmp", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for k, line in enumerate(lines):
+            _, digest, row = line.rstrip("\n").split("\t", 2)
+            row, key = json.loads(row), f"{os.path.basename(path)[:-4]}{k:06d}"
+            try:
+                with open(os.path.join(root, row["image"]), "rb") as f:
+                    raw = f.read((args.max_image << 20) + 1)
+            except OSError:
+                raw = b""
+            if hashlib.sha256(raw).hexdigest() != digest:               # gone, or another picture since the map
+                counts["pairs", "file changed since the map"] += 1
+                continue
+            about = {"caption": row["text"], "url": row["image"], "key": key, "sha256": digest}
+            about |= {k: row[k] for k in ("page", "source", "score", "width", "height")}
+            for kind, content in ((row["kind"], raw), ("txt", row["text"].encode()), ("json", json.dumps(about).encode())):
+                member = tarfile.TarInfo(f"{key}.{kind}")
+                member.size, member.mode = len(content), 0o644
+                tar.addfile(member, io.BytesIO(content))
+            counts["pairs", "out"] += 1
+            words += len(row["text"].split())
+    os.replace(f"{path}.tmp", path)
+    return words
 
 
-def report(args, plan, counts, how, words):
-    """Prints and writes what each stage dropped. AssertionError: the counts of a stage do not add up, a fault of this program."""
-    out, off = counts["pairs", "out"], []
-    if not plan["vocab"]:
-        off.append("out-of-vocabulary rule: off, no --vocab was given")
-    if not plan["safe"]:
-        off.append("unsafe content: only labels and words were read, no picture was looked at (--safe FILE.py:FUNCTION)")
-    if not plan["natural"]:
-        off.append("unnatural pictures: told by flatness, number of colors and shape, no trained classifier (--natural FILE.py:FUNCTION)")
-    table = {stage: {what: n for (s, what), n in sorted(counts.items(), key=lambda c: -c[1]) if s == stage and n} for stage in
-             ("pages", "images", "texts", "pairs")}
-    for stage, rows in table.items():
+def summary(plan, counts, how, words):
+    """The report as a dict. AssertionError: the counts of a stage do not add up, a fault of this program."""
+    limits = ["unsafe content: only labels and words were read, no picture was looked at (--safe FILE.py:FUNCTION)"] * (not plan["safe"])
+    limits += ["unnatural pictures: told by flatness, number of colors and shape, no trained classifier (--natural FILE.py:FUNCTION)"
+               ] * (not plan["natural"])
+    limits += ["out-of-vocabulary rule: off, no --vocab was given"] * (not plan["vocab"])
+    stages = {}
+    for stage in ("pages", "images", "texts", "pairs"):
+        rows = {what: n for (s, what), n in sorted(counts.items(), key=lambda c: (-c[1], c[0])) if s == stage and n}
         entered, left = rows.pop("in", 0), rows.pop("out", 0)
         assert entered == left + sum(rows.values()), f"{stage}: {entered} in, {left} out, {rows} dropped"
-        table[stage] = {"in": entered, "dropped": rows, "out": left}
-        print(f"{stage:<8}{entered:>12,} in")
-        for what, n in rows.items():
-            print(f"{'':8}{-n:>12,} {what}")
-        print(f"{'':8}{left:>12,} out")
-    mean = words / out if out else None
-    print(f"scoring: {how}")
-    print(*off, sep="\n")
-    print(f"{out:,} images, each with one text of {f'{mean:.1f}' if out else 'no'} words on average (LAIT: {PAPER_WORDS}) -> {args.out}")
-    write(os.path.join(args.out, "report.json"), [json.dumps({"stages": table, "scoring": how, "limits": off, "mean_words": mean, "map": plan}, indent=1)])
+        stages[stage] = {"in": entered, "dropped": rows, "out": left}
+    out = stages["pairs"]["out"]
+    return {"stages": stages, "scoring": how, "limits": limits, "mean_words": words / out if out else None, "map": plan}
+
+
+def show(report, out):
+    for stage, row in report["stages"].items():
+        print(f"{stage:<8}{row['in']:>12,} in")
+        for what, n in row["dropped"].items():
+            print(f"{-n:>20,} {what}")
+        print(f"{row['out']:>20,} out")
+    print("scoring: " + report["scoring"], *report["limits"], sep="\n")
+    mean = f"{report['mean_words']:.1f}" if report["mean_words"] else "no"
+    print(f"{report['stages']['pairs']['out']:,} images, each with one text of {mean} words on average (LAIT: {PAPER_WORDS}) -> {out}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="lait.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("files and passes").add_argument
     add("--in", dest="pages", help="folder of pages (.html) and archives (.warc, .warc.gz), or one of these files")
     add("--out", required=True, help="folder of the shards; OUT/candidates holds what the map found")
     add("--images", help="folder of the pages' images, as wget -x stores them (default: --in)")
     add("--shard", help="I/N: only the map, only the I-th of N parts of the input files (I from 0)")
     add("--merge", action="store_true", help="only the reduce")
-    add("--vocab", default="", help="BERT vocab.txt of the out-of-vocabulary rule; without one that rule is off")
-    add("--score", default="", help="run directory whose model scores each pair; without one the surest source is taken")
-    add("--min_score", type=float, help="pairs below are dropped (default: see --chance_quantile)")
-    add("--chance_quantile", type=float, default=0.95, help="least score = this quantile of the scores with other pictures [0.95]")
-    add("--max_images", type=int, default=10, help="a text of more images than this is dropped with all of them [10]")
+    add = parser.add_argument_group("map: pages and pictures").add_argument
     add("--language", default="", help="FILE.py:FUNCTION instead of language()")
     add("--natural", default="", help="FILE.py:FUNCTION instead of natural()")
     add("--safe", default="", help="FILE.py:FUNCTION instead of safe()")
-    add("--spam", default="", help="file of phrases, one a line, instead of the built-in spam list")
-    add("--min_side", type=int, default=300, help="both sides of an image must be larger, in pixels [300, the paper's]")
     add("--per_page", type=int, default=1, help="so many dominant images of a page at most [1]")
-    add("--min_words", type=int, default=4, help="words of a sentence, at least [4]")
-    add("--max_words", type=int, default=40, help="and at most [40]")
-    add("--max_oov", type=float, default=0.3, help="share of words that may lie outside the vocabulary [0.3]")
+    add("--min_side", type=int, default=300, help="both sides of an image must be larger, in pixels [300, the paper's]")
     add("--max_page", type=int, default=4, help="largest page, in MB [4]")
     add("--max_image", type=int, default=32, help="largest image file, in MB [32]")
     add("--page_seconds", type=float, default=5.0, help="CPU seconds that a page may take to parse [5]")
     add("--part", type=int, default=1000, help="documents held and written at once; a stop loses no more [1000]")
+    add = parser.add_argument_group("map: sentences").add_argument
+    add("--vocab", default="", help="BERT vocab.txt of the out-of-vocabulary rule; without one that rule is off")
+    add("--max_oov", type=float, default=0.3, help="share of a sentence's words that may lie outside the vocabulary [0.3]")
+    add("--min_words", type=int, default=4, help="words of a sentence, at least [4]")
+    add("--max_words", type=int, default=40, help="and at most [40]")
+    add("--spam", default="", help="file of phrases, one a line, instead of the built-in spam list")
+    add = parser.add_argument_group("scoring (also of the reduce, where that sets the threshold)").add_argument
+    add("--score", default="", help="run directory whose model scores each pair; without one the surest source is taken")
+    add("--device", default="cpu", help="of the scoring model [cpu]")
+    add("--batch_size", type=int, default=64, help="of the scoring model [64]")
+    add = parser.add_argument_group("reduce").add_argument
+    add("--min_score", type=float, help="pairs below are dropped (default: see --chance_quantile)")
+    add("--chance_quantile", type=float, default=0.95, help=f"the least score is this quantile of {CHANCE_TEXTS:,} scores with other pictures [0.95]")
+    add("--max_images", type=int, default=10, help="a text of more images than this is dropped with all of them [10]")
     add("--sort_lines", type=int, default=500_000, help="candidates held in memory by a sort [500000]")
     add("--shard_size", type=int, default=1000, help="pairs in a tar [1000]")
-    add("--batch_size", type=int, default=64, help="of the scoring model [64]")
-    add("--device", default="cpu", help="of the scoring model [cpu]")
     args = parser.parse_args(argv)
     for name in ("max_images", "per_page", "min_words", "max_page", "max_image", "part", "sort_lines", "shard_size", "batch_size"):
         if getattr(args, name) < 1:
@@ -1137,11 +1039,11 @@ def main(argv=None):
         fail(f"--out {args.out}: a file, not a folder")
     if not args.merge:
         if not args.pages or not os.path.exists(args.pages):
-            fail(f"--in {args.pages or ''}: " + ("no such file or folder" if args.pages else "name the folder of the pages"))
+            fail(f"--in {args.pages}: no such file or folder" if args.pages else "--in: name the folder of the pages")
         args.images = args.images or (args.pages if os.path.isdir(args.pages) else os.path.dirname(args.pages) or ".")
         if not os.path.isdir(args.images):
             fail(f"--images {args.images}: no such directory")
-        if next(listing(args.pages), None) is None or not next(listing(args.pages))[1].lower().endswith(PAGE_TYPES + ARCHIVE_TYPES):
+        if next(listing(args.pages), None) is None:
             fail(f"--in {args.pages}: no {', '.join(PAGE_TYPES + ARCHIVE_TYPES)} in it")
         where = re.fullmatch(r"(\d{1,5})/(\d{1,5})", args.shard or "0/1")
         if not where or not int(where[1]) < int(where[2]):

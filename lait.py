@@ -155,17 +155,19 @@ SPAM = ("click here", "click to", "buy now", "shop now", "order now", "sign up",
         "learn more", "all rights reserved", "terms of", "privacy policy", "cookies", "advertisement", "sponsored", "limited offer",
         "discount code", "best price", "casino", "viagra", "download now", "follow us", "share this", "log in", "stock photo",
         "image may contain", "no description available", "lorem ipsum", "enable javascript")
-SPANS = re.compile(r"<[^<>]{1,200}>|\b(?:https?://|www\.)\S+|[\w.+-]{1,64}@[\w.-]{1,64}|[@#]\w+"
-                   r"|\b[\w%./-]{1,200}\.(?:jpe?g|png|gif|webp|html?|com|org|net)\b|[(\[](?:photo|image|picture|credit|source|via|ap|afp|getty|reuters)\b[^)\]]{0,100}[)\]]"
-                   r"|\b(?:photo|image|picture)s? (?:by|credit|courtesy)\b.{0,100}|\b(?:photo|image) ?credit:.{0,100}|\|.{0,100}$", re.I)
+SPANS = re.compile("|".join((
+    r"<[^<>]{1,200}>", r"\b(?:https?://|www\.)\S+", r"[\w.+-]{1,64}@[\w.-]{1,64}", r"[@#]\w+",         # tags, addresses, handles
+    r"\b[\w%./-]{1,200}\.(?:jpe?g|png|gif|webp|html?|com|org|net)\b",                                  # names of files and sites
+    r"[(\[](?:photo|image|picture|credit|source|via|ap|afp|getty|reuters)\b[^)\]]{0,100}[)\]]",        # credits
+    r"\b(?:photo|image|picture)s? (?:by|credit|courtesy)\b[^.!?]{0,100}", r"\|[^.!?]{0,100}")), re.I)  # and site names after |
 
 
 def sentences(text, limit=2000):
-    """A raw text -> its sentences without bad spans: tags, addresses, file names, handles, credits, site names after |, emoji."""
+    """A raw text -> its sentences, without bad spans (SPANS) and emoji."""
     text = unicodedata.normalize("NFKC", text[:limit])
-    text = "".join(c if unicodedata.category(c)[0] in "LNPZ" or c in "$+|<>\n\t" else " " for c in text)
-    for part in re.split(r"(?<=[.!?])\s+(?=[A-Z0-9\"'])", " ".join(text.split())):
-        yield " ".join(SPANS.sub(" ", part).split()).strip(" -,:;|*_")
+    text = "".join(c if unicodedata.category(c)[0] in "LNPZ" or c in "$+|<>=~\n\t" else " " for c in text)
+    for part in re.split(r"(?<=[.!?])\s+(?=[A-Z0-9\"'])", SPANS.sub(" ", " ".join(text.split()))):
+        yield " ".join(part.split()).strip(" -,:;|*_=~")
 
 
 def reject(sentence, args, words, spam):
@@ -784,10 +786,10 @@ def run_map(args, shard, shards):
             return
         harvest = Harvest(args)
         stream = documents(listing(args.pages, shard, shards), args.pages, args.max_page << 20)
-        bar = tqdm(itertools.islice(stream, done, None), f"pages {shard}/{shards}", initial=done, unit="page", disable=None)
+        stream = iter(tqdm(itertools.islice(stream, done, None), f"pages {shard}/{shards}", initial=done, unit="page", disable=None))
         for part in itertools.count(len(finished)):
             n = 0
-            for n, document in enumerate(itertools.islice(bar, args.part), 1):
+            for n, document in enumerate(itertools.islice(stream, args.part), 1):
                 harvest.document(*document)
             lines = harvest.candidates()
             head = {"counts": [[*key, n] for key, n in sorted(harvest.counts.items())], "last": n < args.part}
@@ -927,7 +929,7 @@ def run_merge(args):
         least, how = threshold(some, plan, root, args)
         lines = best_texts(itertools.chain(some, lines), least, counts)
         lines = external_sort(lines, os.path.join(work, "by-text"), args.sort_lines)
-        lines = tqdm(rare_texts(lines, args.max_images, counts), "writing shards", unit="pair", disable=None)
+        lines = iter(tqdm(rare_texts(lines, args.max_images, counts), "writing shards", unit="pair", disable=None))
         words, number = 0, itertools.count()
         while chunk := list(itertools.islice(lines, args.shard_size)):
             words += pack(os.path.join(args.out, f"{next(number):05d}.tar"), chunk, args, root, counts)

@@ -211,7 +211,7 @@ def web(tmp_path_factory):
     web.bad_image("not dominant", "/img/logo.png", extra='<nav><img src="/img/0.jpg" class="icon"></nav>', alt="x")
     web.count("images/in", "images/not dominant")
     web.count("images/not dominant", "images/in")                                   # of two alike the first in the DOM stays
-    first, alt = web.file("img/first.jpg", encoded(photo(10))), next(web.sentences)
+    first, alt = web.file("img/first.jpg", encoded(photo(8010))), next(web.sentences)
     web.count("images/in", "images/out", "texts/in", "texts/out", "pairs/in")
     web.page(f'<img src="/{first}" alt="{alt}"></figure><figure><img src="/img/0.jpg" alt="{next(web.sentences)}">')
     web.keep(first, alt)
@@ -223,7 +223,7 @@ def web(tmp_path_factory):
     web.bad_text("spam", "click here and see a red dog")
     web.bad_text("out of vocabulary", "zyxxy qwrtz plugh in the garden")
     web.bad_text("not words", "1234 5678 9012 a dog 3456 7890")
-    twice, name = next(web.sentences), web.file("img/twice.jpg", encoded(photo(11)))
+    twice, name = next(web.sentences), web.file("img/twice.jpg", encoded(photo(8011)))
     web.count("images/in", "images/out", "texts/out", "pairs/in", "texts/said twice of one image")
     web.count("texts/in", n=2)
     web.page(f'<img src="/{name}" alt="{twice}" title="{twice.upper()}!">')
@@ -249,6 +249,19 @@ def web(tmp_path_factory):
 def run(web, out, *more):
     lait.main([*web.flags, "--out", str(out), *map(str, more)])
     return json.loads((out / "report.json").read_text()) if (out / "report.json").exists() else None
+
+
+def merge(web, out, *more):
+    lait.main(["--out", str(out), "--merge", *web.flags[web.flags.index("--max_images"):], "--max_image", "1", *map(str, more)])
+
+
+def same_result(a, b):
+    """Equal reports (but for what names the folders) and equal bytes of the same tars."""
+    one, two = (json.loads((d / "report.json").read_text()) for d in (a, b))
+    assert flat(one) == flat(two) and one["scoring"] == two["scoring"] and one["mean_words"] == two["mean_words"]
+    names = sorted(p.name for p in a.glob("*.tar"))
+    assert names == sorted(p.name for p in b.glob("*.tar")) != []
+    assert all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
 
 
 def flat(report):
@@ -304,13 +317,12 @@ def test_shards_hold_the_files_own_bytes_and_data_reads_them(web, whole):
     assert data.main(["check", str(out)]) == 0
 
 
-def test_shards_of_the_map_in_any_order_give_the_same_tars(web, whole, tmp_path):
-    for shard in ("2/3", "0/3", "1/3"):
+@pytest.mark.parametrize("order", ["2/3 0/3 1/3", "6/7 5/7 4/7 3/7 2/7 1/7 0/7"])
+def test_shards_of_the_map_in_any_order_give_the_same_tars(web, whole, tmp_path, order):
+    for shard in order.split():
         assert run(web, tmp_path, "--shard", shard) is None and not list(tmp_path.glob("*.tar"))
-    lait.main(["--out", str(tmp_path), "--merge", "--max_images", "4", "--sort_lines", "7", "--shard_size", "50", "--max_image", "1"])
-    assert flat(json.loads((tmp_path / "report.json").read_text())) == flat(whole[1])
-    for tar in sorted(whole[0].glob("*.tar")):
-        assert (tmp_path / tar.name).read_bytes() == tar.read_bytes()
+    merge(web, tmp_path, "--sort_lines", 7)
+    same_result(whole[0], tmp_path)
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(web, whole, tmp_path):
@@ -332,7 +344,8 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(web, whole, tmp_path):
     assert killed == 2, done.stderr
     before = {p: p.stat().st_mtime_ns for p in (out / "candidates").rglob("part-*.txt")}
     assert before
-    assert flat(run(web, out)) == flat(whole[1]) and content(out) == content(whole[0])
+    run(web, out)
+    same_result(whole[0], out)
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())                # what was finished was not made again
 
 
@@ -340,7 +353,7 @@ def test_a_second_call_makes_nothing_again_and_other_settings_are_refused(web, w
     times = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*.tar")}
     run(web, whole[0])
     assert times == {p: p.stat().st_mtime_ns for p in whole[0].rglob("*.tar")}
-    with pytest.raises(SystemExit, match="begun with other settings .other min_side"):
+    with pytest.raises(SystemExit, match="begun with other min_side"):
         run(web, whole[0], "--min_side", 200)
     with pytest.raises(SystemExit, match="shards of another merge"):
         lait.main(["--out", str(whole[0]), "--merge"])
@@ -380,55 +393,62 @@ def scored(web, tmp_path_factory):
 
 def test_score_is_the_cosine_of_the_runs_encoders(web, scored, tmp_path):
     web2 = Web(tmp_path / "web")
-    names = [web2.good() for _ in range(5)]
-    images = [(str(web2.root / name), str(n), [alt, "a small dog"]) for n, (name, alt) in enumerate(names)]
-    score, other = lait.Scorer(str(scored), "cpu", 3)(images)
+    paths, texts = zip(*((str(web2.root / name), alt) for name, alt in (web2.good() for _ in range(5))))
+    owner = [0, 3, 3, 1, 4, 2, 0]
+    texts = [*texts, "a small dog", "a dog and a cat near the old house"]
+    score = lait.Scorer(str(scored), "cpu", 3)(paths, owner, texts)
     model, _ = evaluation.load_run(scored)
-    tokenizer = data.get_tokenizer(scored / "vocab.txt")
-    view = data.Views(records_of(images), {"source": "pairs", "image": "resize", "norm": "clip", "text": "caption"}, tokenizer, 64, 16, train=False)
-    with torch.no_grad():
-        image = torch.cat([model.encode_image({"image": view[n]["image"][None]}) for n in range(5)])
-        for n, (_, _, texts) in enumerate(images):
-            for k, text in enumerate(texts):
-                ids = view.text("text", text)
-                emb = model.encode_text({key: v[None] for key, v in ids.items()})[0]
-                assert score[2 * n + k] == pytest.approx(float(image[n] @ emb), abs=1e-5)
-                assert other[2 * n + k] == pytest.approx(float(image[(n + 2) % 5] @ emb), abs=1e-5)
-
-
-def records_of(images):
     records = data.Records("pairs", None)
-    for n, (path, _, texts) in enumerate(images):
-        records.append({"image": path, "image_id": n, "caption": texts})
-    return records
+    for n, path in enumerate(paths):
+        records.append({"image": path, "image_id": n, "caption": ["x"]})
+    views = {"source": "pairs", "image": "resize", "norm": "clip", "text": "caption"}
+    view = data.Views(records, views, data.get_tokenizer(scored / "vocab.txt"), 64, 16, train=False)
+    with torch.no_grad():
+        for got, o, text in zip(score, owner, texts, strict=True):
+            image = model.encode_image({"image": view[o]["image"][None]})[0]
+            emb = model.encode_text({key: v[None] for key, v in view.text("text", text).items()})[0]
+            assert got == pytest.approx(float(image @ emb), abs=1e-4) and got == round(got, 4)
 
 
 def test_match_scores_where_there_are_no_encoders(web, scored, tmp_path, monkeypatch):
     web2 = Web(tmp_path / "web")
-    images = [(str(web2.root / name), str(n), [alt]) for n, (name, alt) in enumerate(web2.good() for _ in range(3))]
+    paths, texts = zip(*((str(web2.root / name), alt) for name, alt in (web2.good() for _ in range(3))))
     scorer = lait.Scorer(str(scored), "cpu", 2)
     scorer.dual = False
     monkeypatch.setattr(scorer.model, "match", lambda b: b["image"].mean((1, 2, 3)) + b["text"].sum(1), raising=False)
-    score, other = scorer(images)
-    assert len(score) == 3 and not np.allclose(score, other)
-    text = [data.get_tokenizer(scored / "vocab.txt").encode(t, 16) for _, _, (t,) in images]
-    mean = np.array(score) - [sum(t) for t in text]
-    assert np.allclose(np.array(other) - [sum(t) for t in text], np.roll(mean, -1), atol=1e-4)
+    ids = [sum(data.get_tokenizer(scored / "vocab.txt").encode(t, 16)) for t in texts]
+    mean = np.array(scorer(paths, [0, 1, 2], texts)) - ids
+    assert len(set(mean)) == 3 and np.allclose(np.array(scorer(paths, [1, 2, 0], texts)) - ids, np.roll(mean, -1), atol=3e-4)
 
 
 def test_score_chooses_the_text_and_the_threshold_drops(web, scored, tmp_path):
+    """... and neither depends on how the map was divided."""
     report = run(web, tmp_path, "--score", scored, "--chance_quantile", 0.5)
-    rows, least = [json.loads(line.split("\t")[2]) for line in lait.candidates_of(lait.parts_of(tmp_path)[0])], None
-    least = float(np.quantile([r["other"] for r in rows], 0.5))
+    rows = [json.loads(line.split("\t")[2]) for line in lait.candidates_of(lait.all_parts(tmp_path)[0])]
+    least = float(re.search(r"at least (\S+),", report["scoring"])[1])
     pairs = report["stages"]["pairs"]
     assert pairs["dropped"]["below the score"] == sum(r["score"] < least for r in rows) > 0
-    assert f"{least:.4f}" in report["scoring"] and "cosine" in report["scoring"]
+    assert "cosine" in report["scoring"] and "quantile of 141 texts" in report["scoring"]
     best = {}
     for r in sorted(rows, key=lambda r: r["score"]):
         if r["score"] >= least:
             best[r["image"]] = r["text"]
     shared = Counter(lait.normal(t) for t in best.values())
     assert {k: t for k, (t, _) in content(tmp_path).items()} == {k: t for k, t in best.items() if shared[lait.normal(t)] <= 4}
+    for shard in ("1/2", "0/2"):
+        run(web, tmp_path / "b", "--score", scored, "--shard", shard)
+    merge(web, tmp_path / "b", "--chance_quantile", 0.5)
+    same_result(tmp_path, tmp_path / "b")
+
+
+def test_a_threshold_needs_scores_enough(scored, tmp_path):
+    web2 = Web(tmp_path / "web")
+    web2.good()
+    argv = ["--in", str(web2.root), "--out", str(tmp_path / "out"), "--score", str(scored)]
+    with pytest.raises(SystemExit, match="too few for a threshold: give --min_score"):
+        lait.main(argv)
+    lait.main([*argv, "--min_score", "-1"])
+    assert len(content(tmp_path / "out")) == 1
 
 
 # --------------------------------------------------------------------------------------------------------------------- small parts

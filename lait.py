@@ -1,21 +1,21 @@
 """lait.py: weakly supervised image-text pairs from web pages, the way ImageBERT's LAIT was collected (section 3, Figure 1).
 
-    HTML files, WARC records --> language --> dominant image (tags, place in the DOM) --> its local file: over 300 px, natural, safe
-                                                     |                                          |
-                             alt, title, caption, text around --> sentences --> cleaning rules -+-> (image, text) --> score    map
-    candidates --sort by image hash--> best text per image --sort by text hash--> texts of few images --> tar shards          reduce
+    HTML files, WARC records --> language --> dominant image (tags, place in the DOM) --> its file: over 300 px, natural, safe
+                                                     |                                      |
+                             alt, title, caption, text around --> sentences --> cleaning --+--> (image, text) --> score     map
+    candidates --sort by image hash--> best text per image --sort by text hash--> texts of few images --> tar shards     reduce
 
     python lait.py --in PAGES --out SHARDS --vocab vocab.txt --score RUN     all of it in one process, then:
     python train.py --model codis --data SHARDS --vocab vocab.txt
 
-    python lait.py --in CRAWL --out SHARDS --shard 3/64 ...      the map alone, its 4th part of 64 (0 to 63): any engine runs these
+    python lait.py --in CRAWL --out SHARDS --shard 3/64 ...      the map alone, its part 3 of 0 to 63: any engine runs these
     python lait.py --out SHARDS --merge                          the reduce, when all 64 are there
 
-The result does not depend on the number of parts. Nothing is fetched: a page's images are files below --images (default: --in), where
-`wget -x` puts them: http://HOST/a/b.jpg is HOST/a/b.jpg. A page file's own relative addresses start from its folder. Both passes need
-the memory of --part documents or of --sort_lines candidates, whatever the size of the crawl. After a stop the same command goes on
-(the map at its next part, the reduce from the candidates). Every document, image, sentence and pair that is dropped is counted under
-its stage and reason (SHARDS/report.json); the counts must add up.
+The result does not depend on the number of parts. Nothing is fetched: a page's images are files below --images (default: --in),
+where `wget -x` puts them: http://HOST/a/b.jpg is HOST/a/b.jpg. A page file's own relative addresses start from its folder. Both
+passes need the memory of --part documents or of --sort_lines candidates, whatever the size of the crawl. After a stop the same
+command goes on (the map at its next part, the reduce from the candidates). Every document, image, sentence and pair that is
+dropped is counted under its stage and reason (SHARDS/report.json); the counts must add up.
 
 Shards are img2dataset's: KEY.jpg (the file's own bytes), KEY.txt, KEY.json. Pages and pictures are taken to be hostile: sizes,
 nesting and time are bounded, addresses cannot leave --images, compressed data stops at its limit.
@@ -24,12 +24,12 @@ Filters are functions, exchangeable from the command line (--natural my_filters.
 printed with the report. language(text, declared), natural(PIL image) and safe(PIL image, texts, page) return None or a reason.
 
 Deviations from the paper
-  1. The semantic model is one score of any run directory (cosine of encode_image and encode_text, else match), not a classifier on
+  1. The semantic model is one score of any run directory (cosine of encode_image and encode_text), no classifier on
      "hundreds of features including text-only features, image-content features, and text-image cross-modal features".
   2. The paper names no threshold. Default: the 95 % quantile of the scores that 2,000 of the texts get with other pictures.
-  3. Its classifiers of unnatural and of unsafe images are not published. natural() measures flatness, colors and shape; safe() reads
-     the page's own label and words in addresses and texts, and does not look at the picture.
-  4. "Heuristic rules", "normal length", "high ratio", "too many images" are not quantified there: the defaults of the flags are ours.
+  3. Its classifiers of unnatural and of unsafe images are not published. natural() measures flatness, colors and shape; safe()
+     reads the page's own label and words in addresses and texts, and does not look at the picture.
+  4. "Heuristic rules", "normal length", "high ratio", "too many images" are not quantified there: the flags' defaults are ours.
   5. Language is told by function words and the declared language; "the same image" means the same bytes.
 """
 import argparse
@@ -38,12 +38,12 @@ import gzip
 import hashlib
 import heapq
 import http.client
-import importlib.util
 import io
 import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -64,9 +64,8 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 
-PAPER_WORDS = 13                        # mean length of LAIT's descriptions (section 3)
 SOURCES = ("caption", "alt", "title", "near")       # of texts, the surest first: decides where there is no score
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}     # no other decoder ever runs (EPS starts a program)
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}     # no other decoder runs (EPS is a program)
 PAGE_TYPES, ARCHIVE_TYPES = (".html", ".htm", ".xhtml"), (".warc", ".warc.gz")
 MAX_DEPTH = 512                         # open elements of a page
 MAX_RECORD = 1 << 30                    # bytes of a WARC record: one that claims more ends its archive
@@ -82,15 +81,15 @@ class Dropped(Exception):
     """A document, image or sentence that does not pass; its text is the reason it is counted under."""
 
 
-# ---------------------------------------------------------------------------------------------------------- filters (exchangeable)
+# -------------------------------------------------------------------------------------------------------- filters (exchangeable)
 
 ENGLISH = frozenset("the of and to that is was for on with as by at from are were be this which have has had it its not but they "
-                    "their she his her you we our or an who will would can could there been when what into than about after".split())
+                    "she their his her you we our or an who will would can could there been when what into than about".split())
 
 
 def language(text, declared):
-    """English? text: what the page shows; declared: its lang attribute or None. From 20 words on the text decides: at most a fifth of
-    its letters outside ASCII, at least 15 % function words. A shorter one: its letters, and the declared language if there is one."""
+    """English? text: what the page shows; declared: its lang attribute or None. From 20 words on the text decides: at most a
+    fifth of its letters outside ASCII, at least 15 % function words. A shorter one: its letters, and `declared`, if given."""
     words = re.findall(r"[^\W\d_]+", text[:20000].lower())
     letters = "".join(words)
     if letters and sum(c > "\x7f" for c in letters) > 0.2 * len(letters):
@@ -117,15 +116,16 @@ def natural(image):
     return "few colors" if (bins > 1e-4 * bins.sum()).sum() < 12 else None
 
 
-UNSAFE = re.compile(r"\b(?:porn\w*|xxx|nsfw|nudes?|nudity|hentai|erotica?|sex(?:y|ual|cam)?|escorts?|milf|blowjob|fetish|camgirls?|hookups?)\b")
+UNSAFE = re.compile(r"\b(?:porn\w*|xxx|nsfw|nudes?|nudity|hentai|erotica?|sex(?:y|ual|cam)?|escorts?|milf|fetish|camgirls?)\b")
 
 
 def safe(image, texts, page):
-    """image: PIL RGB, which this default does not look at. texts: the image's raw texts; page: the Page, for its `rating`, `title`
-    and `url`. Drops what labels itself (meta rating adult, mature, restricted or RTA) and what says an unsafe word."""
+    """image: PIL RGB, which this default does not look at. texts: the image's, raw; page: the Page (`rating`, `title`, `url`).
+    Drops what labels itself (meta rating adult, mature, restricted or RTA) and what says an unsafe word."""
     if re.search(r"adult|mature|restricted|rta-5042", page.rating):
         return "labelled adult"
-    return "unsafe words" if UNSAFE.search(" ".join([page.title, re.sub(r"[^a-z]+", " ", page.url.lower()), *texts]).lower()) else None
+    said = " ".join([page.title, re.sub(r"[^A-Za-z]+", " ", page.url), *texts])
+    return "unsafe words" if UNSAFE.search(said.lower()) else None
 
 
 def plug(spec, default):
@@ -135,26 +135,16 @@ def plug(spec, default):
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
         fail(f"{spec}: a filter is given as FILE.py:FUNCTION, and there is no file {path!r}")
-    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("lait_filter", path))
-    found.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        fail(f"{path}: no function {name!r} in it")
-
-    def guarded(*args):
-        try:
-            return function(*args)
-        except Exception as e:
-            fail(f"{spec} raised {type(e).__name__}: {e}")
-    return guarded
+    function = runpy.run_path(path).get(name)
+    return function if callable(function) else fail(f"{path}: no function {name!r} in it")
 
 
-# ------------------------------------------------------------------------------------------------------------------------ sentences
+# --------------------------------------------------------------------------------------------------------------------- sentences
 
-SPAM = ("click here", "click to", "buy now", "shop now", "order now", "sign up", "subscribe", "free shipping", "add to cart", "read more",
-        "learn more", "all rights reserved", "terms of", "privacy policy", "cookies", "advertisement", "sponsored", "limited offer",
-        "discount code", "best price", "casino", "viagra", "download now", "follow us", "share this", "log in", "stock photo",
-        "image may contain", "no description available", "lorem ipsum", "enable javascript")
+SPAM = ("click here", "click to", "buy now", "shop now", "order now", "sign up", "subscribe", "free shipping", "add to cart",
+        "read more", "learn more", "all rights reserved", "terms of", "privacy policy", "cookies", "advertisement", "sponsored",
+        "limited offer", "discount code", "best price", "casino", "viagra", "download now", "follow us", "share this", "log in",
+        "stock photo", "image may contain", "no description available", "lorem ipsum", "enable javascript")
 SPANS = re.compile("|".join((
     r"<[^<>]{1,200}>", r"\b(?:https?://|www\.)\S+", r"[\w.+-]{1,64}@[\w.-]{1,64}", r"[@#]\w+",         # tags, addresses, handles
     r"\b[\w%./-]{1,200}\.(?:jpe?g|png|gif|webp|html?|com|org|net)\b",                                  # names of files and sites
@@ -181,8 +171,8 @@ def reject(sentence, args, words, spam):
         return "too long"
     if sum(c.isascii() and (c.isalpha() or c == " ") for c in sentence) < 0.8 * len(sentence):
         return "not words"
-    pairs = Counter(zip(found, found[1:]))
-    if len(set(found)) < 0.6 * len(found) or max(pairs.values()) > 2 or any(a == b == c for a, b, c in zip(found, found[1:], found[2:])):
+    thrice = any(a == b == c for a, b, c in zip(found, found[1:], found[2:]))
+    if thrice or len(set(found)) < 0.6 * len(found) or max(Counter(zip(found, found[1:])).values(), default=0) > 2:
         return "repeated words"
     if UNSAFE.search(sentence.lower()):
         return "unsafe words"
@@ -194,22 +184,23 @@ def reject(sentence, args, words, spam):
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------------------ web pages
+# --------------------------------------------------------------------------------------------------------------------- web pages
 
 VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
-BLOCK = frozenset("html body main article section div header footer nav aside figure figcaption p ul ol li table tr td th tbody thead dl dt "
-                  "dd h1 h2 h3 h4 h5 h6 blockquote pre form center picture noscript script style template svg select textarea title".split())
+BLOCK = frozenset("html body main article section div header footer nav aside figure figcaption p ul ol li table tr td th tbody "
+                  "thead dl dt dd h1 h2 h3 h4 h5 h6 blockquote pre form center picture noscript script style template svg select "
+                  "textarea title".split())
 CLOSES_ITSELF = frozenset("p li tr td th dt dd".split())            # HTML lets these end unsaid where the next begins
 UNSEEN = frozenset("script style template svg select textarea".split())
-BAD_PLACE = frozenset("ad ads advert advertisement sponsor sponsored banner sidebar related recommended footer header nav menu logo icon "
-                      "icons avatar thumb thumbs thumbnail comment comments share social promo widget sprite button badge pixel spacer "
-                      "tracking".split())
-CHARSETS = re.compile(r"utf-?8|us-ascii|ascii|latin-?1|iso-?8859-?\d{1,2}|windows-125\d|cp125\d|shift_jis|euc-(?:jp|kr)|gb2312|gbk|gb18030|big5|"
-                      r"koi8-[ru]", re.I)                           # no other decoder of Python's is run on a stranger's word
+BAD_PLACE = frozenset("ad ads advert advertisement sponsor sponsored banner sidebar related recommended footer header nav menu "
+                      "logo navigation icon icons avatar thumb thumbs thumbnail comment comments share social promo widget "
+                      "sprite button badge pixel spacer tracking".split())
+CHARSETS = re.compile(r"utf-?8|us-ascii|ascii|latin-?1|iso-?8859-?\d{1,2}|windows-125\d|cp125\d|shift_jis|euc-(?:jp|kr)|gb2312|"
+                      r"gbk|gb18030|big5|koi8-[ru]", re.I)              # no other decoder of Python's is run on a stranger's word
 
 
 def decode(raw, header=""):
-    """bytes -> str, by byte order mark, HTTP header, <meta>, else UTF-8; what does not decode is replaced. Dropped: not a page."""
+    """bytes -> str, by byte order mark, HTTP header, <meta>, else UTF-8; what does not decode is replaced. Dropped: no page."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return raw.decode("utf-16", "replace")
     if b"\0" in raw[:4096] or not re.search(rb"<\s*[a-zA-Z!]", raw):
@@ -223,28 +214,23 @@ def decode(raw, header=""):
 
 
 class Page(HTMLParser):
-    """What one page says of its images. After feed() and close(): `images`, a list of dicts (sources: addresses, the largest first;
-    alt, title, caption, before, after, score); `text`, all it shows; `lang`, `title`, `rating` (lower case), `base` (or None).
-
-    Only block elements are tracked. An image is scored for dominance by where it stands and what it says of itself: DOMINANCE."""
-
-    DOMINANCE = {"the page's own picture (og:image)": 3, "in article, main or figure": 2, "first after the heading": 1, "described": 1,
-                 "alone": 1, "declared over 300 px": 1, "declared up to 300 px": -3, "in nav, header, footer, aside": -3,
-                 "called logo, icon, ad ...": -3}
+    """What one page says of its images. After feed() and close(): `images`, a list of dicts (sources: addresses, the
+    largest first; alt, title, caption, before, after; score: is it the page's dominant one, by where it stands and what it says
+    of itself); `text`, all it shows; `lang`, `title`, `rating`, `base` (or None). Only block elements are tracked."""
 
     def __init__(self, url):
         super().__init__(convert_charrefs=True)
         self.url, self.base, self.lang, self.title, self.rating = url, None, None, "", ""
         self.parents = [0]                      # of each block element, by its number in the page; 0: the page
-        self.stack = [("", 0, "", 0)]           # open blocks: (tag, number, role: "", unseen, caption or title; place: see place())
+        self.stack = [("", 0, "", 0)]           # (tag, number, role: "", unseen, caption or title; place, see place())
         self.flow = []                          # (block number, list of strings or number of an image), in the page's order
         self.ended = True                       # does the next text begin a new block of text?
         self.words, self.images, self.own, self.picture, self.figures, self.headings = [], [], set(), [], [], 0
 
     def place(self, tag, attrs):
         """+1 content, -1 margin, 0 as its parent."""
-        called = set(re.split(r"[^a-z]+", " ".join(attrs.get(k, "") for k in ("class", "id", "role")).lower()[:500]))
-        if tag in ("nav", "header", "footer", "aside") or called & BAD_PLACE or "navigation" in called:
+        called = " ".join(attrs.get(k, "") for k in ("class", "id", "role"))
+        if tag in ("nav", "header", "footer", "aside") or bad_name(called):
             return -1
         return 1 if tag in ("article", "main", "figure") else 0
 
@@ -277,7 +263,7 @@ class Page(HTMLParser):
         if len(self.stack) > MAX_DEPTH:
             raise Dropped("hostile: nested too deep")
         _, parent, role, place = self.stack[-1]
-        if not role and ("hidden" in attrs or tag in UNSEEN or re.search(r"display\s*:\s*none", attrs.get("style", "")[:500])):
+        if "hidden" in attrs or tag in UNSEEN or re.search(r"display\s*:\s*none", attrs.get("style", "")[:500]):
             role = "unseen"
         here = self.place(tag, attrs)
         self.stack.append((tag, len(self.parents), role or {"title": "title", "figcaption": "caption"}.get(tag, ""),
@@ -322,13 +308,11 @@ class Page(HTMLParser):
         image = {"sources": list(dict.fromkeys(s.strip() for s in sources if s and s.strip()))[:20], "caption": "", "before": "",
                  "after": "", "alt": attrs.get("alt", "")[:2000], "title": attrs.get("title", "")[:2000]}
         sides = [int(m[0]) for m in (re.match(r"\d{1,5}", attrs.get(k, "").strip()) for k in ("width", "height")) if m]
-        called = " ".join([attrs.get("class", ""), attrs.get("id", ""), *image["sources"][-1:]]).lower()[:1000]
+        called = " ".join([attrs.get("class", ""), attrs.get("id", ""), *image["sources"][-1:]])
         place = self.stack[-1][3]
-        image["marks"] = {"in article, main or figure": place > 0, "in nav, header, footer, aside": place < 0,
-                          "called logo, icon, ad ...": bool(set(re.split(r"[^a-z]+", called)) & BAD_PLACE),
-                          "first after the heading": self.headings == 1,
-                          "declared over 300 px": len(sides) == 2 and min(sides) > 300,
-                          "declared up to 300 px": bool(sides) and min(sides) <= 300}
+        image["score"] = 2 * (place > 0) - 3 * (place < 0) - 3 * bad_name(called) + (self.headings == 1)
+        if sides:
+            image["score"] += -3 if min(sides) <= 300 else len(sides) == 2
         self.headings += self.headings == 1                             # only the first image after <h1> is that
         self.flow.append((self.stack[-1][1], len(self.images)))
         self.images.append(image)
@@ -347,16 +331,18 @@ class Page(HTMLParser):
             if isinstance(n, list):
                 continue
             image = self.images[n]
-            part = list(itertools.islice(self.around(number), 3))[-1]   # its block's grandparent: what stands elsewhere is of other things
+            part = list(itertools.islice(self.around(number), 3))[-1]   # its block's grandparent: what is outside is not near
             for side, j in (("before", k - 1), ("after", k + 1)):
                 if 0 <= j < len(self.flow) and isinstance(self.flow[j][1], list) and part in self.around(self.flow[j][0]):
                     text = "".join(self.flow[j][1])
                     image[side] = text[-1000:] if side == "before" else text[:1000]
-            marks = image.pop("marks")
-            marks["alone"] = len(self.images) == 1
-            marks["described"] = max(len(image["alt"].split()), len(image["caption"].split())) >= 3
-            marks["the page's own picture (og:image)"] = any(same_address(a, b) for a in image["sources"] for b in self.own)
-            image["score"] = sum(self.DOMINANCE[m] for m, holds in marks.items() if holds)
+            described = max(len(image["alt"].split()), len(image["caption"].split())) >= 3
+            own = any(same_address(a, b) for a in image["sources"] for b in self.own)           # og:image
+            image["score"] += (len(self.images) == 1) + described + 3 * own
+
+
+def bad_name(text):
+    return not BAD_PLACE.isdisjoint(re.split(r"[^a-z]+", text[:1000].lower()))
 
 
 def same_address(a, b):
@@ -367,8 +353,8 @@ def same_address(a, b):
 
 def srcset(text):
     """"a.jpg 1x, b.jpg 800w" -> addresses, the largest first."""
-    found = [(float(m[2] or 1), m[1]) for m in re.finditer(r"([^\s,]\S*[^\s,])(?:\s+(\d{1,6}(?:\.\d{1,3})?)[wx])?\s*(?:,|$)", text[:4000])]
-    return [address for _, address in sorted(found, key=lambda f: -f[0])]
+    found = re.findall(r"([^\s,]\S*[^\s,])(?:\s+(\d{1,6}(?:\.\d{1,3})?)[wx])?\s*(?:,|$)", text[:4000])
+    return [address for address, size in sorted(found, key=lambda f: -float(f[1] or 1))]
 
 
 @contextmanager
@@ -393,17 +379,17 @@ def parse(html, url, seconds=5.0):
     """str -> Page. Dropped: nested deeper than 512 blocks, or so made that parsing takes longer than `seconds`."""
     page = Page(url)
     with cpu_limit(seconds):
-        html = re.sub(r"<!\[[^<>]{0,100}>", " ", html).replace("<![", "&lt;![")     # <![endif]> and its like; html.parser chokes on them
+        html = re.sub(r"<!\[[^<>]{0,100}>", " ", html).replace("<![", "&lt;![")     # html.parser chokes on <![endif]>
         page.feed(html)
         page.close()
     return page
 
 
-# ------------------------------------------------------------------------------------------------------------------------ documents
+# --------------------------------------------------------------------------------------------------------------------- documents
 
 def listing(root, shard=0, shards=1):
-    """Yields (path, name from root) of the page files and archives below a folder (or of the one file) that are this shard's, in a
-    fixed order. Links to folders are not followed."""
+    """Yields (path, name from root) of the page files and archives below a folder (or of the one file) that are this shard's, in
+    a fixed order. Links to folders are not followed."""
     top, files = os.path.dirname(root), [(os.path.dirname(root), [], [os.path.basename(root)])]
     if os.path.isdir(root):
         top, files = root, os.walk(root)
@@ -416,8 +402,8 @@ def listing(root, shard=0, shards=1):
 
 
 def documents(files, root, limit):
-    """files: (path, name) -> yields (name, address or None, bytes or Dropped, Content-Type), one for each page file and each response
-    in an archive. limit: bytes of a page."""
+    """files: (path, name) -> yields (name, address or None, bytes or Dropped, Content-Type), one for each page file and each
+    response in an archive. limit: bytes of a page."""
     for path, name in files:
         if name.lower().endswith(ARCHIVE_TYPES):
             yield from archive(path, name, root, limit)
@@ -444,7 +430,7 @@ def inside(path, root, limit=None):
 
 
 def archive(path, name, root, limit):
-    """Yields what documents() yields for the response and resource records of a WARC file, gzipped or not, read as a stream."""
+    """Yields what documents() yields for the response records of a WARC file, gzipped or not, read as a stream."""
     try:
         inside(path, root)
         with open(path, "rb") as raw, (gzip.GzipFile(fileobj=raw) if name.lower().endswith(".gz") else raw) as f:
@@ -458,23 +444,19 @@ def archive(path, name, root, limit):
                 size, kind = int(fields["content-length"] or "none"), fields["warc-type"]
                 if not 0 <= size <= MAX_RECORD or f.tell() > MAX_RATIO * raw.tell() + (64 << 20):
                     raise Dropped("decompression bomb")
-                if wanted := kind in ("response", "resource") and size <= 2 * limit + (1 << 16):
+                if wanted := kind == "response" and size <= 2 * limit + (1 << 16):
                     body = f.read(size)
                 for at in range(0, 0 if wanted else size, 1 << 20):
                     body = f.read(min(1 << 20, size - at))              # only the last is kept: it shows whether the file ended
                 if size and len(body) != (size if wanted else (size - 1) % (1 << 20) + 1):
                     raise EOFError
-                if kind in ("response", "resource"):
-                    address, found, content_type = (fields["warc-target-uri"] or "").strip("<> "), Dropped("page too large"), ""
-                    if wanted and kind == "response":
-                        found, content_type = response(body, limit)
-                    elif wanted:
-                        content_type = fields["content-type"] or ""
-                        found = Dropped("not HTML") if "html" not in content_type else body if len(body) <= limit else found
-                    yield f"{name} {address}", address, found, content_type
+                if kind == "response":
+                    address = (fields["warc-target-uri"] or "").strip("<> ")
+                    found = response(body, limit) if wanted else (Dropped("page too large"), "")
+                    yield f"{name} {address}", address, *found
     except Dropped as e:
         yield name, None, e, ""
-    except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error):      # what came before it stays; the next archive goes on
+    except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error):          # what came before it stays
         yield name, None, Dropped("broken archive"), ""
 
 
@@ -518,7 +500,7 @@ def response(block, limit):
         return Dropped("broken response"), ""
 
 
-# --------------------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------------------------------------ images
 
 def locate(source, name, page, root):
     """An image's address on a page -> the name of its file from `root`. Dropped: there is none, or the address is no image's.
@@ -528,43 +510,35 @@ def locate(source, name, page, root):
     if source[:5].lower() == "data:":
         raise Dropped("inline data")
     try:
-        base = urljoin(page.url or "", page.base or "") if page.url or re.match(r"(https?:)?//", page.base or "", re.I) else ""
-        address = urlsplit(urljoin(base, source) if base else source)
-        host = (address.hostname or "").lower()
+        base = urljoin(page.url, page.base or "")
+        address = urlsplit(urljoin(base, source) if re.match(r"(https?:)?//", base, re.I) else source)
+        host, path = (address.hostname or "").lower(), unquote(address.path)
     except ValueError:
         raise Dropped("broken address") from None
     if address.scheme not in ("http", "https", ""):
         raise Dropped("foreign scheme")
-    path = unquote(address.path)
-    if "\0" in path or "\\" in path:
+    if "\0" in path or "\\" in path or ".." in host or address.netloc and ".." in path.split("/"):
         raise Dropped("path trick")
-    if host or address.netloc:
-        if not re.fullmatch(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?", host) or ".." in host:
-            raise Dropped("path trick" if ".." in host or "/" in host else "broken address")
-        if ".." in path.split("/"):
-            raise Dropped("path trick")
-        names = [host + "/" + path.lstrip("/")]
+    if address.netloc or address.scheme:
+        if not re.fullmatch(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?", host):
+            raise Dropped("broken address")
+        names = [f"{host}/{path.lstrip('/')}"]
         names = [f"{names[0]}?{address.query}"] * bool(address.query) + names
-    elif address.scheme:
-        raise Dropped("broken address")
     elif path.startswith("/"):
         names = [name.split(os.sep)[0] + path, path.lstrip("/")]        # wget -x: the first folder is the host
     else:
         names = [os.path.join(os.path.dirname(name), path)]
-    inside = os.path.realpath(root)
-    for candidate in names:
-        clean = os.path.normpath(candidate)
-        if clean.startswith("..") or os.path.isabs(clean):
+    for candidate in map(os.path.normpath, names):
+        if candidate.startswith("..") or os.path.isabs(candidate):
             raise Dropped("path trick")
         try:
-            file = os.path.join(root, clean)
-            if not os.path.isfile(file):
-                continue
-            if not os.path.realpath(file).startswith(inside + os.sep):
-                raise Dropped("path trick")
-        except (ValueError, OSError):
+            if os.path.isfile(os.path.join(root, candidate)):
+                inside(os.path.join(root, candidate), root)
+                return candidate
+        except Dropped:
+            raise Dropped("path trick") from None
+        except (ValueError, OSError):                                   # a name that no file system takes
             continue
-        return clean
     raise Dropped("missing file")
 
 
@@ -592,31 +566,30 @@ def open_image(path, args):
         raise Dropped("corrupt") from None
 
 
-# -------------------------------------------------------------------------------------------------------------------------- scoring
+# ----------------------------------------------------------------------------------------------------------------------- scoring
 
 class Scorer:
-    """How well text and picture fit, by a run directory: the cosine of encode_image and encode_text, else match."""
+    """How well text and picture fit, by a run directory: the cosine of encode_image and encode_text."""
 
     def __init__(self, run, device, batch_size):
         self.model, info = evaluation.load_run(run, device)
         views = sys.modules[type(self.model).__module__].VIEWS[info["task"]]
         keys = data.view_keys(views)
-        self.dual = all(callable(getattr(self.model, m, None)) for m in ("encode_image", "encode_text"))
-        if not self.dual and not callable(getattr(self.model, "match", None)):
-            fail(f"--score {run}: a {info['task']} run that offers neither encode_image and encode_text nor match")
+        if not all(callable(getattr(self.model, m, None)) for m in ("encode_image", "encode_text")):
+            fail(f"--score {run}: a {info['task']} run that offers no encode_image and encode_text")
         if "caption" not in keys.values() or views["source"] != "pairs" or not set(keys.values()) & set(data.IMAGE_VIEWS):
-            fail(f"--score {run}: it reads {', '.join(f'{k} ({v})' for k, v in keys.items())}; here are only pictures and sentences: "
-                 "name a run whose views are an image and a caption")
+            fail(f"--score {run}: it reads {', '.join(keys.values())}; here are only pictures and sentences: name a run whose "
+                 "views are an image and a caption")
         drop = {k for k, v in keys.items() if v not in data.IMAGE_VIEWS and v not in ("caption", "paraphrase")}
         self.views = {k: v for k, v in views.items() if k not in drop}
         self.tokenizer = data.get_tokenizer(os.path.join(info["path"], "vocab.txt"))
         if self.tokenizer.vocab_size != self.model.cfg.vocab_size:
             fail(f"{info['path']}/vocab.txt: {self.tokenizer.vocab_size} tokens, the run has {self.model.cfg.vocab_size}")
         self.device, self.batch_size = device, batch_size
-        self.about = f"{'cosine' if self.dual else 'match'} of {run} ({info['model']}, {info['task']}, step {info.get('step', '?')})"
+        self.about = f"cosine of {run} ({info['model']} {info['task']}, step {info.get('step', '?')})"
 
     def run(self, fn, what, pairs):
-        """pairs: list of (path, text) -> fn of all of them, on the CPU. The last batch is filled up: each row is computed in one shape."""
+        """pairs: list of (path, text) -> fn of all of them, on the CPU. The last batch is filled up: all have one shape."""
         records = data.Records("pairs", None)
         for n, (path, text) in enumerate(pairs + pairs[-1:] * (-len(pairs) % self.batch_size)):
             records.append({"image": path, "image_id": n, "caption": [text]})
@@ -626,21 +599,19 @@ class Scorer:
         return torch.cat(out)[:len(pairs)]
 
     @torch.inference_mode()
-    def __call__(self, paths, owner, texts):
-        """paths: list of str; texts: list of str; owner: for each text the number of its picture -> list of float, one a text.
-        Rounded to 4 digits, so that the texts it happens to be computed with do not show."""
-        pairs = [(paths[o], text) for o, text in zip(owner, texts)]
-        if self.dual:
-            image = self.run(self.model.encode_image, "image", [(path, "") for path in paths])
-            score = (image[list(owner)] * self.run(self.model.encode_text, "text", pairs)).sum(1)
-        else:
-            score = self.run(self.model.match, "sample", pairs)
+    def __call__(self, pairs):
+        """pairs: list of (path of a picture, text) -> list of float. Rounded to 4 digits, so that what else is
+        computed at the same time does not show."""
+        place = {path: n for n, path in enumerate(dict.fromkeys(path for path, _ in pairs))}
+        image = self.run(self.model.encode_image, "image", [(path, "") for path in place])
+        text = self.run(self.model.encode_text, "text", pairs)
+        score = (image[[place[path] for path, _ in pairs]] * text).sum(1)
         if not score.isfinite().all():
-            fail(f"--score: {self.about} gives scores that are no numbers")
+            fail(f"--score: the {self.about} gives scores that are no numbers")
         return [round(x, 4) for x in score.tolist()]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ map
+# --------------------------------------------------------------------------------------------------------------------------- map
 
 class Harvest:
     """Documents -> candidates, with the filters and limits of the command line. `counts`: (stage, what) -> how many."""
@@ -672,24 +643,24 @@ class Harvest:
             try:
                 if n >= self.args.per_page or image["score"] <= 0:
                     raise Dropped("not dominant")
-                self.found.append(self.image(image, name, page))
+                self.found += self.image(image, name, page)
                 self.counts["images", "out"] += 1
             except Dropped as e:
                 self.counts["images", str(e)] += 1
 
     def image(self, image, name, page):
-        """One dominant image -> its row of `found`."""
+        """One dominant image -> its candidates: a list of (sha256, record)."""
         trouble = Dropped("no address")
         for source in image["sources"]:
             try:
                 file = locate(source, name, page, self.args.images)
                 break
-            except Dropped as e:                                        # a path trick is remembered; else the last address says why
+            except Dropped as e:                                        # a trick is remembered; else the last says why
                 trouble = trouble if str(trouble) == "path trick" else e
         else:
             raise trouble
         picture, kind, digest = open_image(os.path.join(self.args.images, file), self.args)
-        raw = {"caption": [image["caption"]], "alt": [image["alt"]], "title": [image["title"]], "near": [image["before"], image["after"]]}
+        raw = {k: [image[k]] for k in ("caption", "alt", "title")} | {"near": [image["before"], image["after"]]}
         if reason := self.natural(picture):
             raise Dropped(f"unnatural: {reason}")
         if reason := self.safe(picture, [t for texts in raw.values() for t in texts if t], page):
@@ -710,21 +681,16 @@ class Harvest:
                         texts[sentence] = source
         if not texts:
             raise Dropped("no text left")
-        return {"hash": digest, "texts": texts, "about": {"image": file, "kind": kind, "width": picture.width, "height": picture.height,
-                                                          "page": name}}
+        about = {"image": file, "kind": kind, "width": picture.width, "height": picture.height, "page": name}
+        return [(digest, {**about, "text": text, "source": source}) for text, source in texts.items()]
 
     def candidates(self):
         """The pairs found since the last call -> list of lines "image hash TAB text hash TAB json"."""
-        found, self.found = self.found, []
-        pairs = [(n, text) for n, f in enumerate(found) for text in f["texts"]]
-        scores = [None] * len(pairs)
-        if self.scorer and pairs:
-            scores = self.scorer([os.path.join(self.args.images, f["about"]["image"]) for f in found], *zip(*pairs))
-        lines = []
-        for (n, text), score in zip(pairs, scores):
-            row = {**found[n]["about"], "text": text, "source": found[n]["texts"][text], "score": score}
-            lines.append(f"{found[n]['hash']}\t{hashlib.sha256(normal(text).encode()).hexdigest()}\t{json.dumps(row)}\n")
-        return lines
+        found, self.found, scores = self.found, [], itertools.repeat(None)
+        if self.scorer and found:
+            scores = self.scorer([(os.path.join(self.args.images, row["image"]), row["text"]) for _, row in found])
+        return [f"{digest}\t{hashlib.sha256(normal(row['text']).encode()).hexdigest()}\t{json.dumps({**row, 'score': score})}\n"
+                for (digest, row), score in zip(found, scores)]
 
 
 def normal(text):
@@ -756,8 +722,8 @@ def alone(folder):
         yield
 
 
-MAP_SETTINGS = ("images", "language", "natural", "safe", "vocab", "spam", "score", "min_side", "per_page", "min_words", "max_words",
-                "max_oov", "max_page", "max_image", "page_seconds", "part")
+MAP_SETTINGS = ("images language natural safe vocab spam score min_side per_page min_words max_words max_oov max_page max_image "
+                "page_seconds part").split()
 
 
 def parts(folder):
@@ -767,8 +733,8 @@ def parts(folder):
 
 
 def run_map(args, shard, shards):
-    """Documents of one shard -> OUT/candidates/I-of-N/part-*.txt: a line of JSON {counts, last}, then candidates. A finished part is
-    never made again; the settings and the list of files must be those it was begun with."""
+    """Documents of one shard -> OUT/candidates/I-of-N/part-*.txt: a line of JSON {counts, last}, then candidates. A finished part
+    is never made again; the settings and the list of files must be those it was begun with."""
     folder = os.path.join(args.out, "candidates", f"{shard:05d}-of-{shards:05d}")
     with alone(folder):
         digest = hashlib.sha256()
@@ -786,7 +752,8 @@ def run_map(args, shard, shards):
             return
         harvest = Harvest(args)
         stream = documents(listing(args.pages, shard, shards), args.pages, args.max_page << 20)
-        stream = iter(tqdm(itertools.islice(stream, done, None), f"pages {shard}/{shards}", initial=done, unit="page", disable=None))
+        stream = tqdm(itertools.islice(stream, done, None), f"pages {shard}/{shards}", initial=done, unit="page", disable=None)
+        stream = iter(stream)                                           # once: each iter() of a tqdm is a new one
         for part in itertools.count(len(finished)):
             n = 0
             for n, document in enumerate(itertools.islice(stream, args.part), 1):
@@ -799,10 +766,10 @@ def run_map(args, shard, shards):
                 return
 
 
-# --------------------------------------------------------------------------------------------------------------------------- reduce
+# ------------------------------------------------------------------------------------------------------------------------ reduce
 
 def external_sort(lines, folder, most, fan=32):
-    """Yields lines (str that end in a newline) in order, holding at most `most` of them: sorted runs on disk, merged `fan` at a time."""
+    """Yields lines (str, each with its newline) in order, holding at most `most` of them: sorted runs on disk, merged."""
     os.makedirs(folder, exist_ok=True)
     levels, number, lines = defaultdict(list), itertools.count(), iter(lines)
 
@@ -826,7 +793,7 @@ def external_sort(lines, folder, most, fan=32):
 
 
 def all_parts(out):
-    """-> (the parts of all shards of the map, the settings they share). SystemExit: a shard is missing, unfinished, or of another kind."""
+    """-> (the parts of all shards of the map, the settings they share). SystemExit: a shard is missing or of other settings."""
     home = os.path.join(out, "candidates")
     names = sorted(n for n in os.listdir(home) if re.fullmatch(r"\d+-of-\d+", n)) if os.path.isdir(home) else []
     if not names:
@@ -862,14 +829,15 @@ def threshold(lines, plan, root, args):
     if args.min_score is not None:
         return args.min_score, f"by {plan['score']}; at least {args.min_score:g} (--min_score)"
     rows = [(line.split("\t", 1)[0], json.loads(line.split("\t", 2)[2])) for line in lines]
-    pairs = [(k, (k + len(rows) // 2) % len(rows)) for k in range(len(rows))]           # a text, and whose picture it gets
-    pairs = [(k, j) for k, j in pairs if rows[k][0] != rows[j][0]]
+    half = len(rows) // 2
+    pairs = [(os.path.join(root, other["image"]), row["text"]) for (a, row), (b, other) in zip(rows, rows[half:] + rows[:half])
+             if a != b]
     if len(pairs) < 100:
         fail(f"{len(pairs)} texts to score with other pictures are too few for a threshold: give --min_score")
     scorer = Scorer(plan["score"], args.device, args.batch_size)
-    chance = scorer([os.path.join(root, row["image"]) for _, row in rows], [j for _, j in pairs], [rows[k][1]["text"] for k, _ in pairs])
-    least = round(float(np.quantile(chance, args.chance_quantile)), 4)
-    return least, f"{scorer.about}; at least {least:.4f}, the {args.chance_quantile:.0%} quantile of {len(pairs):,} texts with other pictures"
+    least = round(float(np.quantile(scorer(pairs), args.chance_quantile)), 4)
+    share = f"{args.chance_quantile:.0%} quantile of {len(pairs):,} texts with other pictures"
+    return least, f"{scorer.about}; at least {least:.4f}, the {share}"
 
 
 def best_texts(lines, least, counts):
@@ -909,13 +877,14 @@ def run_merge(args):
         if not os.path.isdir(root):
             fail(f"--images {root}: no such directory")
         digest = hashlib.sha256("".join(f"{p} {os.path.getsize(p)}\n" for p in files).encode()).hexdigest()
-        settings = {k: getattr(args, k) for k in ("min_score", "chance_quantile", "max_images", "shard_size")} | {"candidates": digest}
+        settings = {k: getattr(args, k) for k in ("min_score", "chance_quantile", "max_images", "shard_size")}
+        settings["candidates"] = digest
         same = os.path.exists(note) and first_line(note) == settings
         if same and os.path.exists(report):
             with open(report, encoding="utf-8") as f:
                 return show(json.load(f), args.out)
         if not same and (tars := [n for n in sorted(os.listdir(args.out)) if n.endswith(".tar")]):
-            fail(f"{args.out}: holds {len(tars)} shards of another merge ({tars[0]} ...): delete them first, or name another --out")
+            fail(f"{args.out}: holds {len(tars)} shards of another merge ({tars[0]} ...): delete them, or name another --out")
         if os.path.exists(report):
             os.remove(report)
         write(note, [json.dumps(settings)])
@@ -968,10 +937,9 @@ def pack(path, lines, args, root, counts):
 
 def summary(plan, counts, how, words):
     """The report as a dict. AssertionError: the counts of a stage do not add up, a fault of this program."""
-    limits = ["unsafe content: only labels and words were read, no picture was looked at (--safe FILE.py:FUNCTION)"] * (not plan["safe"])
-    limits += ["unnatural pictures: told by flatness, number of colors and shape, no trained classifier (--natural FILE.py:FUNCTION)"
-               ] * (not plan["natural"])
-    limits += ["out-of-vocabulary rule: off, no --vocab was given"] * (not plan["vocab"])
+    limits = {"safe": "unsafe content: only labels and words were read, no picture was looked at (--safe)",
+              "natural": "unnatural pictures: told by flatness, number of colors and shape, no trained classifier (--natural)",
+              "vocab": "out-of-vocabulary rule: off, no --vocab was given"}
     stages = {}
     for stage in ("pages", "images", "texts", "pairs"):
         rows = {what: n for (s, what), n in sorted(counts.items(), key=lambda c: (-c[1], c[0])) if s == stage and n}
@@ -979,7 +947,8 @@ def summary(plan, counts, how, words):
         assert entered == left + sum(rows.values()), f"{stage}: {entered} in, {left} out, {rows} dropped"
         stages[stage] = {"in": entered, "dropped": rows, "out": left}
     out = stages["pairs"]["out"]
-    return {"stages": stages, "scoring": how, "limits": limits, "mean_words": words / out if out else None, "map": plan}
+    return {"stages": stages, "scoring": how, "limits": [text for k, text in limits.items() if not plan[k]],
+            "mean_words": words / out if out else None, "map": plan}
 
 
 def show(report, out):
@@ -990,10 +959,10 @@ def show(report, out):
         print(f"{row['out']:>20,} out")
     print("scoring: " + report["scoring"], *report["limits"], sep="\n")
     mean = f"{report['mean_words']:.1f}" if report["mean_words"] else "no"
-    print(f"{report['stages']['pairs']['out']:,} images, each with one text of {mean} words on average (LAIT: {PAPER_WORDS}) -> {out}")
+    print(f"{row['out']:,} images, each with one text of {mean} words on average (LAIT: 13) -> {out}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="lait.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1025,12 +994,12 @@ def main(argv=None):
     add("--batch_size", type=int, default=64, help="of the scoring model [64]")
     add = parser.add_argument_group("reduce").add_argument
     add("--min_score", type=float, help="pairs below are dropped (default: see --chance_quantile)")
-    add("--chance_quantile", type=float, default=0.95, help=f"the least score is this quantile of {CHANCE_TEXTS:,} scores with other pictures [0.95]")
+    add("--chance_quantile", type=float, default=0.95, help="this quantile of the scores with other pictures is the least [0.95]")
     add("--max_images", type=int, default=10, help="a text of more images than this is dropped with all of them [10]")
     add("--sort_lines", type=int, default=500_000, help="candidates held in memory by a sort [500000]")
     add("--shard_size", type=int, default=1000, help="pairs in a tar [1000]")
     args = parser.parse_args(argv)
-    for name in ("max_images", "per_page", "min_words", "max_page", "max_image", "part", "sort_lines", "shard_size", "batch_size"):
+    for name in "max_images per_page min_words max_page max_image part sort_lines shard_size batch_size".split():
         if getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: at least 1")
     if not 0 <= args.chance_quantile <= 1:

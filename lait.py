@@ -222,17 +222,10 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.url, self.base, self.lang, self.title, self.rating = url, None, None, "", ""
         self.parents = [0]                      # of each block element, by its number in the page; 0: the page
-        self.stack = [("", 0, "", 0)]           # (tag, number, role: "", unseen, caption or title; place, see place())
+        self.stack = [("", 0, "", 0)]           # (tag, number, role: "" unseen caption title, place: 1 content, -1 margin, or 0)
         self.flow = []                          # (block number, list of strings or number of an image), in the page's order
         self.ended = True                       # does the next text begin a new block of text?
         self.words, self.images, self.own, self.picture, self.figures, self.headings = [], [], set(), [], [], 0
-
-    def place(self, tag, attrs):
-        """+1 content, -1 margin, 0 as its parent."""
-        called = " ".join(attrs.get(k, "") for k in ("class", "id", "role"))
-        if tag in ("nav", "header", "footer", "aside") or bad_name(called):
-            return -1
-        return 1 if tag in ("article", "main", "figure") else 0
 
     def handle_starttag(self, tag, attrs):
         attrs = {k: v or "" for k, v in reversed(attrs)}                # the first of a doubled attribute counts
@@ -265,7 +258,8 @@ class Page(HTMLParser):
         _, parent, role, place = self.stack[-1]
         if "hidden" in attrs or tag in UNSEEN or re.search(r"display\s*:\s*none", attrs.get("style", "")[:500]):
             role = "unseen"
-        here = self.place(tag, attrs)
+        called = " ".join(attrs.get(k, "") for k in ("class", "id", "role"))
+        here = -1 if tag in ("nav", "header", "footer", "aside") or bad_name(called) else tag in ("article", "main", "figure")
         self.stack.append((tag, len(self.parents), role or {"title": "title", "figcaption": "caption"}.get(tag, ""),
                            -1 if place < 0 else here or place))
         self.parents.append(parent)
@@ -405,34 +399,33 @@ def documents(files, root, limit):
     """files: (path, name) -> yields (name, address or None, bytes or Dropped, Content-Type), one for each page file and each
     response in an archive. limit: bytes of a page."""
     for path, name in files:
-        if name.lower().endswith(ARCHIVE_TYPES):
-            yield from archive(path, name, root, limit)
-        else:
-            try:
-                inside(path, root, limit)
+        try:
+            inside(path, root)
+            if name.lower().endswith(ARCHIVE_TYPES):
+                yield from archive(path, name, limit)
+            elif os.path.getsize(path) > limit:
+                raise Dropped("page too large")
+            else:
                 with open(path, "rb") as f:
                     yield name, None, f.read(), ""
-            except Dropped as e:
-                yield name, None, e, ""
-            except OSError:
-                yield name, None, Dropped("unreadable file"), ""
+        except Dropped as e:
+            yield name, None, e, ""
+        except OSError:
+            yield name, None, Dropped("unreadable file"), ""
 
 
-def inside(path, root, limit=None):
-    """Dropped: no plain file (a pipe would wait forever), one larger than `limit`, or a link that leads out of root."""
+def inside(path, root):
+    """Dropped: no plain file (a pipe would wait forever), or a link that leads out of root."""
     real, home = os.path.realpath(path), os.path.realpath(root)
-    if real != home and not real.startswith(home + os.sep):
+    if real != home and not real.startswith(os.path.join(home, "")):
         raise Dropped("link out of the folder")
     if not os.path.isfile(real):
         raise Dropped("not a file")
-    if limit is not None and os.path.getsize(real) > limit:
-        raise Dropped("page too large")
 
 
-def archive(path, name, root, limit):
-    """Yields what documents() yields for the response records of a WARC file, gzipped or not, read as a stream."""
+def archive(path, name, limit):
+    """Yields what documents() yields for the response records of a WARC file, gzipped or not, as a stream. Dropped: a bomb."""
     try:
-        inside(path, root)
         with open(path, "rb") as raw, (gzip.GzipFile(fileobj=raw) if name.lower().endswith(".gz") else raw) as f:
             while True:
                 line = next((x for x in (f.readline(1 << 16) for _ in range(100)) if x not in (b"\r\n", b"\n")), b"blank")
@@ -444,18 +437,17 @@ def archive(path, name, root, limit):
                 size, kind = int(fields["content-length"] or "none"), fields["warc-type"]
                 if not 0 <= size <= MAX_RECORD or f.tell() > MAX_RATIO * raw.tell() + (64 << 20):
                     raise Dropped("decompression bomb")
-                if wanted := kind == "response" and size <= 2 * limit + (1 << 16):
-                    body = f.read(size)
-                for at in range(0, 0 if wanted else size, 1 << 20):
-                    body = f.read(min(1 << 20, size - at))              # only the last is kept: it shows whether the file ended
-                if size and len(body) != (size if wanted else (size - 1) % (1 << 20) + 1):
-                    raise EOFError
+                wanted = kind == "response" and size <= 2 * limit + (1 << 16)
+                body = f.read(size) if wanted else b""
+                passed = len(body)
+                while passed < size:                                    # what is not wanted goes by in pieces
+                    passed += len(piece := f.read(min(size - passed, 1 << 20)))
+                    if not piece:
+                        raise EOFError
                 if kind == "response":
                     address = (fields["warc-target-uri"] or "").strip("<> ")
                     found = response(body, limit) if wanted else (Dropped("page too large"), "")
                     yield f"{name} {address}", address, *found
-    except Dropped as e:
-        yield name, None, e, ""
     except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error):          # what came before it stays
         yield name, None, Dropped("broken archive"), ""
 
@@ -600,8 +592,7 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, pairs):
-        """pairs: list of (path of a picture, text) -> list of float. Rounded to 4 digits, so that what else is
-        computed at the same time does not show."""
+        """pairs: list of (path of a picture, text) -> list of float, rounded: what else is in the batch does not show."""
         place = {path: n for n, path in enumerate(dict.fromkeys(path for path, _ in pairs))}
         image = self.run(self.model.encode_image, "image", [(path, "") for path in place])
         text = self.run(self.model.encode_text, "text", pairs)
@@ -655,8 +646,10 @@ class Harvest:
             try:
                 file = locate(source, name, page, self.args.images)
                 break
-            except Dropped as e:                                        # a trick is remembered; else the last says why
-                trouble = trouble if str(trouble) == "path trick" else e
+            except Dropped as e:                                        # another may do, but not beside a trick
+                if str(e) == "path trick":
+                    raise
+                trouble = e
         else:
             raise trouble
         picture, kind, digest = open_image(os.path.join(self.args.images, file), self.args)

@@ -1,5 +1,6 @@
 """lait.py on a small web that this file writes: each trap, planted a known number of times, must be counted where it belongs."""
 
+import argparse
 import gzip
 import io
 import json
@@ -29,8 +30,8 @@ import lait
 ROOT = Path(__file__).resolve().parent.parent
 COLORS, BEASTS = "red green blue yellow brown white black grey".split(), "dog cat horse bird cow sheep goat pig duck fox".split()
 VERBS, PLACES = "runs sleeps stands waits".split(), "garden field street river forest kitchen".split()
-FILLER = ("This is the page of a man who has been to the hills and to the sea. There was rain in the morning and it was cold, but "
-          "the sun came out after that, and they went on with the walk as they had said they would.")
+FILLER = ("This is the page of a man who has been to the hills and to the sea. There was rain in the morning and it was cold, "
+          "but the sun came out after that, and they went on with the walk as they had said they would.")
 GERMAN = ("Das ist die Seite von einem Mann, der lange in den Bergen und am Meer gewesen ist. Es gab am Morgen viel Regen und es "
           "war recht kalt, aber dann kam die Sonne heraus und alle gingen weiter.")
 FRENCH = ("Cette page parle d'un homme qui est allé longtemps dans les montagnes et vers la mer. Il pleuvait le matin et il "
@@ -190,6 +191,7 @@ def web(tmp_path_factory):
     for source in ("../../secret.jpg", "../%2e%2e/%2e%2e/secret.jpg", "/../../secret.jpg", "/img/link.jpg",
                    "http://../secret.jpg", "..\\secret.jpg", "http://a.example/..%2f../secret.jpg", "img/0.jpg%00.png"):
         web.bad_image("path trick", source)
+    web.bad_image("path trick", '/img/0.jpg" srcset="../../secret.jpg 2x')         # nor beside an address that is good
     for source in ("file:///etc/passwd", "javascript:alert(1)", "ftp://a.example/0.jpg", "C:/0.jpg"):
         web.bad_image("foreign scheme", source)
     web.bad_image("inline data", "data:image/png;base64,iVBORw0KGgo=")
@@ -211,6 +213,10 @@ def web(tmp_path_factory):
     ImageDraw.Draw(chart).rectangle([50, 100, 120, 380], fill="red")
     web.bad_image("unnatural: flat", "/" + web.file("img/chart.png", encoded(chart, "PNG")))
     web.bad_image("unnatural: flat", "/" + web.file("img/chart.jpg", encoded(chart)))
+    rng = np.random.default_rng(0)
+    one, few = rng.integers(96, 112, (302, 302, 3)), rng.integers(0, 2, (302, 302, 3)) * 99 + rng.integers(0, 9, (302, 302, 3))
+    web.bad_image("unnatural: one color", "/" + web.file("img/one.png", encoded(Image.fromarray(one.astype(np.uint8)), "PNG")))
+    web.bad_image("unnatural: few colors", "/" + web.file("img/few.png", encoded(Image.fromarray(few.astype(np.uint8)), "PNG")))
     web.bad_image("unnatural: banner", "/" + web.file("img/banner.jpg", encoded(photo(6, 1300, 305))))
     moving = encoded(photo(7), "GIF", save_all=True, append_images=[photo(8)])
     web.bad_image("unnatural: animated", "/" + web.file("img/moving.gif", moving))
@@ -496,6 +502,12 @@ def test_dominant_image_by_tags_and_place():
 def test_bad_spans_go(raw, clean):
     import html
     assert list(lait.sentences(html.unescape(raw))) == clean
+
+
+def test_unsafe_words_of_one_sentence_cost_that_sentence_alone():
+    """With a safe() of one's own, which let the picture pass."""
+    args = argparse.Namespace(min_words=4, max_words=40, max_oov=0.3)
+    assert lait.reject("a red dog and a nude in the garden", args, None, re.compile("(?!)")) == "unsafe words"
 
 
 @pytest.mark.parametrize("text", ["@" * 9999, "a@" * 5000, "(photo " * 2000, "photo by " * 2000, "<a" * 5000,

@@ -894,14 +894,14 @@ def run_merge(args):
         lines = iter(tqdm(rare_texts(lines, args.max_images, counts), "writing shards", unit="pair", disable=None))
         words, number = 0, itertools.count()
         while chunk := list(itertools.islice(lines, args.shard_size)):
-            words += pack(os.path.join(args.out, f"{next(number):05d}.tar"), chunk, args, root, counts)
+            words += pack(os.path.join(args.out, f"{next(number):05d}.tar"), chunk, root, plan["max_image"] << 20, counts)
         shutil.rmtree(work, ignore_errors=True)
         result = summary(plan, counts, how, words)
         write(report, [json.dumps(result, indent=1)])
         show(result, args.out)
 
 
-def pack(path, lines, args, root, counts):
+def pack(path, lines, root, limit, counts):
     """Candidates -> a tar of their pictures' own bytes, texts and records -> how many words the texts have."""
     words = 0
     with tarfile.open(f"{path}.tmp", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -910,7 +910,7 @@ def pack(path, lines, args, root, counts):
             row, key = json.loads(row), f"{os.path.basename(path)[:-4]}{k:06d}"
             try:
                 with open(os.path.join(root, row["image"]), "rb") as f:
-                    raw = f.read((args.max_image << 20) + 1)
+                    raw = f.read(limit + 1)
             except OSError:
                 raw = b""
             if hashlib.sha256(raw).hexdigest() != digest:               # gone, or another picture since the map

@@ -270,7 +270,7 @@ def run(web, out, *more):
 
 
 def merge(web, out, *more):
-    lait.main(["--out", str(out), "--merge", *web.flags[web.flags.index("--max_images"):], "--max_image", "1", *map(str, more)])
+    lait.main(["--out", str(out), "--merge", *web.flags[web.flags.index("--max_images"):], *map(str, more)])
 
 
 def same_result(a, b):

@@ -1,0 +1,608 @@
+"""lait.py on a small web that this file writes: each trap, planted a known number of times, must be counted where it belongs."""
+
+import argparse
+import gzip
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import tracemalloc
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import data
+import eval as evaluation
+import lait
+
+ROOT = Path(__file__).resolve().parent.parent
+COLORS, BEASTS = "red green blue yellow brown white black grey".split(), "dog cat horse bird cow sheep goat pig duck fox".split()
+VERBS, PLACES = "runs sleeps stands waits".split(), "garden field street river forest kitchen".split()
+FILLER = ("This is the page of a man who has been to the hills and to the sea. There was rain in the morning and it was cold, "
+          "but the sun came out after that, and they went on with the walk as they had said they would.")
+GERMAN = ("Das ist die Seite von einem Mann, der lange in den Bergen und am Meer gewesen ist. Es gab am Morgen viel Regen und es "
+          "war recht kalt, aber dann kam die Sonne heraus und alle gingen weiter.")
+FRENCH = ("Cette page parle d'un homme qui est allé longtemps dans les montagnes et vers la mer. Il pleuvait le matin et il "
+          "faisait froid, puis le soleil est revenu et tout le monde a continué la promenade.")
+WORDS = {*COLORS, *BEASTS, *VERBS, *PLACES,
+         *"a an the in of and on with one two near stands old house tree walks beside large small".split()}
+
+
+def photo(seed, width=304, height=302):
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray((np.asarray(coarse) * 0.8 + rng.integers(0, 50, (height, width, 1))).astype(np.uint8))
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb_png():
+    """60,000 x 60,000 pixels in a few bytes."""
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+
+
+class Web:
+    """Writes pages and pictures; `expected` counts what must come of them. texts: text -> the pictures it must be kept with."""
+
+    def __init__(self, root):
+        self.root, self.n, self.expected, self.kept = root, 0, Counter(), {}
+        self.sentences = (f"a {c} {b} {v} in the {p}" for p in PLACES for v in VERBS for b in BEASTS for c in COLORS)
+
+    def file(self, name, raw):
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+        return name
+
+    def count(self, *keys, n=1):
+        for key in keys:
+            self.expected[tuple(key.split("/", 1))] += n
+
+    def html(self, img, text=FILLER, lang="en", head="", extra=""):
+        return (f'<!doctype html><html lang="{lang}"><head><meta charset="utf-8"><title>Page {self.n}</title>{head}</head><body>'
+                f'{extra}<section><p>{text}</p></section><article><div><div><figure>{img}</figure></div></div></article>'
+                '</body></html>')
+
+    def page(self, img, name=None, **parts):
+        """A page file in site S; its one or more <img> come from the caller. Counts the page as kept."""
+        self.n += 1
+        self.count("pages/in", "pages/out")
+        return self.file(name or f"site{self.n % 7}/page{self.n}.html", self.html(img, **parts))
+
+    def dropped_page(self, reason, raw, name=None):
+        self.n += 1
+        self.count("pages/in", f"pages/{reason}")
+        return self.file(name or f"site{self.n % 7}/page{self.n}.html", raw)
+
+    def good(self, alt=None, image=None, **parts):
+        """A page whose picture and alt are kept."""
+        alt, seed = alt or next(self.sentences), self.n
+        name = image or self.file(f"img/{seed}.jpg", encoded(photo(seed)))
+        self.count("images/in", "images/out", "texts/in", "texts/out", "pairs/in")
+        self.page(f'<img src="/{name}" alt="{alt}">', **parts)
+        return name, alt
+
+    def keep(self, name, alt):
+        self.count("pairs/out")
+        self.kept[name] = alt
+
+    def bad_image(self, reason, source, alt=None, **parts):
+        self.count("images/in", f"images/{reason}")
+        self.page(f'<img src="{source}" alt="{alt or next(self.sentences)}">', **parts)
+
+    def bad_text(self, reason, alt):
+        self.count("images/in", "images/no text left", "texts/in", f"texts/{reason}")
+        self.page(f'<img src="/{self.file(f"img/{self.n}.jpg", encoded(photo(self.n)))}" alt="{alt}">')
+
+
+def record(kind, uri, block):
+    lines = [f"WARC-Type: {kind}", f"WARC-Target-URI: {uri}", f"Content-Length: {len(block)}"]
+    return b"WARC/1.0\r\n" + "\r\n".join(lines).encode() + b"\r\n\r\n" + block + b"\r\n\r\n"
+
+
+def http(body, kind="text/html; charset=utf-8", status="200 OK", **fields):
+    lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind}", *(f"{k}: {v}" for k, v in fields.items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def archives(web):
+    """A gzipped WARC of one member a record, a plain one that breaks off, one that lies about a size."""
+    keep = [(web.file(f"news.example/pics/{k}.jpg", encoded(photo(9000 + k))), next(web.sentences)) for k in range(3)]
+    html = [web.html(f'<img src="../pics/{k}.jpg" alt="{alt}">').encode() for k, (_, alt) in enumerate(keep)]
+    zipped = {"Content-Encoding": "gzip"}
+    pages = [http(html[0]),
+             http(gzip.compress(html[1]), **zipped),
+             http(b"%x\r\n%s\r\n0\r\n\r\n" % (len(html[2]), html[2]), **{"Transfer-Encoding": "chunked"})]
+    out = [record("warcinfo", "", b"software: test"), record("request", "http://news.example/", b"GET / HTTP/1.1\r\n\r\n")]
+    for k, page in enumerate(pages):
+        out.append(record("response", f"http://news.example/2020/{k}.html", page))
+        web.count("pages/in", "pages/out", "images/in", "images/out", "texts/in", "texts/out", "pairs/in")
+        web.keep(*keep[k])
+    for reason, block in (("HTTP status not 200", http(html[0], status="404 Not Found")), ("not HTML", http(b"x", "image/jpeg")),
+                          ("decompression bomb", http(gzip.compress(b"<p>" + b"\0" * 30_000_000), **zipped)),
+                          ("unknown encoding", http(html[0], **{"Content-Encoding": "br"})),
+                          ("page too large", http(b"<p>" * 3_000_000)),
+                          ("broken response", http(b"zz\r\n<p>", **{"Transfer-Encoding": "chunked"}))):
+        out.append(record("response", "http://news.example/x", block))
+        web.count("pages/in", f"pages/{reason}")
+    trick = web.html(f'<img src="../../../../etc/x.jpg" alt="{next(web.sentences)}">').encode()
+    for uri, reason in (("http://../../etc/index.html", "path trick"), ("http://news.example/%2e%2e/%2e%2e/", "missing file")):
+        out.append(record("response", uri, http(trick)))
+        web.count("pages/in", "pages/out", "images/in", f"images/{reason}")
+    web.file("crawl/a.warc.gz", b"".join(map(gzip.compress, out)))
+    short = b"WARC/1.0\r\nContent-Length: 500\r\n\r\nshort"
+    web.file("crawl/b.warc", record("response", "http://news.example/y", http(b"<p>none")) + short)
+    web.count("pages/in", "pages/no image", "pages/in", "pages/broken archive")
+    web.file("crawl/c.warc", b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 99999999999\r\n\r\n")
+    web.count("pages/in", "pages/decompression bomb")
+    web.file("crawl/d.warc.gz", b"this is no gzip file at all")
+    web.count("pages/in", "pages/broken archive")
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory):
+    """The web with its traps, at least 200 pages; `root` holds nothing else. Never written to again."""
+    home = tmp_path_factory.mktemp("lait")
+    web = Web(home / "web")
+    for _ in range(120):
+        web.keep(*web.good())
+    for lang in ("de", "zh"):                                                       # English that calls itself something else
+        web.keep(*web.good(lang=lang))
+    # pages
+    for _ in range(6):
+        web.dropped_page("not English", web.html('<img src="/img/0.jpg" alt="ein Hund">', text=GERMAN, lang="de"))
+        web.dropped_page("not English", web.html('<img src="/img/0.jpg" alt="un chien">', text=FRENCH, lang=""))
+    web.dropped_page("not English", web.html('<img src="/img/0.jpg">', text="Короткая страница о собаке", lang="en"))
+    web.dropped_page("not English", web.html('<img src="/img/0.jpg">', text="Un chien", lang="fr"))
+    web.dropped_page("not HTML", b"\x00\x01\x02" * 999)
+    web.dropped_page("not HTML", "just words, 1 < 2")
+    web.dropped_page("page too large", "<p>" + "word " * 300_000)
+    web.dropped_page("no image", web.html("<p>no picture here</p>"))
+    web.dropped_page("no image", web.html('<div hidden><img src="/img/0.jpg" alt="a red dog that nobody sees"></div>'))
+    web.dropped_page("hostile: nested too deep", "<div>" * 600 + FILLER)
+    web.dropped_page("hostile: too slow to parse", "<b>" * 340_000)
+    web.file("../secret.html", web.html('<img src="/img/0.jpg" alt="a red dog in the secret garden">'))
+    os.symlink(web.root / "../secret.html", web.root / "site1/link.html")
+    web.count("pages/in", "pages/link out of the folder")
+    os.mkfifo(web.root / "site1/pipe.html")                                         # whoever opens it hangs
+    web.count("pages/in", "pages/not a file")
+    archives(web)
+    # images
+    web.file("../secret.jpg", encoded(photo(1)))
+    os.symlink(web.root / "../secret.jpg", web.root / "img/link.jpg")
+    for source in ("../../secret.jpg", "../%2e%2e/%2e%2e/secret.jpg", "/../../secret.jpg", "/img/link.jpg",
+                   "http://../secret.jpg", "..\\secret.jpg", "http://a.example/..%2f../secret.jpg", "img/0.jpg%00.png"):
+        web.bad_image("path trick", source)
+    web.bad_image("path trick", '/img/0.jpg" srcset="../../secret.jpg 2x')         # nor beside an address that is good
+    for source in ("file:///etc/passwd", "javascript:alert(1)", "ftp://a.example/0.jpg", "C:/0.jpg"):
+        web.bad_image("foreign scheme", source)
+    web.bad_image("inline data", "data:image/png;base64,iVBORw0KGgo=")
+    web.bad_image("broken address", "http://[::1/a.jpg")
+    web.bad_image("no address", "")
+    for source in ("nowhere.jpg", "http://other.example/a.jpg?x=1", "/img/" + "x" * 5000):
+        web.bad_image("missing file", source)
+    whole = encoded(photo(2))
+    web.bad_image("corrupt", "/" + web.file("img/cut.jpg", whole[:len(whole) // 2]))
+    for name, raw in (("text.jpg", b"no picture"), ("void.jpg", b""),
+                      ("ghost.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 400 400\n")):
+        web.bad_image("unknown format", "/" + web.file(f"img/{name}", raw))
+    web.bad_image("decompression bomb", "/" + web.file("img/bomb.png", bomb_png()))
+    web.bad_image("file too large", "/" + web.file("img/huge.jpg", encoded(photo(3)) + b"\0" * (1 << 20)))
+    for size in ((300, 400), (400, 300), (64, 64)):
+        web.bad_image("side up to 300 px", "/" + web.file(f"img/small{size}.jpg", encoded(photo(4, *size))))
+    web.keep(*web.good(image=web.file("img/just.jpg", encoded(photo(5, 301, 301)))))
+    chart = Image.new("RGB", (400, 400), "white")
+    ImageDraw.Draw(chart).rectangle([50, 100, 120, 380], fill="red")
+    web.bad_image("unnatural: flat", "/" + web.file("img/chart.png", encoded(chart, "PNG")))
+    web.bad_image("unnatural: flat", "/" + web.file("img/chart.jpg", encoded(chart)))
+    rng = np.random.default_rng(0)
+    one, few = rng.integers(96, 112, (302, 302, 3)), rng.integers(0, 2, (302, 302, 3)) * 99 + rng.integers(0, 9, (302, 302, 3))
+    web.bad_image("unnatural: one color", "/" + web.file("img/one.png", encoded(Image.fromarray(one.astype(np.uint8)), "PNG")))
+    web.bad_image("unnatural: few colors", "/" + web.file("img/few.png", encoded(Image.fromarray(few.astype(np.uint8)), "PNG")))
+    web.bad_image("unnatural: banner", "/" + web.file("img/banner.jpg", encoded(photo(6, 1300, 305))))
+    moving = encoded(photo(7), "GIF", save_all=True, append_images=[photo(8)])
+    web.bad_image("unnatural: animated", "/" + web.file("img/moving.gif", moving))
+    web.bad_image("unsafe: labelled adult", "/img/0.jpg", head='<meta name="rating" content="RTA-5042-1996-1400-1577-RTA">')
+    web.bad_image("unsafe: unsafe words", "/img/0.jpg", alt="free porn videos in the garden")
+    web.count("images/in", "images/not dominant")      # a logo beside a picture, and a page of logos only
+    web.keep(*web.good(extra='<nav><img src="/img/0.jpg" alt="the logo of the site"></nav>'))
+    web.bad_image("not dominant", "/img/logo.png", extra='<nav><img src="/img/0.jpg" class="icon"></nav>', alt="x")
+    web.count("images/in", "images/not dominant")
+    web.count("images/not dominant", "images/in")                                   # of two alike the first in the DOM stays
+    first, alt = web.file("img/first.jpg", encoded(photo(8010))), next(web.sentences)
+    web.count("images/in", "images/out", "texts/in", "texts/out", "pairs/in")
+    web.page(f'<img src="/{first}" alt="{alt}"></figure><figure><img src="/img/0.jpg" alt="{next(web.sentences)}">')
+    web.keep(first, alt)
+    # sentences
+    web.bad_text("empty", "IMG_0042.jpg")
+    web.bad_text("too short", "red dog")
+    many = (" ".join(words) for words in zip(BEASTS, VERBS * 3, COLORS * 2, PLACES * 2))
+    web.bad_text("too long", "a red dog and " + " and ".join(many) + " in the garden")
+    web.bad_text("repeated words", "dog dog dog dog in the garden")
+    web.bad_text("spam", "click here and see a red dog")
+    web.bad_text("out of vocabulary", "zyxxy qwrtz plugh in the garden")
+    web.bad_text("not words", "1234 5678 9012 a dog 3456 7890")
+    twice, name = next(web.sentences), web.file("img/twice.jpg", encoded(photo(8011)))
+    web.count("images/in", "images/out", "texts/out", "pairs/in", "texts/said twice of one image")
+    web.count("texts/in", n=2)
+    web.page(f'<img src="/{name}" alt="{twice}" title="{twice.upper()}!">')
+    web.keep(name, twice)
+    # pairs
+    name, alt = web.good()      # one image on three pages, one of them with its text
+    web.good(alt=alt, image=name)
+    name2, worse = web.good(image=name)
+    web.keep(name, max(alt, worse))
+    web.count("pairs/same pair on several pages", "pairs/not the best text")
+    for _ in range(5):      # a text of five images, where four are allowed
+        web.good(alt="a small house in the garden")
+    web.count("pairs/text of too many images", n=5)
+    for name, alt in [web.good(alt="a large house in the garden") for _ in range(4)]:
+        web.keep(name, alt)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(WORDS - {"a"}), *letters, *("##" + c for c in letters)]
+    (home / "vocab.txt").write_text("\n".join(words) + "\n")
+    web.flags = ["--in", str(web.root), "--vocab", str(home / "vocab.txt"), "--max_page", "1", "--max_image", "1",
+                 "--page_seconds", "0.1", "--part", "37", "--max_images", "4", "--sort_lines", "20", "--shard_size", "50"]
+    return web
+
+
+def run(web, out, *more):
+    lait.main([*web.flags, "--out", str(out), *map(str, more)])
+    return json.loads((out / "report.json").read_text()) if (out / "report.json").exists() else None
+
+
+def merge(web, out, *more):
+    lait.main(["--out", str(out), "--merge", *web.flags[web.flags.index("--max_images"):], *map(str, more)])
+
+
+def same_result(a, b):
+    """Equal reports (but for what names the folders) and equal bytes of the same tars."""
+    one, two = (json.loads((d / "report.json").read_text()) for d in (a, b))
+    assert flat(one) == flat(two) and one["scoring"] == two["scoring"] and one["mean_words"] == two["mean_words"]
+    names = sorted(p.name for p in a.glob("*.tar"))
+    assert names == sorted(p.name for p in b.glob("*.tar")) != []
+    assert all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
+
+
+def flat(report):
+    rows = Counter()
+    for stage, row in report["stages"].items():
+        rows.update({(stage, "in"): row["in"], (stage, "out"): row["out"]} | {(stage, k): n for k, n in row["dropped"].items()})
+    return +rows
+
+
+def content(out):
+    """All shards -> {picture: (text, bytes)}, in order."""
+    found = {}
+    for tar in sorted(out.glob("*.tar")):
+        with tarfile.open(tar) as t:
+            parts = {m.name: t.extractfile(m).read() for m in t}
+        for key in dict.fromkeys(n.split(".")[0] for n in parts):
+            about = json.loads(parts[key + ".json"])
+            image, = (v for k, v in parts.items() if k.startswith(key) and not k.endswith((".txt", ".json")))
+            assert about["caption"] == parts[key + ".txt"].decode()
+            found[about["url"]] = (about["caption"], image)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(web, tmp_path_factory):
+    """Map and reduce in one process, with every network socket forbidden."""
+    out, real = tmp_path_factory.mktemp("whole"), socket.socket
+
+    def refuse(*a, **k):
+        raise AssertionError("a socket was opened")
+    socket.socket = refuse
+    try:
+        return out, run(web, out)
+    finally:
+        socket.socket = real
+
+
+def test_every_trap_is_counted_where_it_belongs(web, whole):
+    out, report = whole
+    assert web.expected["pages", "in"] >= 200
+    assert flat(report) == +web.expected
+    assert {k: text for k, (text, _) in content(out).items()} == web.kept
+    assert report["mean_words"] == np.mean([len(t.split()) for t in web.kept.values()])
+
+
+def test_shards_hold_the_files_own_bytes_and_data_reads_them(web, whole):
+    out, _ = whole
+    for name, (_, raw) in content(out).items():
+        assert raw == (web.root / name).read_bytes()
+    records = data.open_source("pairs", str(out), "train", need=("caption",))
+    assert sorted(c for r in records for c in r["caption"]) == sorted(web.kept.values())
+    assert all(min(data.load_image(r["image"]).size) > 300 for r in records)
+    assert data.main(["check", str(out)]) == 0
+
+
+@pytest.mark.parametrize("order", ["2/3 0/3 1/3", "6/7 5/7 4/7 3/7 2/7 1/7 0/7"])
+def test_shards_of_the_map_in_any_order_give_the_same_tars(web, whole, tmp_path, order):
+    for shard in order.split():
+        assert run(web, tmp_path, "--shard", shard) is None and not list(tmp_path.glob("*.tar"))
+    merge(web, tmp_path, "--sort_lines", 7)
+    same_result(whole[0], tmp_path)
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(web, whole, tmp_path):
+    out, killed = tmp_path / "out", 0
+    script = ("import os, signal, sys, lait\n"
+              "left, steps = int(sys.argv[1]), {name: getattr(lait, name) for name in ('write', 'pack')}\n"
+              "def stop(name, path, *args):\n"
+              "    global left\n"
+              "    left -= 1\n"
+              "    if not left:\n"
+              "        open(path + '.tmp', 'w').write('half a ')\n"
+              "        os.kill(os.getpid(), signal.SIGKILL)\n"
+              "    return steps[name](path, *args)\n"
+              "lait.write, lait.pack = (lambda *a, name=name: stop(name, *a) for name in steps)\n"
+              "lait.main(sys.argv[2:])\n")
+    for left in (4, 8):                                     # at the third part of the map, then at the second tar of the reduce
+        argv = [sys.executable, "-c", script, str(left), *web.flags, "--out", str(out)]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        killed += done.returncode == -signal.SIGKILL
+        assert len(list(out.glob("*.tar"))) == (left == 8) and not (out / "report.json").exists()
+    assert killed == 2, done.stderr
+    before = {p: p.stat().st_mtime_ns for p in (out / "candidates").rglob("part-*.txt")}
+    assert before
+    run(web, out)
+    same_result(whole[0], out)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())                # what was finished was not made again
+
+
+def test_a_second_call_makes_nothing_again_and_other_settings_are_refused(web, whole, tmp_path):
+    times = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*.tar")}
+    run(web, whole[0])
+    assert times == {p: p.stat().st_mtime_ns for p in whole[0].rglob("*.tar")}
+    with pytest.raises(SystemExit, match="begun with other min_side"):
+        run(web, whole[0], "--min_side", 200)
+    with pytest.raises(SystemExit, match="shards of another merge"):
+        lait.main(["--out", str(whole[0]), "--merge"])
+    run(web, tmp_path, "--shard", "0/2")
+    with pytest.raises(SystemExit, match="not finished: run --shard 1/2"):
+        lait.main(["--out", str(tmp_path), "--merge"])
+
+
+def test_a_picture_that_changed_since_the_map_is_left_out_and_counted(tmp_path):
+    web = Web(tmp_path / "web")
+    web.keep(*web.good())
+    name, _ = web.good()
+    lait.main(["--in", str(web.root), "--out", str(tmp_path / "out"), "--shard", "0/1"])
+    web.file(name, encoded(photo(77)))
+    lait.main(["--out", str(tmp_path / "out"), "--merge"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["stages"]["pairs"]["dropped"] == {"file changed since the map": 1}
+    assert {k: t for k, (t, _) in content(tmp_path / "out").items()} == web.kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------- scoring
+
+@pytest.fixture(scope="module")
+def scored(web, tmp_path_factory):
+    """A run directory of a small random dual encoder."""
+    run = tmp_path_factory.mktemp("run")
+    module = evaluation.load_module("codis")
+    torch.manual_seed(0)
+    (run / "vocab.txt").write_text((web.root / "../vocab.txt").read_text())
+    tokenizer = data.get_tokenizer(run / "vocab.txt")
+    own = {k: v for k, v in module.PRESETS["tiny"].items() if k in vars(module.Config())}
+    own |= {"vocab_size": tokenizer.vocab_size, "queue_size": 16, "vision_layers": 1, "text_layers": 1, "max_text": 16}
+    config = module.Config(**own)
+    evaluation.save_model(module.Model(config, "pretrain"), run / "model.safetensors")
+    info = {"model": "codis", "preset": "tiny", "task": "pretrain", "config": vars(config), "loop": {}, "step": 0}
+    (run / "config.json").write_text(json.dumps(info))
+    return run
+
+
+def test_score_is_the_cosine_of_the_runs_encoders(web, scored, tmp_path):
+    web2 = Web(tmp_path / "web")
+    paths, texts = zip(*((str(web2.root / name), alt) for name, alt in (web2.good() for _ in range(5))))
+    owner = [0, 3, 3, 1, 4, 2, 0]
+    texts = [*texts, "a small dog", "a dog and a cat near the old house"]
+    score = lait.Scorer(str(scored), "cpu", 3)([(paths[o], text) for o, text in zip(owner, texts)])
+    model, _ = evaluation.load_run(scored)
+    records = data.Records("pairs", None)
+    for n, path in enumerate(paths):
+        records.append({"image": path, "image_id": n, "caption": ["x"]})
+    views = {"source": "pairs", "image": "resize", "norm": "clip", "text": "caption"}
+    view = data.Views(records, views, data.get_tokenizer(scored / "vocab.txt"), 64, 16, train=False)
+    with torch.no_grad():
+        for got, o, text in zip(score, owner, texts, strict=True):
+            image = model.encode_image({"image": view[o]["image"][None]})[0]
+            emb = model.encode_text({key: v[None] for key, v in view.text("text", text).items()})[0]
+            assert got == pytest.approx(float(image @ emb), abs=1e-4) and got == round(got, 4)
+
+
+def test_score_chooses_the_text_and_the_threshold_drops(web, scored, tmp_path):
+    """... and neither depends on how the map was divided."""
+    report = run(web, tmp_path, "--score", scored, "--chance_quantile", 0.5)
+    rows = [json.loads(line.split("\t")[2]) for line in lait.candidates_of(lait.all_parts(tmp_path)[0])]
+    least = float(re.search(r"at least (\S+),", report["scoring"])[1])
+    pairs = report["stages"]["pairs"]
+    assert pairs["dropped"]["below the score"] == sum(r["score"] < least for r in rows) > 0
+    assert "cosine" in report["scoring"] and "quantile of 141 texts" in report["scoring"]
+    best = {}
+    for r in sorted(rows, key=lambda r: r["score"]):
+        if r["score"] >= least:
+            best[r["image"]] = r["text"]
+    shared = Counter(lait.normal(t) for t in best.values())
+    assert {k: t for k, (t, _) in content(tmp_path).items()} == {k: t for k, t in best.items() if shared[lait.normal(t)] <= 4}
+    for shard in ("1/2", "0/2"):
+        run(web, tmp_path / "b", "--score", scored, "--shard", shard)
+    merge(web, tmp_path / "b", "--chance_quantile", 0.5)
+    same_result(tmp_path, tmp_path / "b")
+
+
+def test_a_threshold_needs_scores_enough(scored, tmp_path):
+    web2 = Web(tmp_path / "web")
+    web2.good()
+    argv = ["--in", str(web2.root), "--out", str(tmp_path / "out"), "--score", str(scored)]
+    with pytest.raises(SystemExit, match="too few for a threshold: give --min_score"):
+        lait.main(argv)
+    lait.main([*argv, "--min_score", "-1"])
+    assert len(content(tmp_path / "out")) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------- small parts
+
+def test_external_sort_equals_sorted_in_bounded_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [f"{n:06d}\tx\u2028y\n" for n in rng.integers(0, 500, 3000)]
+    assert list(lait.external_sort(iter(lines), str(tmp_path / "a"), 10, fan=4)) == sorted(lines)
+    assert list(lait.external_sort([], str(tmp_path / "b"), 10)) == [] and not list(tmp_path.glob("*/run-*"))
+
+
+def test_texts_around_an_image_come_from_its_own_part_of_the_page():
+    page = lait.parse("<body><p>Far above.</p><div><div><div><p>Just before. The nearest one.</p><p><img src=a.jpg alt='x'></p>"
+                      "<p>Just after.</p></div></div></div><footer>Far below.</footer></body>", "")
+    image, = page.images
+    assert (image["before"], image["after"]) == ("Just before. The nearest one.", "Just after.")
+    page = lait.parse("<figure><img src=a.jpg><figcaption>A dog <b>runs</b> here</figcaption></figure><p>x", "")
+    assert page.images[0]["caption"].split() == "A dog runs here".split()
+
+
+def test_dominant_image_by_tags_and_place():
+    html = ("<head><meta property=og:image content='http://x.example/c.jpg'></head><body>"
+            "<header><img src=a.jpg alt='one two three'></header><article><h1>T</h1><img src=b.jpg><img src=/c.jpg></article>"
+            "<div class='sidebar ad'><img src=d.jpg></div>"
+            "<p>open<p>again<td><img src=e.jpg width=20 height=20><picture><source srcset='f1.jpg 300w, f2.jpg 900w'>"
+            "<img src=f.jpg></picture></body>")
+    images = lait.parse(html, "").images
+    assert [i["sources"][0] for i in sorted(images, key=lambda i: -i["score"])][:2] == ["/c.jpg", "b.jpg"]
+    scores = {i["sources"][-1]: i["score"] for i in images}
+    assert scores["a.jpg"] < 0 and scores["d.jpg"] < 0 and scores["e.jpg"] < 0
+    assert images[-1]["sources"] == ["f2.jpg", "f1.jpg", "f.jpg"]
+
+
+@pytest.mark.parametrize("raw,clean", [
+    ("A dog at the gate | Example News", ["A dog at the gate"]),
+    ("A dog (Photo: Reuters/J. Doe). It runs.", ["A dog .", "It runs."]),
+    ("See https://a.example/x?y=1 a &amp; b", ["See a & b"]),
+    ("<b>bold</b> dog #cute @me 😀", ["bold dog"]), ("DSC_001.JPG", [""]),
+    ("ﬁne\u200bdog\u0000", ["fine dog"])])
+def test_bad_spans_go(raw, clean):
+    import html
+    assert list(lait.sentences(html.unescape(raw))) == clean
+
+
+def test_unsafe_words_of_one_sentence_cost_that_sentence_alone():
+    """With a safe() of one's own, which let the picture pass."""
+    args = argparse.Namespace(min_words=4, max_words=40, max_oov=0.3)
+    assert lait.reject("a red dog and a nude in the garden", args, None, re.compile("(?!)")) == "unsafe words"
+
+
+@pytest.mark.parametrize("text", ["@" * 9999, "a@" * 5000, "(photo " * 2000, "photo by " * 2000, "<a" * 5000,
+                                  "|" * 9999, "a.jpg" * 3000, "www." * 3000, ". A" * 3000])
+def test_sentences_take_no_longer_on_hostile_text(text):
+    start = time.process_time()
+    list(lait.sentences(text))
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("html", ["<![<![<!", "<!x" * 99, "</" * 999, "<img", "<img src=a.jpg", "&#xffffffff;&#0;",
+                                  "<p" + "\0" * 9, "<base href='http://[x'><img src=a.jpg alt='a b c'>",
+                                  "<html lang><meta name content><img width=x height=9e9 alt>", "</figure></figure><figcaption>x",
+                                  "<svg><style><img src=x>"])
+def test_broken_html_is_parsed_or_dropped(html):
+    page = lait.parse(html, "")
+    for image in page.images:
+        for source in image["sources"]:
+            with pytest.raises(lait.Dropped):
+                lait.locate(source, "a/b.html", page, "/nonexistent")
+
+
+def test_a_page_made_to_fill_the_memory_does_not():
+    """Deep nesting times many texts: what is kept of a text does not grow with its depth."""
+    html = "<div>" * 500 + "a<br>" * 20_000 + "<img src=a.jpg alt='a b c'>"
+    tracemalloc.start()
+    page = lait.parse(html, "", 60)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert page.images[0]["before"] == "a" and peak < 40 * len(html) + (16 << 20)
+
+
+def test_giant_attributes_are_cut():
+    giant = {"alt": "dog " * 200_000, "srcset": "x.jpg 1x, " * 99_999, "class": "a " * 99_999}
+    page = lait.parse("<p><img src='a.jpg' " + " ".join(f"{k}='{v}'" for k, v in giant.items()) + ">", "")
+    assert len(page.images[0]["alt"]) == 2000 and len(page.images[0]["sources"]) == 2
+
+
+def test_an_archive_that_grows_on_and_on_is_left(tmp_path):
+    """Each record keeps to the limits, the whole does not: 1 MB on disk would be 1 GB of zeros."""
+    zeros = gzip.compress(record("response", "http://a.example/", http(b"<p>" + b"\0" * (8 << 20))))
+    (tmp_path / "a.warc.gz").write_bytes(zeros * 50)
+    start = time.process_time()
+    found = [str(raw) for _, _, raw, _ in lait.documents(lait.listing(str(tmp_path)), str(tmp_path), 1 << 20)]
+    assert found[-1] == "decompression bomb" and set(found[:-1]) == {"page too large"} and len(found) < 15
+    assert time.process_time() - start < 5
+
+
+def test_encodings_a_page_may_name():
+    assert lait.decode("<p>caf\u00e9".encode("latin-1"), "text/html; charset=ISO-8859-1") == "<p>caf\u00e9"
+    assert lait.decode("<p>x\u2019".encode("cp1252"), "charset=windows-1252")[-1] == "\u2019"
+    for evil in ("zlib_codec", "idna", "unicode_escape", "rot13", "nonsense", "iso-8859-99"):
+        assert lait.decode(b"<meta charset=%s><p>a" % evil.encode()).endswith("<p>a")
+
+
+def test_natural_on_real_photos():
+    photos = sorted((ROOT / "../shared/data/coco/val2017").glob("*.jpg"))
+    if not photos:
+        pytest.skip("the shared photos are not here")
+    assert all(lait.natural(data.load_image(str(p))) is None for p in photos[:20])
+
+
+def test_own_filters(web, tmp_path):
+    web2 = Web(tmp_path / "web")
+    web2.good()
+    (tmp_path / "mine.py").write_text("def never(*a):\n    return 'because'\n")
+    call = lambda out, *more: lait.main(["--in", str(web2.root), "--out", str(tmp_path / out), *more])
+    for flag, stage, reason in (("language", "pages", "because"), ("natural", "images", "unnatural: because"),
+                                ("safe", "images", "unsafe: because")):
+        call(flag, f"--{flag}", f"{tmp_path}/mine.py:never")
+        assert json.loads((tmp_path / flag / "report.json").read_text())["stages"][stage]["dropped"] == {reason: 1}
+    for spec, message in (("mine.py:absent", "no function 'absent'"), ("absent.py:x", "there is no file")):
+        with pytest.raises(SystemExit, match=message):
+            call("x" + spec, "--natural", f"{tmp_path}/{spec}")
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--in", "nowhere"], "--in nowhere: no such file or folder"), ([], "name the folder of the pages"),
+    (["--in", "empty"], "in it"),
+    (["--in", "web", "--images", "nowhere"], "--images nowhere: no such directory"), (["--in", "web", "--shard", "3/3"], "I/N"),
+    (["--in", "web", "--shard", "x"], "I/N"), (["--merge"], "no candidates here"), (["--in", "web", "--part", "0"], "at least 1"),
+    (["--in", "web", "--vocab", "nowhere"], "--vocab nowhere: no such file"),
+    (["--in", "web", "--score", "nowhere"], "no run here"),
+    (["--in", "web", "--spam", "nowhere"], "nowhere"),
+    (["--in", "web", "--min_score", "0.5"], "were not scored"), (["--in", "web/a.txt"], "in it")])
+def test_errors_are_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    Web(tmp_path / "web").good()
+    (tmp_path / "web/a.txt").write_text("x")
+    with pytest.raises(SystemExit) as e:
+        lait.main(["--out", "out", *flags])
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_lait_names_no_model():
+    code = re.sub(r'"""[\s\S]*?"""', "", (ROOT / "lait.py").read_text())
+    assert not any(re.search(rf"\b{p.stem}\b", code) for p in (ROOT / "models").glob("*.py"))

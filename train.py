@@ -188,7 +188,8 @@ def make_optimizer(groups, loop):
 # Weights and checkpoints
 
 def initialize(model, module, path):
-    """Fills the model from another run; says what it had too much or too little. A backbone key left unfilled is an error."""
+    """Fills the model from another run; says what it had too much or too little. A backbone key left unfilled is an error, and so is one
+    left over of a tower that the model has: part of a tower is another tower."""
     state = evaluation.read_weights(evaluation.find_run(path) / "model.safetensors")
     if hasattr(model, "adapt"):
         state = model.adapt(state)
@@ -202,6 +203,10 @@ def initialize(model, module, path):
     empty = [k for k in new if k.startswith(module.BACKBONE)]
     if empty:
         raise Stop(f"--init {path}: it does not fill {empty[0]}" + (f" and {len(empty) - 1} more of the backbone" if len(empty) > 1 else ""))
+    here = tuple(tower for tower in module.BACKBONE if any(k.startswith(tower) for k in mine))
+    cut = [k for k in dropped if k.startswith(here)]
+    if cut:
+        raise Stop(f"--init {path}: the backbone here has no place for {prefixes(cut)}: give the flags of size that the run had")
     model.load_state_dict(state, strict=False)
     return f"init from {path}: {len(state) - len(dropped)} tensors; new: {prefixes(new)}; dropped: {prefixes(dropped)}"
 

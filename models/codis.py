@@ -698,7 +698,7 @@ class Codis(nn.Module):
                 state |= {f"fusion.layer.{2 * int(n) + i}.{rest}": fusion[key] for i in range(2)}
         if hasattr(self, "decoder") and not any(k.startswith("decoder.") for k in state):
             decoder = {"decoder." + k.removeprefix("fusion."): v for k, v in fusion.items()}
-            state |= {k: v for k, v in decoder.items() if mine[k].shape == v.shape}
+            state |= {k: v for k, v in decoder.items() if k in mine and mine[k].shape == v.shape}
         return state
 
     def train(self, mode=True):

@@ -90,6 +90,9 @@ def test_init_lists_what_is_new_and_refuses_an_empty_backbone(capsys):
     deeper = [x if x != "1" or SMALL[i - 1] != "--text_layers" else "2" for i, x in enumerate(SMALL)]
     with pytest.raises(SystemExit, match="backbone"):
         train.main(["--model", "codis", "--task", "ve", "--init", "out/pre", "--steps", "1", *deeper, "--out", "out/deeper"])
+    train.main(["--model", "codis", "--steps", "1", *SMALL, "--fusion_layers", "2", "--out", "out/two"])
+    with pytest.raises(SystemExit, match="no place for fusion.*flags of size"):                  # not the lower half of a fusion encoder
+        train.main(["--model", "codis", "--task", "vqa", "--init", "out/two", "--steps", "1", *SMALL, "--out", "out/cut"])
 
 
 @pytest.mark.parametrize("flags,words", [

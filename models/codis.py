@@ -121,7 +121,7 @@ PRESETS = {
                  codewords=256, max_text=22, init_std=0.08,
                  pretrain=dict(TINY, steps=2600, lr=1e-3, rerank_k=16),
                  retrieval=dict(TINY, steps=1000, lr=3e-4, rerank_k=16),
-                 vqa=dict(TINY, steps=2400, lr=4e-4),
+                 vqa=dict(TINY, steps=2400, lr=3e-4),
                  ve=dict(TINY, steps=2400, lr=5e-4),
                  nlvr2=[dict(TINY, steps=300, lr=4e-4), dict(TINY, steps=1600, lr=5e-4)]),
 }

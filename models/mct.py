@@ -143,7 +143,7 @@ PRESETS = {
                  joint_dim=256, word_dim=64, tag_hidden=256,
                  detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=16, proposals=(50, 20), fpn_width=64,
                  # AdamW: in minutes, SGD does not bring a BERT of random weights off the ground
-                 pretrain=dict(optimizer="adamw", batch_size=64, steps=1200, lr=1e-3, text_lr=1e-3, warmup_steps=50,
+                 pretrain=dict(optimizer="adamw", batch_size=64, steps=1000, lr=1e-3, text_lr=1e-3, warmup_steps=50,
                                crop_scale=(0.4, 1.0), workers=1),
                  linear=dict(lr=3.0),                                      # 2,000 pictures are 480 steps
                  detection=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),

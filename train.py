@@ -534,7 +534,7 @@ def main(argv=None):
     options = {"split": loop["eval_split"] or None, "limit": loop["eval_limit"] or None}      # --eval_data and --eval_root: from the run
     results = {e: evaluation.evaluate(raw, {**info, "step": info["total_steps"], "path": str(folder)}, e, options, rank, world) for e in evals}
     if rank == 0:
-        following = [t for t in module.TASKS if t != task]
+        following = module.TASKS[1:] if task == module.TASKS[0] else ()                            # after pre-training, a fine-tuning
         print(f"\n{time.time() - began:.0f} s in all. Checkpoint: {folder / 'model.safetensors'}\nNext: " + (
             f"python train.py --model {name} --task {following[0]} --init {out}" if following else f"python eval.py {out} --task {(evals or module.EVALS[task])[0]}"))
     if world > 1:

@@ -330,7 +330,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
         if all(hasattr(raw, p) for p in parts):
             say(f"  {label}: {count(q for p in parts for q in getattr(raw, p).parameters()) / 1e6:.1f}M")
     say(f"  {total:,} steps of {loop.batch_size} = {world} processes x {loop.accum} x {micro}, {total / epoch_steps:.2f} epochs; {amp} on {device}; "
-        f"{loop.optimizer} lr {learning_rate(0, total, loop):.2g} -> {loop.lr:.2g} -> {learning_rate(max(0, total - 1), total, loop):.2g} ({loop.schedule})")
+        f"{loop.optimizer} lr {learning_rate(0, total, loop):.2g} -> {loop.lr:.2g} -> "
+        f"{learning_rate(max(0, total - 1), total, loop):.2g} ({loop.schedule})")
     say("  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
     for line in news + getattr(raw, "remarks", []):
         say("  " + line)
@@ -536,7 +537,8 @@ def main(argv=None):
     if rank == 0:
         following = module.TASKS[1:] if task == module.TASKS[0] else ()                            # after pre-training, a fine-tuning
         print(f"\n{time.time() - began:.0f} s in all. Checkpoint: {folder / 'model.safetensors'}\nNext: " + (
-            f"python train.py --model {name} --task {following[0]} --init {out}" if following else f"python eval.py {out} --task {(evals or module.EVALS[task])[0]}"))
+            f"python train.py --model {name} --task {following[0]} --init {out}" if following else
+            f"python eval.py {out} --task {(evals or module.EVALS[task])[0]}"))
     if world > 1:
         dist.destroy_process_group()
     return results

@@ -155,7 +155,8 @@ VIEWS = {
     "retrieval": dict(source="pairs", image="randaug", image_eval="resize", norm="clip", text="caption"),
     "vqa": dict(source="vqa", image="randaug", image_eval="resize", norm="clip", text="question", answer="answer"),
     "ve": dict(source="ve", image="randaug", image_eval="resize", norm="clip", text="caption", label="label"),
-    "nlvr2": dict(source="nlvr2", image="randaug", image2="randaug", image_eval="resize", image2_eval="resize", norm="clip", text="caption", label="label"),
+    "nlvr2": dict(source="nlvr2", image="randaug", image2="randaug", image_eval="resize", image2_eval="resize", norm="clip",
+                  text="caption", label="label"),
     "assign": dict(source="pairs", image="randaug", norm="clip", text="caption"),
 }
 COUNTS = {"text + fusion + MLM head (the paper, with BERT's 30,522 words: 123.7M)": ("text", "fusion", "mlm_head")}

@@ -1372,7 +1372,9 @@ class Views(Dataset):
                     trouble.append(f"{record['image']}: {e}")
                     if self.train:
                         return None
-                    out[key] = [torch.full((3, record["height"], record["width"]), 0.5)]
+                    size = record["height"], record["width"]                # no objects: every sample of a batch has the same keys
+                    out |= {key: [torch.full((3, *size), 0.5)], "boxes": [torch.zeros(0, 4)], "labels": [torch.zeros(0, dtype=torch.long)]}
+                    out |= {"masks": [torch.zeros(0, *size, dtype=torch.uint8)]} if name == "masks" else {}
                 continue
             if name not in IMAGE_VIEWS:
                 out.update(VIEW_FNS[name](self, key, record, rng, i if name == "features" else c))

@@ -713,6 +713,26 @@ def test_records_and_plans_are_picklable(world, tok):
         r[40]
 
 
+@pytest.mark.parametrize("view", ["objects", "masks"])
+def test_a_picture_without_pixels_in_a_batch_of_detection(tmp_path, tok, view):
+    """Whichever place in the batch it has, it is evaluated: grey, at its own size, without objects."""
+    pytest.importorskip("pycocotools")
+    instances = json.loads(Path(coco(tmp_path)[1]).read_text())
+    for a in instances["annotations"]:
+        x, y, w, h = a["bbox"]
+        a.update(image_id=9 if a["id"] == 3 else 5, iscrowd=0, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
+    path = write(tmp_path / "annotations/instances_val2017.json", instances)
+    for n in (9, 5):
+        picture(tmp_path / "val2017/000000000005.jpg"), picture(tmp_path / "val2017/000000000009.jpg")
+        truncated(tmp_path / "val2017" / f"{n:012d}.jpg")
+        r = data.open_source("detection", path, "val")
+        bad = [x["image_id"] for x in r].index(n)
+        batch, = data.iter_eval(r, {"source": "detection", "image": view, "norm": "none"}, tok, 16, 8)
+        keys = ["boxes", "labels"] + ["masks"] * (view == "masks")
+        assert batch["image"][bad].shape == (3, 16, 24) and batch["image"][bad].unique().tolist() == [0.5]
+        assert all(len(batch[k]) == 2 and len(batch[k][bad]) == 0 < len(batch[k][1 - bad]) for k in keys)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- check
 
 def test_check(tmp_path, world, capsys):

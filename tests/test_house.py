@@ -131,7 +131,7 @@ def test_readme_commands_run_with_three_steps(tmp_path, monkeypatch):
             continue
         ran += 1
         if script == "train.py":
-            train.main([*argv, "--steps", "3"])
+            train.main([*argv, "--steps", "3", "--eval_limit", "40"])
         elif script == "eval.py":
             evaluation.main(argv)
         else:

@@ -762,3 +762,10 @@ def test_ablations_train(photos, tmp_path):
                   "--mask_unit 2 --head_layers 2 --head_shared --mim_prob 0.7 --mlm_prob 0.4 --checkpointing --accum 2"):
         train.main(["--model", "conlip", *SMALL, *data, *flags.split(), "--evals", "none", "--out", str(tmp_path / "run")])
         assert math.isfinite(json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["loss"])
+
+
+def test_pixel_head_and_mask_token_start_small():
+    """Whatever the towers start with: at tiny's 0.08 ConMIM ended in one guess for all patches."""
+    torch.manual_seed(0)
+    model = ConLIP(small(init_std=0.08), "pretrain")
+    assert model.mim_head.weight.std() < 0.03 and model.mask_token.std() < 0.03 < model.vision.pos_embed.std()

@@ -1270,9 +1270,10 @@ Model = Codis
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if not isinstance(v, dict)}, vocab_size=200, mask_id=4, cls_id=2, sep_id=3, first_word=5)
-    words = torch.randint(5, 200, (4, cfg.max_text))
-    batch = {"image": torch.randn(4, 3, 64, 64), "image2": torch.randn(4, 3, 64, 64), "text": words, "text_mask": torch.ones_like(words),
+    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if k not in VIEWS}, vocab_size=200, mask_id=4, cls_id=2, sep_id=3,
+                 first_word=5)
+    words, image = torch.randint(5, 200, (4, cfg.max_text)), torch.randn(4, 3, cfg.image_size, cfg.image_size)
+    batch = {"image": image, "image2": image.flip(0), "text": words, "text_mask": torch.ones_like(words),
              "image_id": torch.arange(4), "label": torch.arange(4) % 2, "answer": words[:, :5], "answer_mask": torch.ones_like(words[:, :5]),
              "answer_weight": torch.ones(4)}
     for task in VIEWS:

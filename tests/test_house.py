@@ -4,6 +4,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def test_model_docstrings_index_their_equations_and_deviations():
         index = doc[doc.index("Equations"):doc.index("Deviations")]
         for name in re.findall(r"(\w+)\(\)", index):
             assert name in names, f"{path.name}: the index names {name}(), which is not there"
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_model_file_runs_by_itself(path, capsys):
+    """`python models/X.py` prints a line for each of its tasks, with the losses of a random batch."""
+    module = runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    for task in module["TASKS"]:
+        assert re.search(rf"^{task}\b.*\d", printed, re.M), f"{path.name} prints nothing of {task}: {printed}"
+    assert "nan" not in printed
 
 
 def blocks(path):

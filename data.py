@@ -1,27 +1,30 @@
 """data.py: every data set, every official file format, transforms, tokenizer.
 
-    files --open_source()--> Records (list-like of plain dicts) --Views--> sample: dict of tensors --batches()--> training batches
-                                                                                                   --iter_eval()--> a split, once
+    files --open_source()--> Records (list-like of plain dicts) --Views--> sample: dict of tensors
+                                                                                   --batches()--> training batches
+                                                                                   --iter_eval()--> a split, once
 
-A *source* names what a record means (`pairs`, `vqa`, `ve`, `nlvr2`, `sts`, `hashing`, `classes`, `clips`, `detection`); the file
-format is recognised from the files. The spec is "shapes" (the built-in world, written by shapes.py in these same formats) or a
-comma-separated list of files and folders; `{00000..00012}` in a name counts up. Formats read, as their publishers wrote them:
+A *source* names what a record means (`pairs`, `vqa`, `ve`, `nlvr2`, `sts`, `hashing`, `classes`, `clips`, `detection`);
+the file format is recognised from the files. The spec is "shapes" (the built-in world, written by shapes.py in these
+same formats) or a comma-separated list of files and folders; `{00000..00012}` in a name counts up. Formats read,
+as their publishers wrote them:
 
-  pairs      records .json/.jsonl: image, caption (str or list) [image_id, split, tags, paraphrase, boxes, labels]; Karpathy
-             dataset_*.json; COCO captions_*.json (+ instances_*.json in the same list: joins tags and boxes by image id);
-             .tsv "caption TAB path-or-url" beside a folder of images (CC, SBU); img2dataset .tar shards (or a folder of them)
-  vqa        VQA v2 questions.json [+ annotations.json]      ve       SNLI-VE .jsonl          nlvr2   NLVR2 .json/.jsonl
-  sts        SentEval folders STS1X-en-test, stsbenchmark/, sts-*.csv                         hashing CSQ list "path 0 1 0 ..."
-  classes    ImageFolder                                     clips    MSR-VTT videodatainfo.json [+ 1k-A csv] + a folder of .npy
+  pairs      records .json/.jsonl: image, caption (str or list) [image_id, split, tags, paraphrase, boxes, labels];
+             Karpathy dataset_*.json; COCO captions_*.json (+ instances_*.json in the same list: joins tags and boxes
+             by image id); .tsv "caption TAB path-or-url" beside a folder of images (CC, SBU); img2dataset .tar shards
+             (or a folder of them)
+  vqa        VQA v2 questions.json [+ annotations.json]      ve     SNLI-VE .jsonl    nlvr2   NLVR2 .json/.jsonl
+  sts        SentEval folders STS1X-en-test, stsbenchmark/, sts-*.csv                 hashing CSQ list "path 0 1 0 ..."
+  classes    ImageFolder                             clips    MSR-VTT videodatainfo.json [+ 1k-A csv] + a folder of .npy
   detection  COCO instances_*.json (needs pycocotools); a VOCdevkit folder with VOC2007 and/or VOC2012
 
-`python data.py check PATH [--image_root R] [--split S] [--source NAME]` reads everything, opens every image, prints a table and
-exits with status 1 if an image is missing or corrupt (duplicates and skipped captions are only reported).
+`python data.py check PATH [--image_root R] [--split S] [--source NAME]` reads everything, opens every image, prints
+a table and exits with status 1 if an image is missing or corrupt (duplicates and skipped captions are only reported).
 
-What is wrong in a file is a DataError: one line naming file, line and key. What is merely absent (an image that was never
-downloaded, an empty caption) is left out and counted in `Records.notes`, and said once on stderr. In training an unreadable
-image is replaced by another record, chosen by (seed, draw) alone; in evaluation it becomes a grey image; both have `bad` = 1.
-Nothing here reads or moves a global random state: a sample is a function of (record, seed, draw).
+What is wrong in a file is a DataError: one line naming file, line and key. What is merely absent (an image that was
+never downloaded, an empty caption) is left out and counted in `Records.notes`, and said once on stderr. In training
+an unreadable image is replaced by another record, chosen by (seed, draw) alone; in evaluation it becomes a grey image;
+both have `bad` = 1. Nothing here reads or moves a global random state: a sample is a function of (record, seed, draw).
 """
 import argparse
 import array
@@ -60,7 +63,8 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False     # a truncated JPEG must fail, not co
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # load_image refuses such files itself
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-SPLIT_NAMES = {"restval": "train", "validate": "val", "validation": "val", "valid": "val", "dev": "val"}    # foreign -> ours
+# foreign -> ours
+SPLIT_NAMES = {"restval": "train", "validate": "val", "validation": "val", "valid": "val", "dev": "val"}
 
 
 class DataError(SystemExit):
@@ -75,15 +79,16 @@ def say(message):
     print(f"data.py: {message}", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------- records
+# -------------------------------------------------------------------------------------------------------------- records
 
 class Records:
-    """List-like of dicts, kept as one pickled byte string: millions of records are small, and forked workers copy no pages.
+    """List-like of dicts, kept as one pickled byte string: millions of records are small,
+    and forked workers copy no pages.
 
-    `image` (and `image2`, `feature`) is a path that opens as it is, or (tar path, offset, size) in bytes. `image_id` is an int,
-    the same for two records of one picture. Attributes: name (the source), split, root, notes (dict of counts),
-    label_names (list or None: what the ints in `labels`/`label` mean), protocol (str or None), splits (those in the files),
-    regions (Regions or None: see with_regions)."""
+    `image` (and `image2`, `feature`) is a path that opens as it is, or (tar path, offset, size) in bytes. `image_id` is
+    an int, the same for two records of one picture. Attributes: name (the source), split, root, notes (dict of counts),
+    label_names (list or None: what the ints in `labels`/`label` mean), protocol (str or None),
+    splits (those in the files), regions (Regions or None: see with_regions)."""
 
     def __init__(self, name, split, root=None):
         self.name, self.split, self.root = name, split, root
@@ -130,7 +135,8 @@ class Listing:
 
 
 class Reading:
-    """What a reader needs beside its files: the Records it fills in notes and names, the directory listings, the split wanted."""
+    """What a reader needs beside its files: the Records it fills in notes and names, the directory listings,
+    the split wanted."""
 
     def __init__(self, records):
         self.records, self.here, self.splits = records, Listing(), set()
@@ -147,7 +153,7 @@ class Reading:
         self.records.notes[note] = self.records.notes.get(note, 0) + n
 
 
-# ---------------------------------------------------------------------------------------------------------- small file tools
+# ----------------------------------------------------------------------------------------------------- small file tools
 
 def expand(spec, flag="--data"):
     """ "a.json,shards/{00..02}.tar" -> list of existing paths; a missing one is an error, which names the flag."""
@@ -155,7 +161,8 @@ def expand(spec, flag="--data"):
     for item in [spec] if os.path.exists(spec) else [s.strip() for s in spec.split(",") if s.strip()]:
         span = re.search(r"\{(\d+)\.\.(\d+)\}", item)
         numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
-        paths += [item[:span.start()] + str(n).zfill(len(span[1])) + item[span.end():] for n in numbers] if span else [item]
+        paths += ([item[:span.start()] + str(n).zfill(len(span[1])) + item[span.end():] for n in numbers]
+                  if span else [item])
     if not paths:
         fail(f"{flag} is empty")
     for path in paths:
@@ -165,7 +172,8 @@ def expand(spec, flag="--data"):
 
 
 def text_lines(path):
-    """Yields the lines of a UTF-8 file without their ends. Splits at newlines only: captions and vocabularies hold U+2028."""
+    """Yields the lines of a UTF-8 file without their ends. Splits at newlines only: captions and vocabularies
+    hold U+2028."""
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as f:
             for line in f:
@@ -211,7 +219,8 @@ def json_records(path, data=None):
 
 
 def as_dict(value, where):
-    return value if isinstance(value, dict) else fail(f"{where}: an object {{...}} expected, found {type(value).__name__}")
+    return (value if isinstance(value, dict)
+            else fail(f"{where}: an object {{...}} expected, found {type(value).__name__}"))
 
 
 def get(where, record, key, kind=None):
@@ -219,12 +228,14 @@ def get(where, record, key, kind=None):
     if key not in record or record[key] is None:
         fail(f"{where}: no key '{key}' (it has: {', '.join(map(str, record)) or 'nothing'})")
     if kind is not None and not isinstance(record[key], kind):
-        fail(f"{where}: key '{key}' is {type(record[key]).__name__}, not {getattr(kind, '__name__', 'one of the allowed types')}")
+        fail(f"{where}: key '{key}' is {type(record[key]).__name__}, "
+             f"not {getattr(kind, '__name__', 'one of the allowed types')}")
     return record[key]
 
 
 def folders(path, root, *subfolders):
-    """Where the images of an annotation file may lie: under --image_root, or, without one, beside the file as published."""
+    """Where the images of an annotation file may lie: under --image_root, or, without one,
+    beside the file as published."""
     home = os.path.dirname(path)
     bases = [root] if root else [home, os.path.join(home, "images"), os.path.normpath(os.path.join(home, ".."))]
     return bases + [os.path.join(b, s) for b in bases for s in subfolders if s]
@@ -234,9 +245,9 @@ def under(bases, *names):
     return [os.path.join(b, n) for n in names for b in bases]
 
 
-# ------------------------------------------------------------------------------------------------------------------ readers
-# reader(files, split, ctx) yields (file number, where, record). files: list of (path, image_root or None). A record may carry
-# `split` (open_source filters by it), `image_id` (int or str) and paths under image, image2, feature.
+# -------------------------------------------------------------------------------------------------------------- readers
+# reader(files, split, ctx) yields (file number, where, record). files: list of (path, image_root or None). A record may
+# carry `split` (open_source filters by it), `image_id` (int or str) and paths under image, image2, feature.
 
 def clean_captions(where, raw, ctx):
     """`caption` and `paraphrase` of a record as equally long lists of non-empty strings; empty captions are counted."""
@@ -253,11 +264,13 @@ def clean_captions(where, raw, ctx):
 
 
 def pair(where, raw, image, ctx):
-    """One documented record -> our record. `caption` may be absent (a task that needs it says so); empty is left out."""
+    """One documented record -> our record. `caption` may be absent (a task that needs it says so);
+    empty is left out."""
     if not ctx.wants(raw.get("split")):
         return None
     record = {"image": image}
-    record.update({k: raw[k] for k in ("image_id", "split", "tags", "boxes", "labels", "label_names") if raw.get(k) is not None})
+    record.update({k: raw[k] for k in ("image_id", "split", "tags", "boxes", "labels", "label_names")
+                   if raw.get(k) is not None})
     if raw.get("caption") is not None:
         record["caption"], record["paraphrase"] = clean_captions(where, raw, ctx)
         if not record["caption"]:
@@ -366,8 +379,9 @@ def pairs_coco(path, root, data, ctx, joined):
 
 
 def pairs_tsv(path, root, data, ctx, joined):
-    """Rows "caption TAB path-or-url". The file of a URL: its last part where no other row has the same, img2dataset's 9-digit
-    row number, or row_crc32(url) as the common CC downloader writes it. Rows without a file are counted as missing."""
+    """Rows "caption TAB path-or-url". The file of a URL: its last part where no other row has the same, img2dataset's
+    9-digit row number, or row_crc32(url) as the common CC downloader writes it. Rows without a file are counted
+    as missing."""
     rows = []
     for where, line in lines_of(path):
         cells = line.split("\t")
@@ -378,7 +392,8 @@ def pairs_tsv(path, root, data, ctx, joined):
     seen, bases = Counter(last), folders(path, root)
     for n, (where, caption, url) in enumerate(rows):
         if "://" in url:
-            names = [f"{n:09d}.jpg", f"{n}_{zlib.crc32(url.encode())}"] + ([last[n]] if seen[last[n]] == 1 and last[n] else [])
+            names = ([f"{n:09d}.jpg", f"{n}_{zlib.crc32(url.encode())}"]
+                     + ([last[n]] if seen[last[n]] == 1 and last[n] else []))
         else:
             names = [url]
         yield where, pair(where, {"caption": caption}, ctx.here.first(under(bases, *names)), ctx)
@@ -399,7 +414,8 @@ def pairs_tar(path, root, data, ctx, joined):
                     folder, name = os.path.split(member.name)
                     stem, _, kind = name.partition(".")
                     if member.isfile() and kind:
-                        content = tar.extractfile(member).read() if kind in ("txt", "json") else (member.offset_data, member.size)
+                        content = (tar.extractfile(member).read() if kind in ("txt", "json")
+                                   else (member.offset_data, member.size))
                         samples.setdefault(os.path.join(folder, stem), {})[kind.lower()] = content
         except (tarfile.TarError, EOFError, OSError) as e:
             fail(f"{shard}: not a readable tar ({e})")
@@ -416,8 +432,8 @@ def pairs_tar(path, root, data, ctx, joined):
 
 
 def pairs_questions(path, root, data, ctx, joined):
-    """The questions of VQA v2 {questions: [{image_id, question}], data_subtype} or GQA {id: {imageId, question}} as the captions of
-    their picture, one record each."""
+    """The questions of VQA v2 {questions: [{image_id, question}], data_subtype} or GQA {id: {imageId, question}} as
+    the captions of their picture, one record each."""
     subtype, asked = data.get("data_subtype", ""), {}
     if isinstance(data.get("questions"), list):
         for n, raw in enumerate(data["questions"]):
@@ -437,8 +453,8 @@ def pairs_questions(path, root, data, ctx, joined):
         yield where, pair(where, {"image_id": key, "caption": questions}, ctx.here.first(under(bases, image)), ctx)
 
 
-PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco, "instances": pairs_coco, "questions": pairs_questions,
-                "tsv": pairs_tsv, "tar": pairs_tar}
+PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco, "instances": pairs_coco,
+                "questions": pairs_questions, "tsv": pairs_tsv, "tar": pairs_tar}
 
 
 def read_vqa(files, split, ctx):
@@ -451,7 +467,8 @@ def read_vqa(files, split, ctx):
         elif "annotations" in data:
             for k, ann in enumerate(data["annotations"]):
                 where = f"{path} annotations[{k}]"
-                answers[get(where, ann, "question_id")] = [get(where, a, "answer", str) for a in get(where, ann, "answers", list)]
+                answers[get(where, ann, "question_id")] = [get(where, a, "answer", str)
+                                                           for a in get(where, ann, "answers", list)]
         else:
             fail(f"{path}: neither 'questions' nor 'annotations' (its keys: {', '.join(data)})")
     if not questions:
@@ -479,7 +496,8 @@ VE_LABELS = ["entailment", "neutral", "contradiction"]
 
 
 def read_ve(files, split, ctx):
-    """SNLI-VE: photo, hypothesis, entailment 0 / neutral 1 / contradiction 2. Rows without a majority ('-') are left out."""
+    """SNLI-VE: photo, hypothesis, entailment 0 / neutral 1 / contradiction 2.
+    Rows without a majority ('-') are left out."""
     ctx.records.label_names = VE_LABELS
     for n, (path, root) in enumerate(files):
         bases = folders(path, root)
@@ -502,7 +520,7 @@ def read_nlvr2(files, split, ctx):
     for n, (path, root) in enumerate(files):
         for where, raw in json_records(path):
             name = get(where, raw, "identifier", str)
-            kind = name.split("-")[0]                                           # train, dev, test1: also the folders' names
+            kind = name.split("-")[0]                                       # train, dev, test1: also the folders' names
             subfolders = [kind, os.path.join("images", kind), "images"]
             if "directory" in raw:                                              # train/ has numbered folders
                 subfolders += [os.path.join(s, str(raw["directory"])) for s in (kind, os.path.join("images", kind))]
@@ -512,7 +530,8 @@ def read_nlvr2(files, split, ctx):
             stem = name.rpartition("-")[0]
             left, right = raw.get("left_image") or stem + "-img0.png", raw.get("right_image") or stem + "-img1.png"
             yield n, where, {"image": ctx.here.first(under(bases, left)), "image2": ctx.here.first(under(bases, right)),
-                             "caption": get(where, raw, "sentence", str), "label": int(label == "True"), "identifier": name}
+                             "caption": get(where, raw, "sentence", str), "label": int(label == "True"),
+                             "identifier": name}
 
 
 def sts_parts(path):
@@ -532,11 +551,12 @@ def sts_parts(path):
 
 def sts_rows(home):
     """Yields (where, dataset, subset, score as text, s1, s2) of STS.input.X.txt + STS.gs.X.txt, or of STS-B's table."""
-    if os.path.isfile(home):                                                    # genre, file, year, index, score, s1, s2
+    if os.path.isfile(home):                                                # genre, file, year, index, score, s1, s2
         for where, line in lines_of(home):
             cells = line.split("\t")
             if len(cells) < 7:
-                fail(f"{where}: 7 columns between TABs expected (genre, file, year, index, score, s1, s2), found {len(cells)}")
+                fail(f"{where}: 7 columns between TABs expected (genre, file, year, index, score, s1, s2), "
+                     f"found {len(cells)}")
             yield where, "STSB", cells[0], cells[4], cells[5], cells[6]
         return
     for name in sorted(f for f in os.listdir(home) if f.startswith("STS.input.")):
@@ -553,7 +573,8 @@ def sts_rows(home):
 
 
 def read_sts(files, split, ctx):
-    """Graded sentence pairs 0-5: s1, s2, score, dataset ("STS12", "STSB"), subset ("MSRpar"). Unscored rows are left out."""
+    """Graded sentence pairs 0-5: s1, s2, score, dataset ("STS12", "STSB"), subset ("MSRpar").
+    Unscored rows are left out."""
     for n, (path, _) in enumerate(files):
         parts = list(sts_parts(path))
         if not parts:
@@ -569,7 +590,8 @@ def read_sts(files, split, ctx):
                     fail(f"{where}: score '{score}' is not a number")
                 if not 0 <= value <= 5:
                     fail(f"{where}: score {value} is not in 0 to 5")
-                yield n, where, {"s1": s1, "s2": s2, "score": value, "dataset": dataset, "subset": subset, "split": part}
+                yield n, where, {"s1": s1, "s2": s2, "score": value, "dataset": dataset,
+                                 "subset": subset, "split": part}
 
 
 def read_hashing(files, split, ctx):
@@ -597,7 +619,8 @@ def read_hashing(files, split, ctx):
 
 
 def read_classes(files, split, ctx):
-    """ImageFolder: ROOT[/train|val|test]/CLASS/*.jpg. Label numbers are the sorted class names of all splits together."""
+    """ImageFolder: ROOT[/train|val|test]/CLASS/*.jpg. Label numbers are the sorted class names of all splits
+    together."""
     for n, (path, _) in enumerate(files):
         if not os.path.isdir(path):
             fail(f"{path}: an ImageFolder is a directory")
@@ -612,7 +635,7 @@ def read_classes(files, split, ctx):
             fail(f"{path}: its classes differ from those of the folder before it")
         ctx.records.label_names = names
         use = [h for h in homes if split is None or h[0] is None or SPLIT_NAMES.get(h[0], h[0]) == split]
-        if not use and split == "test":                                         # ImageNet's habit: val is what is reported
+        if not use and split == "test":                                     # ImageNet's habit: val is what is reported
             use = [h for h in homes if SPLIT_NAMES.get(h[0]) == "val" or h[0] == "val"]
         if not use:
             fail(f"{path}: no split '{split}' (it has: {', '.join(splits)})")
@@ -625,8 +648,9 @@ def read_classes(files, split, ctx):
 
 
 def read_clips(files, split, ctx):
-    """MSR-VTT: videodatainfo.json [+ the 1k-A csv] [+ a folder of VIDEO_ID.npy, (frames, D)]. Protocol "1k-A" with the csv:
-    test = its rows, one caption each, train = every other video (9k of the whole json); else "full": the json's splits."""
+    """MSR-VTT: videodatainfo.json [+ the 1k-A csv] [+ a folder of VIDEO_ID.npy, (frames, D)]. Protocol "1k-A"
+    with the csv: test = its rows, one caption each, train = every other video (9k of the whole json);
+    else "full": the json's splits."""
     jsons, table, home = [], None, None
     for n, (path, root) in enumerate(files):
         home = path if os.path.isdir(path) else home or root
@@ -666,15 +690,17 @@ def read_clips(files, split, ctx):
             yield table[0], f"{table[1]} line {k}", clip(table[1], row["video_id"], [row["sentence"].strip()], "test")
 
 
-VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-               "sofa train tvmonitor").split()
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+               "pottedplant sheep sofa train tvmonitor").split()
 
 
 def read_detection(files, split, ctx):
-    """Objects of each picture, from COCO's instances json or from VOC, by torchvision's readers: boxes (xyxy pixels), labels (place
-    in label_names), crowd, difficult (0/1 each), height, width, and of COCO area and segmentation (polygons or RLE, as published)."""
+    """Objects of each picture, from COCO's instances json or from VOC, by torchvision's readers: boxes (xyxy pixels),
+    labels (place in label_names), crowd, difficult (0/1 each), height, width, and of COCO area and segmentation
+    (polygons or RLE, as published)."""
     for n, (path, root) in enumerate(files):
-        for where, record in detection_voc(path, split, ctx) if os.path.isdir(path) else detection_coco(path, root, ctx):
+        for where, record in (detection_voc(path, split, ctx) if os.path.isdir(path)
+                              else detection_coco(path, root, ctx)):
             flat = [i for i, (x0, y0, x1, y1) in enumerate(record["boxes"]) if x1 <= x0 or y1 <= y0]
             ctx.count("boxes_without_area", len(flat))
             for key in [k for k, v in record.items() if isinstance(v, list)]:
@@ -706,14 +732,15 @@ def detection_coco(path, root, ctx):
         yield where, {"image": ctx.here.first(under(bases, get(where, raw, "file_name", str))), "image_id": key,
                       "height": get(where, raw, "height", int), "width": get(where, raw, "width", int),
                       "boxes": [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in notes)],
-                      "labels": [place[a["category_id"]] for a in notes], "crowd": [int(a.get("iscrowd", 0)) for a in notes],
+                      "labels": [place[a["category_id"]] for a in notes],
+                      "crowd": [int(a.get("iscrowd", 0)) for a in notes],
                       "difficult": [0] * len(notes), "area": [a.get("area") for a in notes],
                       "segmentation": [a.get("segmentation") for a in notes]}
 
 
 def detection_voc(path, split, ctx):
-    """VOC as published: train = trainval of 2007 and 2012 (those that are there), val = their val, test = 2007's test. XML counts
-    pixels from 1, corners included: the box is [xmin - 1, ymin - 1, xmax, ymax]."""
+    """VOC as published: train = trainval of 2007 and 2012 (those that are there), val = their val, test = 2007's test.
+    XML counts pixels from 1, corners included: the box is [xmin - 1, ymin - 1, xmax, ymax]."""
     from torchvision.datasets import VOCDetection
     home = os.path.dirname(os.path.normpath(path)) if os.path.basename(os.path.normpath(path)) == "VOCdevkit" else path
     part = {"train": "trainval"}.get(split, split)
@@ -729,8 +756,8 @@ def detection_voc(path, split, ctx):
                 raw = found.parse_voc_xml(ElementTree.parse(file).getroot())["annotation"]
                 things, size = raw.get("object", []), raw["size"]
                 record = {"image": image, "height": int(size["height"]), "width": int(size["width"]),
-                          "boxes": [[float(o["bndbox"][k]) - k.endswith("min") for k in ("xmin", "ymin", "xmax", "ymax")]
-                                    for o in things],
+                          "boxes": [[float(o["bndbox"][k]) - k.endswith("min")
+                                     for k in ("xmin", "ymin", "xmax", "ymax")] for o in things],
                           "labels": [VOC_CLASSES.index(o["name"]) for o in things], "crowd": [0] * len(things),
                           "difficult": [int(o.get("difficult", 0)) for o in things]}
             except (ElementTree.ParseError, OSError, KeyError, ValueError) as e:
@@ -755,8 +782,8 @@ def coco_rle(segmentation, height, width):
     return tools.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
 
 
-SOURCES = {"pairs": read_pairs, "vqa": read_vqa, "ve": read_ve, "nlvr2": read_nlvr2, "sts": read_sts, "hashing": read_hashing,
-           "classes": read_classes, "clips": read_clips, "detection": read_detection}
+SOURCES = {"pairs": read_pairs, "vqa": read_vqa, "ve": read_ve, "nlvr2": read_nlvr2, "sts": read_sts,
+           "hashing": read_hashing, "classes": read_classes, "clips": read_clips, "detection": read_detection}
 SHAPES = {"pairs": "pairs_{}.jsonl", "vqa": "vqa_{}_questions.json,vqa_{}_annotations.json", "ve": "ve_{}.jsonl",
           "nlvr2": "nlvr2_{}.jsonl", "sts": "sts_{}.csv", "hashing": "hashing/{}.txt", "classes": "classes",
           "clips": "clips/videodatainfo.json", "detection": "instances_{}.json"}     # the built-in world's files
@@ -765,9 +792,12 @@ SHAPES = {"pairs": "pairs_{}.jsonl", "vqa": "vqa_{}_questions.json,vqa_{}_annota
 def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(), missing="drop"):
     """Reads `spec` ("shapes", or files/folders separated by commas) as `source` -> Records.
 
-    split: "train", "val", "test" (hashing: "database" too), or None for everything. Files without splits give all they have.
-    image_root: a folder, or one per item of spec separated by commas. limit: that many records, chosen by `seed`, in file order.
-    need: record keys the views require (see `needs`). missing: records of absent files are left out ("drop") or kept ("keep").
+    split: "train", "val", "test" (hashing: "database" too), or None for everything.
+    Files without splits give all they have.
+    image_root: a folder, or one per item of spec separated by commas.
+    limit: that many records, chosen by `seed`, in file order.
+    need: record keys the views require (see `needs`).
+    missing: records of absent files are left out ("drop") or kept ("keep").
     Errors: DataError naming file, line and key."""
     if source not in SOURCES:
         fail(f"no source '{source}' (there are: {', '.join(SOURCES)})")
@@ -781,7 +811,8 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
         if not spec:
             fail(f"shapes has no split '{split}' for {source}")
     paths = expand(spec)
-    roots = [r.strip() for r in image_root.split(",")] if image_root and not os.path.exists(image_root) else [image_root]
+    roots = ([r.strip() for r in image_root.split(",")]
+             if image_root and not os.path.exists(image_root) else [image_root])
     for root in filter(None, roots):
         if not os.path.isdir(root):
             fail(f"--image_root {root}: no such directory")
@@ -790,13 +821,15 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
     records = Records(source, split, roots[0] or os.path.dirname(paths[0]))
     ctx, notes = Reading(records), records.notes
     ids, seen, first_gone = ImageIds(), set(), None
-    for n, where, record in SOURCES[source](list(zip(paths, roots * len(paths) if len(roots) == 1 else roots)), split, ctx):
+    for n, where, record in SOURCES[source](list(zip(paths, roots * len(paths) if len(roots) == 1 else roots)),
+                                            split, ctx):
         if not ctx.wants(record.pop("split", None)):
             continue
         for key in need:
             if record.get(key) is None:                     # an empty list is an answer: a photo without any tag
                 fail(f"{where}: no key '{key}' (it has: {', '.join(k for k in record if record[k] is not None)})")
-        gone = [record[k] for k in ("image", "image2", "feature") if isinstance(record.get(k), str) and record[k] not in ctx.here]
+        gone = [record[k] for k in ("image", "image2", "feature") if isinstance(record.get(k), str)
+                and record[k] not in ctx.here]
         if gone:
             ctx.count("missing")
             first_gone = first_gone or (where, gone[0])
@@ -821,8 +854,8 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
             fail(f"{first_gone[0]}: none of the {notes['missing']} image files is there, first {first_gone[1]} "
                  "(is --image_root right?)")
         if os.environ.get("RANK", "0") == "0":              # every rank reads the same files: said once
-            say(f"{spec}: {notes['missing']} of {notes['missing'] + len(records)} records left out, their files are missing "
-                f"(first: {first_gone[1]}, {first_gone[0]})")
+            say(f"{spec}: {notes['missing']} of {notes['missing'] + len(records)} records left out, "
+                f"their files are missing (first: {first_gone[1]}, {first_gone[0]})")
     if not len(records):
         if ctx.splits:
             fail(f"{spec}: no split '{split}' (it has: {', '.join(sorted(ctx.splits))})")
@@ -833,8 +866,9 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
 
 
 class ImageIds:
-    """image_id of each record: the file's own int, offset so that files never collide; else a dense int per distinct picture.
-    A picture met before (same path) keeps its id, whatever the record says: an image is never its own negative."""
+    """image_id of each record: the file's own int, offset so that files never collide; else a dense int per distinct
+    picture. A picture met before (same path) keeps its id, whatever the record says: an image is never its own
+    negative."""
 
     def __init__(self):
         self.by_path, self.by_name, self.repeats = {}, {}, 0
@@ -861,15 +895,16 @@ class ImageIds:
 
 
 def answer_list(records, n=3192):
-    """The n most frequent normalised answers of VQA records (each annotator counts once; ties by alphabet) -> list of str.
-    The paper's list has 3,192 answers and no published rule."""
+    """The n most frequent normalised answers of VQA records (each annotator counts once; ties by alphabet) -> list
+    of str. The paper's list has 3,192 answers and no published rule."""
     counts = Counter(normalize_answer(a) for r in records for a in r["answers"] or ())
     return sorted((a for a in counts if a), key=lambda a: (-counts[a], a))[:n]
 
 
 def caption_tags(records, path):
-    """Records whose tags are the words of their captions that stand in a word list (a text file, one word a line), in place
-    of their own. A word counts as it stands, lower-cased: list plurals too. Errors: DataError where the file or its words are missing."""
+    """Records whose tags are the words of their captions that stand in a word list (a text file, one word a line),
+    in place of their own. A word counts as it stands, lower-cased: list plurals too. Errors: DataError where the file
+    or its words are missing."""
     words = {line.strip().lower() for line in text_lines(path)} - {""}
     if not words:
         fail(f"{path}: no word in it")
@@ -889,9 +924,9 @@ def tag_list(records, n=None):
 
 
 def stats(records, answers=3192, views=None, tags=None):
-    """What a model must know of the training records -> dict: answers (vqa); num_labels, label_names (where there is a label or
-    are boxes); where `views` ask for tags: tags, the `tags` most frequent, num_labels of them, tag_width, the most a record has;
-    region_dim, region_classes, global_dim, regions (what made them)."""
+    """What a model must know of the training records -> dict: answers (vqa); num_labels, label_names (where there is
+    a label or are boxes); where `views` ask for tags: tags, the `tags` most frequent, num_labels of them, tag_width,
+    the most a record has; region_dim, region_classes, global_dim, regions (what made them)."""
     if records.regions:
         r = records.regions
         return {"region_dim": r.dim, "region_classes": r.classes, "global_dim": r.global_dim, "regions": r.about}
@@ -913,13 +948,15 @@ def stats(records, answers=3192, views=None, tags=None):
     return {}
 
 
-# ------------------------------------------------------------------------------------------------------- VQA's answer wording
+# ------------------------------------------------------------------------------------------------- VQA's answer wording
 
 def contraction_table():
-    """What people type without its apostrophe -> the word: every form with one apostrophe left out (dont, couldn'tve)."""
+    """What people type without its apostrophe -> the word: every form with one apostrophe left out
+    (dont, couldn'tve)."""
     def words(stems, *endings):
         return [stem + e for stem in stems.split() for e in endings]
-    full = words("ai are ca could did does do had has have is might must need ought sha should was were wo would", "n't")
+    full = words("ai are ca could did does do had has have is might must need ought sha should was were wo would",
+                 "n't")
     full += words("could had might should would", "n't've")
     full += words("he it she somebody someone something there they we who you", "'d've")
     full += words("could might must not should we what where who would they you", "'ve")
@@ -932,28 +969,32 @@ def contraction_table():
     return table | {"somebody'd": "somebodyd"}              # the official table has this one the wrong way round
 
 
-NUMBER_WORDS = {"none": "0"} | {w: str(n) for n, w in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBER_WORDS = {"none": "0"} | {w: str(n) for n, w in enumerate("zero one two three four five six seven eight nine "
+                                                                "ten".split())}
 CONTRACTIONS = contraction_table()
 
 
 def normalize_answer(text):
-    """The official VQA v2 wording of an answer, str -> str: punctuation, lower case, number words, articles, contractions.
-    (Evaluation code of visualqa.org. Its period rule lacks the intended look-behind: only a period before a digit stays.)"""
+    """The official VQA v2 wording of an answer, str -> str: punctuation, lower case, number words, articles,
+    contractions. (Evaluation code of visualqa.org. Its period rule lacks the intended look-behind: only a period before
+    a digit stays.)"""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     out, comma_in_number = text, re.search(r"\d,\d", text)
     for p in ";/[]\"{}()=+\\_-><@`,?!":
-        glued = not (p + " " in text or " " + p in text or comma_in_number)     # "t-shirt" -> "t shirt", "yes !" -> "yes"
+        glued = not (p + " " in text or " " + p in text or comma_in_number)  # "t-shirt" -> "t shirt", "yes !" -> "yes"
         out = out.replace(p, " " if glued else "")
     words = [NUMBER_WORDS.get(w, w) for w in re.sub(r"\.(?!\d)", "", out).lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 
 class Tokenizer:
-    """BERT WordPiece, lower-casing, on a vocab.txt of one token a line. Words like "[MASK]" in a caption are plain text here.
+    """BERT WordPiece, lower-casing, on a vocab.txt of one token a line.
+    Words like "[MASK]" in a caption are plain text here.
 
-    Attributes: vocab_size, pad_id, unk_id, cls_id, sep_id, mask_id, first_word (ids >= first_word are ordinary tokens)."""
+    Attributes: vocab_size, pad_id, unk_id, cls_id, sep_id, mask_id, first_word (ids >= first_word are
+    ordinary tokens)."""
 
     def __init__(self, path):
         self.words, ids = list(text_lines(path)), {}
@@ -967,7 +1008,8 @@ class Tokenizer:
             fail(f"{path}: not a BERT vocabulary, it lacks {', '.join(absent)}")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[s] for s in specials)
         self.vocab_size = len(self.words)
-        self.first_word = 1 + max(n for n, w in enumerate(self.words) if w in specials or re.fullmatch(r"\[unused\d+\]", w))
+        self.first_word = 1 + max(n for n, w in enumerate(self.words) if w in specials
+                                  or re.fullmatch(r"\[unused\d+\]", w))
         if self.first_word >= self.vocab_size:
             fail(f"{path}: words must stand after the special and [unusedN] tokens")
         self.rust = RustTokenizer(tokenizer_models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
@@ -997,7 +1039,7 @@ def get_tokenizer(vocab_path):
     return Tokenizer(vocab_path)
 
 
-# ------------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 class BadImage(Exception):
     """An image file that is absent, truncated, no image, or a decompression bomb."""
@@ -1042,10 +1084,12 @@ def center(image, size, rng=None, crop_scale=None):
 
 
 def crop(image, size, rng, crop_scale):
-    """RandomResizedCrop: a share of the area in crop_scale, aspect 3/4 to 4/3, resized to a square (bicubic, Inception's)."""
+    """RandomResizedCrop: a share of the area in crop_scale, aspect 3/4 to 4/3,
+    resized to a square (bicubic, Inception's)."""
     width, height = image.size
     for _ in range(10):
-        area, aspect = width * height * rng.uniform(*crop_scale), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area, aspect = (width * height * rng.uniform(*crop_scale),
+                        math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
@@ -1129,14 +1173,14 @@ def simclr(image, size, rng, crop_scale):
     return blur(image, rng) if rng.random() < 0.5 else image
 
 
-IMAGE_VIEWS = {"plain": resize, "resize": resize, "center": center, "crop": crop, "randaug": randaug, "flip": flip, "moco": moco,
-               "simclr": simclr}
+IMAGE_VIEWS = {"plain": resize, "resize": resize, "center": center, "crop": crop, "randaug": randaug, "flip": flip,
+               "moco": moco, "simclr": simclr}
 NORMS = {"clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
          "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
          "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}         # 0 to 1
 
 
-# -------------------------------------------------------------------------------------------------------------------- views
+# ---------------------------------------------------------------------------------------------------------------- views
 # Other views: fn(views, key, record, rng, c) -> dict of tensors for the batch. c is the caption drawn for this sample.
 
 def view_caption(views, key, record, rng, c):
@@ -1154,14 +1198,16 @@ def view_question(views, key, record, rng, c):
 
 
 def view_answer(views, key, record, rng, c):
-    """One of the ten answers, so that each wording comes as often as annotators gave it. KEY_weight is 1; 0: no answer known."""
+    """One of the ten answers, so that each wording comes as often as annotators gave it.
+    KEY_weight is 1; 0: no answer known."""
     answers = record["answers"]
     out = views.text(key, normalize_answer(rng.choice(answers)) if answers else "")
     return out | {key + "_weight": torch.tensor(float(bool(answers)))}
 
 
 def view_tags(views, key, record, rng, c):
-    """(L,) ids in views.tag_names, each once, padded with -1; L = most tags a record has. Tags outside the list are left out."""
+    """(L,) ids in views.tag_names, each once, padded with -1; L = most tags a record has.
+    Tags outside the list are left out."""
     ids = [views.tag_ids[t] for t in dict.fromkeys(record.get("tags") or ()) if t in views.tag_ids]
     return {key: torch.tensor(ids + [-1] * (views.tag_width - len(ids)))}
 
@@ -1172,7 +1218,8 @@ def view_sentence(views, key, record, rng, c):
 
 
 def view_frames(views, key, record, rng, c):
-    """(FRAMES, D) float32 features of a clip, zero padded, and KEY_mask (1 = frame). Of a longer clip FRAMES evenly spread ones."""
+    """(FRAMES, D) float32 features of a clip, zero padded, and KEY_mask (1 = frame).
+    Of a longer clip FRAMES evenly spread ones."""
     x = read_frames(record["feature"])
     if len(x) > FRAMES:
         x = x[np.linspace(0, len(x) - 1, FRAMES).round().astype(int)]
@@ -1191,8 +1238,9 @@ def read_frames(path):
 
 
 def view_regions(views, key, record, rng, c):
-    """The max_regions surest regions, padded with zeros: KEY (R, F), KEY_box (R, 4) xyxy pixels, KEY_label (R,), -1 = none, KEY_mask
-    (R,), 1 = a region, KEY_size (2,) width and height of the picture, KEY_global (G,) where the file has it."""
+    """The max_regions surest regions, padded with zeros: KEY (R, F), KEY_box (R, 4) xyxy pixels,
+    KEY_label (R,), -1 = none, KEY_mask (R,), 1 = a region, KEY_size (2,) width and height of the picture,
+    KEY_global (G,) where the file has it."""
     regions = views.records.regions
     found, most = regions[record["regions"]], views.max_regions or regions.most
     n = min(most, len(found["labels"]))
@@ -1216,7 +1264,8 @@ def view_labels(views, key, record, rng, c):
 def view_any_caption(views, key, record, rng, c):
     """A caption, or an empty text where the record has none; KEY_valid (1 = there is one)."""
     there = bool(record.get("caption"))
-    return (view_caption(views, key, record, rng, c) if there else views.text(key, "")) | {key + "_valid": torch.tensor(int(there))}
+    return ((view_caption(views, key, record, rng, c) if there else views.text(key, ""))
+            | {key + "_valid": torch.tensor(int(there))})
 
 
 def view_any_paraphrase(views, key, record, rng, c):
@@ -1227,13 +1276,15 @@ def view_any_paraphrase(views, key, record, rng, c):
 
 
 def view_features(views, key, record, rng, c):
-    """What a frozen model made of the picture: a row of views.features (see store_features). c: here the record's place."""
+    """What a frozen model made of the picture: a row of views.features (see store_features).
+    c: here the record's place."""
     return {key: torch.from_numpy(np.array(views.features[c]))}
 
 
 def view_objects(views, key, record, rng, c, masks=False):
-    """The whole picture at its own size with its objects, mirrored in half of the training samples. KEY (3, H, W), boxes (n, 4)
-    xyxy in pixels, labels (n,): lists of tensors in a batch, for sizes differ. Crowds are no targets. Raises BadImage."""
+    """The whole picture at its own size with its objects, mirrored in half of the training samples. KEY (3, H, W),
+    boxes (n, 4) xyxy in pixels, labels (n,): lists of tensors in a batch, for sizes differ. Crowds are no targets.
+    Raises BadImage."""
     image = load_image(record["image"])
     if image.size != (record["width"], record["height"]):
         raise BadImage(f"{image.width}x{image.height} pixels, its annotation says {record['width']}x{record['height']}")
@@ -1258,8 +1309,9 @@ def view_masks(views, key, record, rng, c):
 FRAMES = 32                                                 # most frames of a clip
 TEXT_VIEWS = {"caption": view_caption, "paraphrase": view_paraphrase, "question": view_question, "answer": view_answer,
               "sentence": view_sentence, "any_caption": view_any_caption, "any_paraphrase": view_any_paraphrase}
-OTHER_VIEWS = {"tags": view_tags, "any_tags": view_tags, "label": view_label, "labels": view_labels, "frames": view_frames,
-               "features": view_features, "objects": view_objects, "masks": view_masks, "regions": view_regions}
+OTHER_VIEWS = {"tags": view_tags, "any_tags": view_tags, "label": view_label, "labels": view_labels,
+               "frames": view_frames, "features": view_features, "objects": view_objects, "masks": view_masks,
+               "regions": view_regions}
 VIEW_FNS = IMAGE_VIEWS | TEXT_VIEWS | OTHER_VIEWS
 NEEDS = {"caption": "caption", "paraphrase": "caption", "question": "question", "answer": "answers", "tags": "tags",
          "label": "label", "labels": "labels", "objects": "boxes", "masks": "segmentation"}
@@ -1282,13 +1334,15 @@ def absent(views):
 
 
 class Views(Dataset):
-    """Records + VIEWS[task] -> samples, dicts of tensors: image keys (3, S, S) float32; text keys K (max_text,) int64 ids and
-    K_mask (1 = token); image_id, index (place in records), bad (1 = stands in for an unreadable image), all int64 0-d.
+    """Records + VIEWS[task] -> samples, dicts of tensors: image keys (3, S, S) float32; text keys K (max_text,) int64
+    ids and K_mask (1 = token); image_id, index (place in records), bad (1 = stands in for an unreadable image),
+    all int64 0-d.
 
     `ds[i, draw]`: every random choice is a function of (seed, i, draw). `ds[i]` = draw 0. train=False: KEY_eval views
-    ("resize" if there is none; None: the key is not made), caption 0. image_view replaces the training view of every key
-    "image*". A key with view "features" gives rows of the attribute `features`; in evaluation the picture, as `image`, by KEY_eval.
-    A value that is a list of one tensor (objects, whose sizes differ) stays a list of tensors in a batch.
+    ("resize" if there is none; None: the key is not made), caption 0. image_view replaces the training view of every
+    key "image*". A key with view "features" gives rows of the attribute `features`; in evaluation the picture, as
+    `image`, by KEY_eval. A value that is a list of one tensor (objects, whose sizes differ) stays a list
+    of tensors in a batch.
     tag_names: vocabulary of the "tags" view (default: all tags of these records); give the training one to evaluation.
     max_regions: width of the "regions" view (default: the most regions that a picture has)."""
 
@@ -1323,7 +1377,7 @@ class Views(Dataset):
             self.tag_names = tag_list(records) if tag_names is None else list(tag_names)
             self.tag_ids = {t: n for n, t in enumerate(self.tag_names)}
             self.tag_width = max([1] + [len(r.get("tags") or ()) for r in records])
-        self.seen = self.bad = 0                                            # samples yielded so far, and stand-ins among them
+        self.seen = self.bad = 0                                    # samples yielded so far, and stand-ins among them
         self.named = set()                                                  # unreadable files already reported
 
     def __len__(self):
@@ -1337,15 +1391,16 @@ class Views(Dataset):
     def text(self, key, string):
         ids = self.tokenizer.encode(string, self.max_text)
         pad = self.max_text - len(ids)
-        return {key: torch.tensor(ids + [self.tokenizer.pad_id] * pad), key + "_mask": torch.tensor([1] * len(ids) + [0] * pad)}
+        return {key: torch.tensor(ids + [self.tokenizer.pad_id] * pad),
+                key + "_mask": torch.tensor([1] * len(ids) + [0] * pad)}
 
     def pixels(self, image):
         """PIL RGB -> (3, H, W) float32, normalised."""
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().mul_(self.scale).add_(self.shift)
 
     def sample(self, i, draw=0, caption=None, keys=None):
-        """-> (sample, list of "file: reason" for the unreadable images met). caption: which one (default: drawn in training, 0
-        in evaluation). keys: batch keys to make (default: all)."""
+        """-> (sample, list of "file: reason" for the unreadable images met). caption: which one (default: drawn
+        in training, 0 in evaluation). keys: batch keys to make (default: all)."""
         i, trouble = int(i), []
         for attempt in range(100):
             rng = random.Random((attempt << 160) ^ (self.seed << 96) ^ (int(draw) << 40) ^ i)
@@ -1372,8 +1427,9 @@ class Views(Dataset):
                     trouble.append(f"{record['image']}: {e}")
                     if self.train:
                         return None
-                    size = record["height"], record["width"]                # no objects: every sample of a batch has the same keys
-                    out |= {key: [torch.full((3, *size), 0.5)], "boxes": [torch.zeros(0, 4)], "labels": [torch.zeros(0, dtype=torch.long)]}
+                    size = record["height"], record["width"]    # no objects: every sample of a batch has the same keys
+                    out |= {key: [torch.full((3, *size), 0.5)], "boxes": [torch.zeros(0, 4)],
+                            "labels": [torch.zeros(0, dtype=torch.long)]}
                     out |= {"masks": [torch.zeros(0, *size, dtype=torch.uint8)]} if name == "masks" else {}
                 continue
             if name not in IMAGE_VIEWS:
@@ -1384,11 +1440,12 @@ class Views(Dataset):
                 try:
                     opened[file] = load_image(file)
                 except BadImage as e:
-                    trouble.append(f"{file if isinstance(file, str) else '%s at byte %d (%d bytes)' % tuple(file)}: {e}")
+                    trouble.append(f"{file if isinstance(file, str) else '%s at byte %d (%d bytes)' % tuple(file)}"
+                                   f": {e}")
                     if self.train:
                         return None
                     opened[file] = None
-            if opened[file] is None:                                        # evaluation: the mean colour, never another's picture
+            if opened[file] is None:                            # evaluation: the mean colour, never another's picture
                 out[key] = torch.zeros(3, self.size, self.size)
             else:
                 out[key] = self.pixels(IMAGE_VIEWS[name](opened[file], self.size, rng, self.crop_scale))
@@ -1399,22 +1456,25 @@ class Views(Dataset):
         return torch.stack([view_tags(self, "tags", record, None, 0)["tags"] for record in self.records])
 
     def report(self, trouble, samples=1, bad=None):
-        """Counts samples and stand-ins, names each unreadable file once, stops when more than max_bad of 100 or more are bad."""
+        """Counts samples and stand-ins, names each unreadable file once, stops when more than max_bad of 100 or
+        more are bad."""
         self.seen += samples
         self.bad += bool(trouble) if bad is None else bad
         for line in trouble:
             if line not in self.named:
                 self.named.add(line)
-                say(f"unreadable image {line}; {'another record stands in' if self.train else 'evaluated as a grey image'}")
+                say(f"unreadable image {line}; "
+                    f"{'another record stands in' if self.train else 'evaluated as a grey image'}")
         if self.train and self.seen >= 100 and self.bad > self.max_bad * self.seen:
             fail(f"{self.bad} of {self.seen} images were unreadable, more than --max_bad {self.max_bad}")
 
 
-# ------------------------------------------------------------------------------------------------------------------ batches
+# -------------------------------------------------------------------------------------------------------------- batches
 
 def collate(samples):
     """List of sample dicts -> dict of stacked tensors (B, ...); of values that are lists, dict of lists of tensors."""
-    return {key: sum((s[key] for s in samples), []) if isinstance(value, list) else torch.stack([s[key] for s in samples])
+    return {key: (sum((s[key] for s in samples), []) if isinstance(value, list)
+                  else torch.stack([s[key] for s in samples]))
             for key, value in samples[0].items()}
 
 
@@ -1426,10 +1486,11 @@ def move(batch, device):
 
 
 class Plan(Dataset):
-    """plan[t] = the whole batch t, made in one worker: (batch, troubles), or a DataError's message (workers cannot raise it)."""
+    """plan[t] = the whole batch t, made in one worker: (batch, troubles), or a DataError's message
+    (workers cannot raise it)."""
 
     def __init__(self, dataset, arguments):
-        self.dataset, self.arguments = dataset, arguments                   # arguments(t) -> list of arguments of Views.sample
+        self.dataset, self.arguments = dataset, arguments           # arguments(t) -> list of arguments of Views.sample
 
     def __getitem__(self, t):
         try:
@@ -1445,7 +1506,7 @@ class Plan(Dataset):
         """Batches for the numbers in `steps`, in their order, made by `workers` processes (0: by this one)."""
         if workers:
             loader = DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=one_thread,
-                                generator=torch.Generator())                # its own generator: the global state stays put
+                                generator=torch.Generator())            # its own generator: the global state stays put
         for got in loader if workers else map(self.__getitem__, steps):
             if isinstance(got, str):
                 raise DataError(got)
@@ -1458,8 +1519,8 @@ def one_thread(worker):
 
 
 class Stream:
-    """stream(t) -> this rank's (record, draw) pairs of global step t: a new permutation per pass, the last short batch dropped.
-    The global batch of step t depends on (seed, batch_size * world) alone, so resuming is arithmetic."""
+    """stream(t) -> this rank's (record, draw) pairs of global step t: a new permutation per pass, the last short batch
+    dropped. The global batch of step t depends on (seed, batch_size * world) alone, so resuming is arithmetic."""
 
     def __init__(self, length, batch_size, seed, rank, world):
         self.length, self.batch, self.total, self.rank, self.seed = length, batch_size, batch_size * world, rank, seed
@@ -1479,7 +1540,8 @@ def batches(dataset, batch_size, seed, rank=0, world=1, start=0, workers=0):
     """Infinite iterator of collated batches of `batch_size` samples of this rank, beginning with global step `start`.
     The same batches for any number of workers. Errors: a data set smaller than batch_size * world."""
     if batch_size * world > len(dataset):
-        fail(f"{len(dataset)} records are fewer than one global batch ({batch_size} x {world} ranks): use a smaller --batch_size")
+        fail(f"{len(dataset)} records are fewer than one global batch ({batch_size} x {world} ranks): "
+             "use a smaller --batch_size")
     return Plan(dataset, Stream(len(dataset), batch_size, seed, rank, world)).run(itertools.count(start), workers)
 
 
@@ -1516,15 +1578,16 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
               **options):
     """Every item of a split once: this rank's share, nothing padded, nothing twice (the last batch may be short).
 
-    what="image": each picture once, `index` = its number among the unique images; "text": each caption, `index` = its number in
-    flat_captions; "sample": each record, `index` = its number. options: more of Views' arguments."""
+    what="image": each picture once, `index` = its number among the unique images; "text": each caption, `index` = its
+    number in flat_captions; "sample": each record, `index` = its number. options: more of Views' arguments."""
     dataset = Views(records, views, tokenizer, image_size, max_text, train=False, **options)
     texts = [k for k, v in dataset.keys.items() if v in ("caption", "paraphrase", "any_caption", "any_paraphrase")]
     if what == "image":
         images = [k for k, v in dataset.keys.items() if v in IMAGE_VIEWS or v in ("frames", "regions")]
         items = [(i, 0, 0, images, n) for n, i in enumerate(unique_images(records)[0])]
     elif what == "text":
-        counts = ((i, 1 if isinstance(r.get("caption"), str) else len(r.get("caption") or ())) for i, r in enumerate(records))
+        counts = ((i, 1 if isinstance(r.get("caption"), str) else len(r.get("caption") or ()))
+                  for i, r in enumerate(records))
         items = [(i, 0, c, texts, n) for n, (i, c) in enumerate((i, c) for i, k in counts for c in range(k))]
     elif what == "sample":
         items = [(i, 0, 0, None) for i in range(len(records))]
@@ -1534,10 +1597,11 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
     return Plan(dataset, Chunks(items, batch_size)).run(range(math.ceil(len(items) / batch_size)), workers)
 
 
-def store_features(path, key, fn, records, views, tokenizer, image_size, max_text, device, batch_size=64, rank=0, world=1,
-                   workers=0):
-    """What the frozen function fn(batch) -> (B, D) makes of every record's picture, under the evaluation views, once -> (N, D)
-    float32, memory-mapped from `path`. A file there is used again when `key` (of model and data) is the one it was made with.
+def store_features(path, key, fn, records, views, tokenizer, image_size, max_text, device,
+                   batch_size=64, rank=0, world=1, workers=0):
+    """What the frozen function fn(batch) -> (B, D) makes of every record's picture, under the evaluation views, once
+    -> (N, D) float32, memory-mapped from `path`. A file there is used again when `key` (of model and data) is the one
+    it was made with.
 
     Every rank does its share and writes its rows into rank 0's file: the folder must be shared."""
     shape, note = None, path.with_suffix(".json")
@@ -1546,7 +1610,8 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
         made = iter_eval(records, views, tokenizer, image_size, max_text, "sample", batch_size, rank, world, workers)
         store = None
         barrier = torch.distributed.barrier if world > 1 else lambda: None
-        for batch in tqdm(made, "features", math.ceil(len(records) / world / batch_size), leave=False, delay=2, disable=rank > 0):
+        for batch in tqdm(made, "features", math.ceil(len(records) / world / batch_size), leave=False,
+                          delay=2, disable=rank > 0):
             rows = fn(move(batch, device)).float().cpu().numpy()
             if store is None:
                 shape = (len(records), rows.shape[1])
@@ -1564,15 +1629,18 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
     return np.load(path, mmap_mode="r")
 
 
-# ---------------------------------------------------------------------------------------------------------- region features
-# What a detector found in N pictures, T regions in all: one safetensors file, memory-mapped, so that its size is not that of RAM.
-#   features (T, F) float16     boxes (T, 4) float32, xyxy in pixels     labels (T,) int64, -1 = none     scores (T,) float32
-#   offsets (N+1,) int64: picture n has rows offsets[n]:offsets[n+1], the surest first      sizes (N, 2) int64: width, height
-#   names (bytes,) uint8, name_ends (N,) int64: the pictures' file names, as bytes          globals (N, G) float16: optional
+# ------------------------------------------------------------------------------------------------------ region features
+# What a detector found in N pictures, T regions in all: one safetensors file, memory-mapped, so that its size is not
+# that of RAM.
+#   features (T, F) float16   boxes (T, 4) float32, xyxy in pixels   labels (T,) int64, -1 = none   scores (T,) float32
+#   offsets (N+1,) int64: picture n has rows offsets[n]:offsets[n+1], the surest first
+#   sizes (N, 2) int64: width, height
+#   names (bytes,) uint8, name_ends (N,) int64: the pictures' file names, as bytes   globals (N, G) float16: optional
 # Metadata: detector (text), label_names (JSON list), root (folder that names start from; empty: names are image ids).
 
 ROW_ARRAYS = {"labels": np.int64, "boxes": np.float32, "scores": np.float32, "features": np.float16}
-SAFE_TYPES = {np.dtype(t): name for name, t in (("I64", np.int64), ("F32", np.float32), ("F16", np.float16), ("U8", np.uint8))}
+SAFE_TYPES = {np.dtype(t): name
+              for name, t in (("I64", np.int64), ("F32", np.float32), ("F16", np.float16), ("U8", np.uint8))}
 
 
 def map_safetensors(path):
@@ -1580,7 +1648,8 @@ def map_safetensors(path):
     try:
         blob = np.memmap(path, np.uint8, "r")
         start = 8 + int.from_bytes(blob[:8].tobytes(), "little")
-        header = json.loads(blob[8:start].tobytes()) if start <= len(blob) else fail(f"{path}: not a whole safetensors file")
+        header = (json.loads(blob[8:start].tobytes()) if start <= len(blob)
+                  else fail(f"{path}: not a whole safetensors file"))
         metadata, types = header.pop("__metadata__", {}), {name: t for t, name in SAFE_TYPES.items()}
         arrays = {}
         for name, t in header.items():
@@ -1619,8 +1688,9 @@ def picture_name(where, root):
 
 
 class Regions:
-    """The files of `python data.py regions`, as one. Attributes: dim F, classes K (0: no labels), global_dim G (0: none), most
-    (regions of a picture), label_names, about (what made them). regions[n] -> dict of the arrays of picture n."""
+    """The files of `python data.py regions`, as one. Attributes: dim F, classes K (0: no labels), global_dim G
+    (0: none), most (regions of a picture), label_names, about (what made them). regions[n] -> dict of the arrays
+    of picture n."""
 
     def __init__(self, paths):
         self.paths = list(paths)
@@ -1642,7 +1712,7 @@ class Regions:
         self.most = max(int(np.diff(arrays["offsets"]).max(initial=0)) for arrays, _ in self.files)
 
     def __reduce__(self):
-        return Regions, (self.paths,)                                       # to another process goes the path, not the content
+        return Regions, (self.paths,)                               # to another process goes the path, not the content
 
     def __len__(self):
         return int(self.ends[-1])
@@ -1651,17 +1721,20 @@ class Regions:
         file = int(np.searchsorted(self.ends, n, "right"))
         arrays, row = self.files[file][0], n - (int(self.ends[file - 1]) if file else 0)
         rows = slice(*map(int, arrays["offsets"][row:row + 2]))
-        return {k: arrays[k][rows] for k in ROW_ARRAYS} | {k: arrays[k][row] for k in ("sizes", "globals") if k in arrays}
+        return ({k: arrays[k][rows] for k in ROW_ARRAYS}
+                | {k: arrays[k][row] for k in ("sizes", "globals") if k in arrays})
 
     def tables(self):
         """For each file: {name of a picture: its number}."""
         for k, (arrays, _) in enumerate(self.files):
-            first, text, ends = int(self.ends[k]) - len(arrays["sizes"]), arrays["names"].tobytes(), arrays["name_ends"].tolist()
+            first, text, ends = (int(self.ends[k]) - len(arrays["sizes"]), arrays["names"].tobytes(),
+                                 arrays["name_ends"].tolist())
             yield {os.fsdecode(text[a:b]): first + n for n, (a, b) in enumerate(zip([0] + ends, ends))}
 
     def attach(self, records):
-        """Records with `regions` = the picture's number here. Those without are left out and counted. A path is looked up from the
-        files' roots, then by ever shorter ends of it; in a file of image ids by the number that ends the file's name."""
+        """Records with `regions` = the picture's number here. Those without are left out and counted. A path is looked
+        up from the files' roots, then by ever shorter ends of it; in a file of image ids by the number that ends
+        the file's name."""
         tables, roots, taken = list(self.tables()), [metadata.get("root", "") for _, metadata in self.files], {}
         out = records.subset([])
         out.regions = self
@@ -1686,21 +1759,24 @@ class Regions:
                 fail(f"{where}: {len(hits)} pictures of {', '.join(self.paths)} could be this one")
             for hit in hits:
                 if taken.setdefault(hit, record["image_id"]) != record["image_id"]:
-                    fail(f"{where}: another picture of these records has the same name in {', '.join(self.paths)}: make its --root fit")
+                    fail(f"{where}: another picture of these records has the same name in {', '.join(self.paths)}: "
+                         "make its --root fit")
                 out.append({**record, "regions": hit})
-        out.notes.pop("missing", None)                                      # picture files: their regions stand for them
+        out.notes.pop("missing", None)                                  # picture files: their regions stand for them
         if len(out) < len(records):
             out.notes["without_regions"] = len(records) - len(out)
             if not len(out):
                 fail(f"{', '.join(self.paths)}: none of the {len(records)} records' pictures is in it, for example "
-                     f"{records[0]['image']} is not; it holds for example {next((n for t in tables for n in t), 'nothing')}")
-            say(f"{len(records) - len(out)} of {len(records)} records left out: their pictures are not in {', '.join(self.paths)}")
+                     f"{records[0]['image']} is not; "
+                     f"it holds for example {next((n for t in tables for n in t), 'nothing')}")
+            say(f"{len(records) - len(out)} of {len(records)} records left out: "
+                f"their pictures are not in {', '.join(self.paths)}")
         return out
 
 
 def with_regions(records, views, files=""):
-    """The records with the regions that VIEWS[task] asks for, from `files` (separated by commas); records as they are where it asks
-    for none. The built-in world needs no file: its stand-in is made beside its pictures, once."""
+    """The records with the regions that VIEWS[task] asks for, from `files` (separated by commas); records as they are
+    where it asks for none. The built-in world needs no file: its stand-in is made beside its pictures, once."""
     if "regions" not in view_keys(views).values():
         return records
     if not files and os.path.exists(os.path.join(records.root, "version.json")) and records.split:
@@ -1711,17 +1787,18 @@ def with_regions(records, views, files=""):
 
 
 def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False, source=""):
-    """Writes the file `out` from look(item) for each item: a dict of name, size (w, h) and ROW_ARRAYS, [globals]; or None for a
-    picture that cannot be read. Goes by parts of `shard` items in the folder out.parts, so that the same command goes on after a
-    stop, kill -9 included, in the memory of one part. `source` tells which items these are. -> number of unreadable pictures.
-    DataError if the parts there are of another command or of other items."""
+    """Writes the file `out` from look(item) for each item: a dict of name, size (w, h) and ROW_ARRAYS, [globals]; or
+    None for a picture that cannot be read. Goes by parts of `shard` items in the folder out.parts, so that the same
+    command goes on after a stop, kill -9 included, in the memory of one part. `source` tells which items these are.
+    -> number of unreadable pictures. DataError if the parts there are of another command or of other items."""
     plan = json.dumps({**metadata, "items": total, "shard": shard, "source": source}, indent=1)
     parts, note = f"{out}.parts", os.path.join(f"{out}.parts", "plan.json")
     os.makedirs(parts, exist_ok=True)
     if os.path.exists(note):
         with open(note, encoding="utf-8") as f:
             if f.read() != plan:
-                fail(f"{parts}: begun with other settings or other pictures (see {note}): go on with those, or delete the folder")
+                fail(f"{parts}: begun with other settings or other pictures (see {note}): "
+                     "go on with those, or delete the folder")
     else:
         with open(f"{note}.tmp", "w", encoding="utf-8") as f:
             f.write(plan)
@@ -1759,12 +1836,15 @@ def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False, 
 
 
 def pack(found, metadata):
-    """What look() gave for some pictures -> {tensor name: [array]}. float16 holds up to 65,504: a larger feature is an error."""
+    """What look() gave for some pictures -> {tensor name: [array]}. float16 holds up to 65,504: a larger feature is
+    an error."""
     dims = {f["features"].shape[1]: f["name"] for f in found}
     if len(dims) > 1:
-        fail(" and ".join(f"picture {name} has features of {dim} numbers" for dim, name in dims.items()) + ": of one detector?")
+        fail(" and ".join(f"picture {name} has features of {dim} numbers" for dim, name in dims.items())
+             + ": of one detector?")
     with np.errstate(over="ignore"):                                        # said below, in words
-        out = {k: [np.concatenate([f[k] for f in found]).astype(t)] if found else [np.zeros(0, t)] for k, t in ROW_ARRAYS.items()}
+        out = {k: [np.concatenate([f[k] for f in found]).astype(t)] if found else [np.zeros(0, t)]
+               for k, t in ROW_ARRAYS.items()}
         wrong = [] if np.isfinite(out["features"][0]).all() else [
             f["name"] for f in found if not np.isfinite(f["features"].astype(np.float16)).all()]
     if wrong:
@@ -1786,7 +1866,8 @@ STAND_IN = ("a stand-in for a detector: the boxes and labels of the data itself,
 
 def box_regions(record, name):
     """The stand-in's regions of a record with boxes and labels: no detector has seen the picture."""
-    matrix = np.random.default_rng(0).standard_normal((3 * CROP * CROP, CROP_DIM)).astype(np.float32) / math.sqrt(3 * CROP * CROP)
+    matrix = (np.random.default_rng(0).standard_normal((3 * CROP * CROP, CROP_DIM)).astype(np.float32)
+              / math.sqrt(3 * CROP * CROP))
     image = load_image(record["image"])
     boxes = np.array(record["boxes"], np.float32).reshape(-1, 4)
     crops = [np.asarray(image.resize((CROP, CROP), Image.Resampling.BILINEAR, box=tuple(b))) for b in boxes.tolist()]
@@ -1802,8 +1883,9 @@ def shapes_regions(world, split):
         return out
     records = open_source("pairs", "shapes", split)
     names = dict(pair for r in records for pair in zip(r["labels"], r["label_names"]))
-    metadata = {"detector": STAND_IN, "root": world, "label_names": json.dumps([names.get(n, str(n)) for n in range(max(names) + 1)])}
-    mine = f"{out}.{os.getpid()}"                                           # each process of a run may come here: the last one stays
+    metadata = {"detector": STAND_IN, "root": world,
+                "label_names": json.dumps([names.get(n, str(n)) for n in range(max(names) + 1)])}
+    mine = f"{out}.{os.getpid()}"                           # each process of a run may come here: the last one stays
     collect_regions(mine, records, len(records), lambda r: box_regions(r, picture_name(r["image"], world)), metadata)
     os.replace(mine, out)
     return out
@@ -1830,7 +1912,8 @@ def published(weights, what):
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError) as e:
-        fail(f"cannot download {weights.url} ({getattr(e, 'reason', e)}): fetch it on a machine with network and name the file: {what} PATH")
+        fail(f"cannot download {weights.url} ({getattr(e, 'reason', e)}): "
+             f"fetch it on a machine with network and name the file: {what} PATH")
 
 
 def fill(model, state, what):
@@ -1841,13 +1924,14 @@ def fill(model, state, what):
 
 
 def load_detector(weights, top, min_score, random=False):
-    """Faster R-CNN R50-FPN -> (model in eval mode, label_names, text that says what it is). weights: a file, or "COCO_V1" =
-    torchvision's own. `top` regions an image at most, over min_score, are what its forward gives."""
+    """Faster R-CNN R50-FPN -> (model in eval mode, label_names, text that says what it is). weights: a file, or
+    "COCO_V1" = torchvision's own. `top` regions an image at most, over min_score, are what its forward gives."""
     from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.ops import FrozenBatchNorm2d
     entry = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
-    state = None if random else published(entry, "--weights") if weights == entry.name else checkpoint(weights, "--weights")
+    state = (None if random else published(entry, "--weights") if weights == entry.name
+             else checkpoint(weights, "--weights"))
     key = "roi_heads.box_predictor.cls_score.weight"
     if state is not None and key not in state:
         fail(f"--weights {weights}: no Faster R-CNN of torchvision (no key {key})")
@@ -1855,24 +1939,26 @@ def load_detector(weights, top, min_score, random=False):
     classes = len(names) if random else len(state[key])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)                                                # random weights are the same ones each time
-        model = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5),
+        model = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d,
+                                               trainable_layers=5),
                            classes, box_detections_per_img=top, box_score_thresh=min_score)
     if state is not None:
         fill(model, state, f"--weights {weights}")
         for m in model.modules():
             if isinstance(m, FrozenBatchNorm2d):
-                m.eps = 0.0                                                 # as torchvision sets it for its published detector
+                m.eps = 0.0                                         # as torchvision sets it for its published detector
     names = names if classes == len(names) else [str(n) for n in range(classes)]
     kind = "COCO ids" if classes == 91 else "numbered"
     about = (f"torchvision Faster R-CNN R50-FPN, {classes} labels ({kind}; not the 1,600 of Visual Genome), "
-             f"up to {top} regions over score {min_score}, weights {'RANDOM: it detects nothing' if random else weights}")
+             f"up to {top} regions over score {min_score}, "
+             f"weights {'RANDOM: it detects nothing' if random else weights}")
     return model.eval(), names, about
 
 
 @torch.no_grad()
 def detect(model, image):
-    """image: (3, H, W) float32 in 0..1 -> dict of arrays: features (n, 1024) = the box head's for the final boxes, boxes (n, 4) xyxy
-    pixels, labels (n,), scores (n,), the surest first."""
+    """image: (3, H, W) float32 in 0..1 -> dict of arrays: features (n, 1024) = the box head's for the final boxes,
+    boxes (n, 4) xyxy pixels, labels (n,), scores (n,), the surest first."""
     images, _ = model.transform([image])
     maps = model.backbone(images.tensors)
     proposals, _ = model.rpn(images, maps)
@@ -1881,10 +1967,11 @@ def detect(model, image):
     features = model.roi_heads.box_head(pooled)                             # (n, 1024)
     found = model.transform.postprocess(found, images.image_sizes, [tuple(image.shape[-2:])])[0]
     order = found["scores"].argsort(descending=True)
-    return {"features": features[order].cpu().numpy()} | {k: found[k][order].cpu().numpy() for k in ("boxes", "labels", "scores")}
+    return ({"features": features[order].cpu().numpy()}
+            | {k: found[k][order].cpu().numpy() for k in ("boxes", "labels", "scores")})
 
 
-GLOBAL_MODELS = {"resnet50": "fc", "densenet121": "classifier", "googlenet": "fc"}      # name -> its last layer, which goes
+GLOBAL_MODELS = {"resnet50": "fc", "densenet121": "classifier", "googlenet": "fc"}  # name -> its last layer, which goes
 
 
 def load_global(name, weights, random=False):
@@ -1896,9 +1983,12 @@ def load_global(name, weights, random=False):
         torch.manual_seed(0)
         model = get_model(name, weights=None, **options)
     if not random:
-        state = published(entry, "--global_weights") if weights == entry.name else checkpoint(weights, "--global_weights")
-        old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # torchvision's densenet files still say norm.1
-        fill(model, {old.sub(r"\1\2", k): v for k, v in state.items() if not k.startswith("aux")}, f"--global_weights {weights}")
+        state = (published(entry, "--global_weights") if weights == entry.name
+                 else checkpoint(weights, "--global_weights"))
+        # torchvision's densenet files still say norm.1
+        old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+        fill(model, {old.sub(r"\1\2", k): v for k, v in state.items() if not k.startswith("aux")},
+             f"--global_weights {weights}")
     setattr(model, GLOBAL_MODELS[name], torch.nn.Identity())
     return model.eval(), f"global feature: pooled {name}, weights {'RANDOM' if random else weights}"
 
@@ -1935,8 +2025,8 @@ def extract_regions(args):
             return None
         def pixels(p):
             return torch.from_numpy(np.array(p)).permute(2, 0, 1).to(device).float() / 255
-        found = {"name": picture_name(os.path.abspath(where) if isinstance(where, str) else where, root), "size": picture.size,
-                 **detect(model, pixels(picture))}
+        found = {"name": picture_name(os.path.abspath(where) if isinstance(where, str) else where, root),
+                 "size": picture.size, **detect(model, pixels(picture))}
         if cnn:
             with torch.no_grad():
                 found["globals"] = cnn(((pixels(resize(picture, 224)) - mean) / std)[None])[0].cpu().numpy()
@@ -1952,20 +2042,22 @@ TSV_FIELDS = {6: "image_id image_w image_h num_boxes boxes features",
 
 def tsv_lines(paths):
     for path in paths:
-        with open(path, encoding="ascii", errors="replace") as f:           # a foreign byte is no base64: said with its line
+        with open(path, encoding="ascii", errors="replace") as f:   # a foreign byte is no base64: said with its line
             for n, line in enumerate(f, 1):
                 yield f"{path} line {n}", line.rstrip("\r\n")
 
 
 def tsv_regions(item, classes):
-    """A row of bottom-up-attention's TSV: 6 columns (its authors', without labels) or 10 (LXMERT's), arrays in base64."""
+    """A row of bottom-up-attention's TSV: 6 columns (its authors', without labels) or 10 (LXMERT's),
+    arrays in base64."""
     where, cells = item[0], item[1].split("\t")
     if len(cells) not in TSV_FIELDS:
         fail(f"{where}: {' or '.join(map(str, TSV_FIELDS))} columns separated by TAB expected, found {len(cells)}")
     row = dict(zip(TSV_FIELDS[len(cells)].split(), cells))
 
     def number(key):                                                        # a count or a length in pixels
-        return int(row[key]) if row[key].isdigit() and int(row[key]) else fail(f"{where}: {key} is '{row[key][:20]}', not a number above 0")
+        return (int(row[key]) if row[key].isdigit() and int(row[key])
+                else fail(f"{where}: {key} is '{row[key][:20]}', not a number above 0"))
     n = number("num_boxes")
 
     def decode(key, dtype, width=None):
@@ -1981,8 +2073,9 @@ def tsv_regions(item, classes):
         labels, scores = decode("labels", np.int64, 1)[:, 0], decode("scores", np.float32, 1)[:, 0]
     if labels.max() >= classes:
         fail(f"{where}: label {labels.max()}, but there are {classes} label names")
-    order = np.argsort(-scores, kind="stable")                              # the surest first; without scores the file's order
-    return {"name": row["image_id"], "size": (number("image_w"), number("image_h")), "labels": labels[order], "scores": scores[order],
+    order = np.argsort(-scores, kind="stable")                      # the surest first; without scores the file's order
+    return {"name": row["image_id"], "size": (number("image_w"), number("image_h")),
+            "labels": labels[order], "scores": scores[order],
             "boxes": decode("boxes", np.float32, 4)[order], "features": decode("features", np.float32)[order]}
 
 
@@ -1998,19 +2091,20 @@ def convert_regions(args):
         names = [name for _, name in lines_of(args.label_names)]
     files = ", ".join(os.path.basename(p) for p in paths)
     metadata = {"detector": f"bottom-up-attention ({files})", "root": "", "label_names": json.dumps(names)}
-    return collect_regions(args.out, tsv_lines(paths), None, lambda item: tsv_regions(item, len(names)), metadata, args.shard,
-                           source=", ".join(f"{p}, {os.path.getsize(p)} bytes" for p in paths))
+    return collect_regions(args.out, tsv_lines(paths), None, lambda item: tsv_regions(item, len(names)),
+                           metadata, args.shard, source=", ".join(f"{p}, {os.path.getsize(p)} bytes" for p in paths))
 
 
 def split_noisy(spec, out, clean=2000, share=0.5, seed=0, image_root=None):
-    """Cuts image-text pairs into two files for a study of stages: OUT/clean.jsonl, `clean` records as they are, and OUT/noisy.jsonl,
-    the others, of which `share` get the captions of another one (a web crawl's mismatches). -> (records noisy, of these mismatched)."""
+    """Cuts image-text pairs into two files for a study of stages: OUT/clean.jsonl, `clean` records as they are,
+    and OUT/noisy.jsonl, the others, of which `share` get the captions of another one (a web crawl's mismatches).
+    -> (records noisy, of these mismatched)."""
     records = open_source("pairs", spec, "train", image_root, need=("caption",))
     if not 0 < clean < len(records):
         fail(f"--clean {clean}: between 1 and {len(records) - 1} of the {len(records)} records")
     order = random.Random(seed).sample(range(len(records)), len(records))
     noisy = order[clean:]
-    wrong = noisy[:round(share * len(noisy))]                               # already in random order: each takes the next one's
+    wrong = noisy[:round(share * len(noisy))]                       # already in random order: each takes the next one's
     source = dict(zip(wrong, wrong[1:] + wrong[:1]))
     os.makedirs(out, exist_ok=True)
     for name, indices in (("clean", order[:clean]), ("noisy", noisy)):
@@ -2030,14 +2124,15 @@ def regions_main(args):
     regions = Regions([args.out])
     counts = np.diff(regions.files[0][0]["offsets"])
     rows = {"pictures": len(regions), "unreadable, left out": bad, "regions": int(counts.sum()),
-            "regions a picture": f"{counts.min()} to {counts.max()}, mean {counts.mean():.1f}", "feature size": regions.dim,
-            "labels": regions.classes or "none", "global feature": regions.global_dim or "none",
+            "regions a picture": f"{counts.min()} to {counts.max()}, mean {counts.mean():.1f}",
+            "feature size": regions.dim, "labels": regions.classes or "none",
+            "global feature": regions.global_dim or "none",
             "file": f"{args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB"}
     print("\n".join(f"  {k:<22}{v}" for k, v in rows.items()))
     return 0
 
 
-# -------------------------------------------------------------------------------------------------------------------- check
+# ---------------------------------------------------------------------------------------------------------------- check
 
 def guess_source(spec):
     """The source of a file or folder, from its name and first record."""
@@ -2056,7 +2151,8 @@ def guess_source(spec):
     if not path.endswith((".json", ".jsonl")):
         return "pairs"
     data = read_json(path)
-    head = data if isinstance(data, dict) else next(iter(data), None) if isinstance(data, list) else next(data, (None, None))[1]
+    head = (data if isinstance(data, dict) else next(iter(data), None) if isinstance(data, list)
+            else next(data, (None, None))[1])
     keys = {"questions": "vqa", "videos": "clips", "gold_label": "ve", "identifier": "nlvr2"}
     return next((source for key, source in keys.items() if isinstance(head, dict) and key in head), "pairs")
 
@@ -2088,7 +2184,8 @@ def check(spec, image_root=None, split=None, source=None):
         texts = [len(r["caption"]) for r in records if isinstance(r.get("caption"), list)]
         rows = {"records": len(records), "images": len(files)}
         if texts:
-            rows |= {"captions": sum(texts), "captions an image": f"{min(texts)} to {max(texts)}, mean {np.mean(texts):.2f}"}
+            rows |= {"captions": sum(texts),
+                     "captions an image": f"{min(texts)} to {max(texts)}, mean {np.mean(texts):.2f}"}
         missing = sum(t == "missing" for _, t in troubles)
         rows |= {"missing files": missing, "corrupt files": len(troubles) - missing}
         rows |= {"duplicate captions": records.notes.get("duplicates", 0)} if source == "pairs" else {}
@@ -2097,10 +2194,12 @@ def check(spec, image_root=None, split=None, source=None):
         listed += troubles
     print(f"{source}: {spec}" + (f" ({first.protocol})" if first.protocol else ""))
     if first.label_names:
-        print(f"labels: {len(first.label_names)} ({', '.join(first.label_names[:6] + ['...'] * (len(first.label_names) > 6))})")
+        print(f"labels: {len(first.label_names)} "
+              f"({', '.join(first.label_names[:6] + ['...'] * (len(first.label_names) > 6))})")
     keys = list(dict.fromkeys(k for rows in table.values() for k in rows))
     widths = {part: max([len(part)] + [len(str(v)) for v in rows.values()]) for part, rows in table.items()}
-    for key, cells in [("", {p: p for p in table})] + [(k, {p: str(rows.get(k, 0)) for p, rows in table.items()}) for k in keys]:
+    for key, cells in ([("", {p: p for p in table})]
+                       + [(k, {p: str(rows.get(k, 0)) for p, rows in table.items()}) for k in keys]):
         print(f"  {key:<24}" + "  ".join(cells[p].rjust(widths[p]) for p in table))
     for file, reason in listed[:10]:
         print(f"  {file if isinstance(file, str) else f'{file[0]} at byte {file[1]}'}: {reason}")
@@ -2110,40 +2209,50 @@ def check(spec, image_root=None, split=None, source=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
     one = tasks.add_parser("check", help="count records, open every image; exit status 1 if one is missing or corrupt")
     one.add_argument("path", help='files or folders separated by commas, or "shapes"')
     one.add_argument("--image_root", help="the folder the images lie in")
     one.add_argument("--split", help="only this split (default: each)")
     one.add_argument("--source", choices=SOURCES, help="what the records are (default: guessed from the files)")
-    two = tasks.add_parser("regions", help="make a file of region features: of pictures, by a detector, or from bottom-up-attention files")
+    two = tasks.add_parser("regions", help="make a file of region features: of pictures, by a detector, "
+                                           "or from bottom-up-attention files")
     two.add_argument("--images", help="a folder of pictures, a folder of tar shards, or image-text data")
     two.add_argument("--image_root", help="the folder that the data's images lie in")
     two.add_argument("--tsv", help="bottom-up-attention files instead, separated by commas")
     two.add_argument("--out", required=True, help="the file to make; --regions of train.py")
-    two.add_argument("--weights", default="COCO_V1", help="the detector's, a file or COCO_V1 = torchvision's, downloaded (default)")
-    two.add_argument("--random_weights", action="store_true", help="a detector that knows nothing, to try the pipeline; the file says so")
+    two.add_argument("--weights", default="COCO_V1",
+                     help="the detector's, a file or COCO_V1 = torchvision's, downloaded (default)")
+    two.add_argument("--random_weights", action="store_true",
+                     help="a detector that knows nothing, to try the pipeline; the file says so")
     two.add_argument("--top", type=int, default=100, help="regions a picture at most (default: 100)")
-    two.add_argument("--min_score", type=float, default=0.05, help="least score of a region (default: 0.05, torchvision's)")
-    two.add_argument("--global_feature", choices=GLOBAL_MODELS, help="also store a CNN's pooled feature of each picture")
-    two.add_argument("--global_weights", default="IMAGENET1K_V1", help="its weights, a file or IMAGENET1K_V1 = torchvision's (default)")
+    two.add_argument("--min_score", type=float, default=0.05,
+                     help="least score of a region (default: 0.05, torchvision's)")
+    two.add_argument("--global_feature", choices=GLOBAL_MODELS,
+                     help="also store a CNN's pooled feature of each picture")
+    two.add_argument("--global_weights", default="IMAGENET1K_V1",
+                     help="its weights, a file or IMAGENET1K_V1 = torchvision's (default)")
     two.add_argument("--label_names", help="names of the labels in --tsv, one a line (default: 1,600 numbers)")
     two.add_argument("--shard", type=int, default=1000, help="pictures between two savings (default: 1000)")
     two.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    three = tasks.add_parser("noisy", help="cut pairs into a small clean and a large noisy file, to study pre-training in stages")
+    three = tasks.add_parser("noisy", help="cut pairs into a small clean and a large noisy file, "
+                                           "to study pre-training in stages")
     three.add_argument("data", help='image-text pairs, or "shapes"')
     three.add_argument("--out", required=True, help="the folder that gets clean.jsonl and noisy.jsonl")
     three.add_argument("--image_root", help="the folder the images lie in")
     three.add_argument("--clean", type=int, default=2000, help="records of the clean file (default: 2000)")
-    three.add_argument("--share", type=float, default=0.5, help="share of the noisy file with another record's captions (default: 0.5)")
+    three.add_argument("--share", type=float, default=0.5,
+                       help="share of the noisy file with another record's captions (default: 0.5)")
     three.add_argument("--seed", type=int, default=0, help="of the choice")
     args = parser.parse_args(argv)
     if args.task == "regions":
         return regions_main(args)
     if args.task == "noisy":
         noisy, wrong = split_noisy(args.data, args.out, args.clean, args.share, args.seed, args.image_root)
-        print(f"{args.out}: clean.jsonl {args.clean:,} records; noisy.jsonl {noisy:,} records, {wrong:,} with captions of another")
+        print(f"{args.out}: clean.jsonl {args.clean:,} records; noisy.jsonl {noisy:,} records, "
+              f"{wrong:,} with captions of another")
         return 0
     return int(check(args.path, args.image_root, args.split, args.source) > 0)
 

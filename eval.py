@@ -6,8 +6,8 @@
     python eval.py out/RUN --task gallery --text "a dog beside a tree"
     torchrun --nproc_per_node 8 eval.py out/RUN --task vqa --split test
 
-A task is a function of `Eval` (the model, its data, this rank's share) in the table TASKS; it asks the model for methods, never
-for its name. The metrics above it are pure functions of tensors.
+A task is a function of `Eval` (the model, its data, this rank's share) in the table TASKS; it asks the model for
+methods, never for its name. The metrics above it are pure functions of tensors.
 
 Legend: N images, M captions, B batch, P pairs of an image and a caption, k candidates re-ranked, d embedding, T tokens.
 """
@@ -64,7 +64,8 @@ def bare_name(name):
 
 
 def tied_names(model):
-    """The names of model.state_dict() grouped by the memory they share: a list of lists, in order; mostly of one name."""
+    """The names of model.state_dict() grouped by the memory they share: a list of lists, in order;
+    mostly of one name."""
     groups = defaultdict(list)
     for name, t in model.state_dict().items():
         groups[(t.device, t.data_ptr(), t.shape, t.stride()) if t.numel() else name].append(name)
@@ -72,8 +73,8 @@ def tied_names(model):
 
 
 def save_model(model, path):
-    """Write parameters and buffers as safetensors, whole or not at all. Of tied tensors only the first is kept, for the format
-    refuses shared memory; names carry no `module.` or `_orig_mod.`."""
+    """Write parameters and buffers as safetensors, whole or not at all. Of tied tensors only the first is kept, for
+    the format refuses shared memory; names carry no `module.` or `_orig_mod.`."""
     state, path = model.state_dict(), Path(path)
     tensors = {bare_name(g[0]): state[g[0]].detach().to("cpu", copy=True).contiguous() for g in tied_names(model)}
     save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
@@ -91,14 +92,15 @@ def read_weights(path):
 
 
 def load_weights(model, path):
-    """Fill every parameter and buffer of `model` from a file of save_model(), tied ones again tied. SystemExit that names the
-    first keys that are missing, unknown or of another shape."""
+    """Fill every parameter and buffer of `model` from a file of save_model(), tied ones again tied. SystemExit that
+    names the first keys that are missing, unknown or of another shape."""
     state, mine, full = read_weights(path), model.state_dict(), {}
     for group in tied_names(model):
         found = [state[bare_name(n)] for n in group if bare_name(n) in state]
         full.update({n: found[0] for n in group if found})
     wrong = [f"{n} is missing" for n in mine if n not in full]
-    wrong += [f"{n} is {tuple(full[n].shape)}, not {tuple(mine[n].shape)}" for n in full if full[n].shape != mine[n].shape]
+    wrong += [f"{n} is {tuple(full[n].shape)}, not {tuple(mine[n].shape)}"
+              for n in full if full[n].shape != mine[n].shape]
     wrong += [f"{n} is unknown" for n in sorted(set(state) - {bare_name(n) for n in mine})]
     if wrong:
         more = f"; {len(wrong) - 4} more" * (len(wrong) > 4)
@@ -109,7 +111,8 @@ def load_weights(model, path):
 
 
 def find_run(path):
-    """The directory that holds the run: `path`, or the last of its stage-1, stage-2, ... SystemExit when there is none."""
+    """The directory that holds the run: `path`, or the last of its stage-1, stage-2, ...
+    SystemExit when there is none."""
     path = Path(path)
     stages = sorted(path.glob("stage-*/config.json"), key=lambda p: int(p.parent.name.split("-")[1]))
     if not (path / "config.json").is_file() and not stages:
@@ -118,8 +121,9 @@ def find_run(path):
 
 
 def load_run(path, device="cpu"):
-    """A run directory -> (model in eval mode on `device`, info). info is config.json {model, preset, task, config, loop, stats,
-    step, ...} and `path`. SystemExit, one line, for a directory that is no run, an unknown model or field, damaged weights."""
+    """A run directory -> (model in eval mode on `device`, info). info is config.json {model, preset, task, config,
+    loop, stats, step, ...} and `path`. SystemExit, one line, for a directory that is no run, an unknown model or field,
+    damaged weights."""
     path = find_run(path)
     try:
         info = json.loads((path / "config.json").read_text())
@@ -141,14 +145,16 @@ def load_run(path, device="cpu"):
 def ranks(sim, owner, chunk=1024):
     """Pessimistic ranks of image->text and text->image retrieval.
 
-    sim: (N, M) scores, higher = better; owner: (M,) int64, the image of each caption, any number of captions an image. -> (N,),
-    (M,) int64: 1 + the number of wrong candidates that score at least as much as the right one (for an image: its best caption),
-    so that ties with a wrong candidate count against the model. SystemExit on NaN and on an image without caption.
+    sim: (N, M) scores, higher = better; owner: (M,) int64, the image of each caption, any number of captions an image.
+    -> (N,), (M,) int64: 1 + the number of wrong candidates that score at least as much as the right one (for an image:
+    its best caption), so that ties with a wrong candidate count against the model. SystemExit on NaN and on an image
+    without caption.
     """
     n, m = sim.shape
     if not torch.equal(owner.unique().cpu(), torch.arange(n)) or len(owner) != m:
-        raise SystemExit(f"retrieval: {n} images, {m} captions: each image must have a caption, each caption one of the images")
-    own = sim[owner, torch.arange(m, device=sim.device)]                                    # (M,) score with its own image
+        raise SystemExit(f"retrieval: {n} images, {m} captions: each image must have a caption, "
+                         "each caption one of the images")
+    own = sim[owner, torch.arange(m, device=sim.device)]                                # (M,) score with its own image
     best = sim.new_full((n,), -math.inf).scatter_reduce(0, owner, own, "amax")              # (N,)
     tied = torch.zeros_like(best, dtype=torch.long).scatter_add(0, owner, (own >= best[owner]).long())
     i2t, t2i = [], torch.zeros(m, dtype=torch.long, device=sim.device)
@@ -156,12 +162,13 @@ def ranks(sim, owner, chunk=1024):
         if rows.isnan().any():
             raise SystemExit("retrieval: the scores contain NaN")
         i2t.append((rows >= b[:, None]).sum(1))
-        t2i += (rows >= own).sum(0)                                                         # it counts itself: the 1 of 1 + ...
+        t2i += (rows >= own).sum(0)                                                 # it counts itself: the 1 of 1 + ...
     return torch.cat(i2t) - tied + 1, t2i
 
 
 def shortlist(sim, k):
-    """The k (at most the gallery) best captions of each image, the k best images of each caption: (N, k), (M, k) int64."""
+    """The k (at most the gallery) best captions of each image, the k best images of each caption: (N, k),
+    (M, k) int64."""
     n, m = sim.shape
     return sim.topk(min(k, m), dim=1).indices, sim.topk(min(k, n), dim=0).indices.T.contiguous()
 
@@ -169,7 +176,8 @@ def shortlist(sim, k):
 def reranked(sim, owner, top_i, top_t, val_i, val_t):
     """Ranks after the shortlists are put in the order of new scores; all others stay below them, in the order of `sim`.
 
-    sim: (N, M); top_i (N, k) captions, top_t (M, k) images; val_i, val_t: their new scores, any float. -> as ranks()."""
+    sim: (N, M); top_i (N, k) captions, top_t (M, k) images; val_i, val_t: their new scores, any float.
+    -> as ranks()."""
     if val_i.isnan().any() or val_t.isnan().any():
         raise SystemExit("retrieval: the matching scores contain NaN")
     base_i, base_t = ranks(sim, owner)
@@ -178,7 +186,8 @@ def reranked(sim, owner, top_i, top_t, val_i, val_t):
                            (base_t, top_t == owner[:, None], val_t)):
         best = val.masked_fill(~own, -math.inf).amax(1, keepdim=True)
         inside = 1 + ((val >= best) & ~own).sum(1)
-        out.append(torch.where(own.any(1), inside, base))        # base counts all of the shortlist: their sim >= the right one's
+        # base counts all of the shortlist: their sim >= the right one's
+        out.append(torch.where(own.any(1), inside, base))
     return tuple(out)
 
 
@@ -196,9 +205,11 @@ def recall(sim, owner, ks=(1, 5, 10)):
 
 
 def chance(owner, ks=(1, 5, 10)):
-    """What a random order of this very gallery gets on average: text->image k/N; image->text 1 - C(M-c, k) / C(M, k) for an image
-    of c captions. The median is the smallest rank that half of the queries reach. owner: (M,) -> the keys of summary()."""
-    counts, m = Counter(owner.unique(return_counts=True)[1].tolist()), len(owner)           # {c: how many images have c captions}
+    """What a random order of this very gallery gets on average: text->image k/N; image->text 1 - C(M-c, k) / C(M, k)
+    for an image of c captions. The median is the smallest rank that half of the queries reach. owner: (M,) -> the keys
+    of summary()."""
+    # {c: how many images have c captions}
+    counts, m = Counter(owner.unique(return_counts=True)[1].tolist()), len(owner)
     n, r = sum(counts.values()), np.arange(m)
     miss = {c: np.cumprod(np.clip((m - c - r) / (m - r), 0, 1)) for c in counts}            # P(rank > r + 1)
     hit = sum(images * (1 - miss[c]) for c, images in counts.items()) / n
@@ -233,8 +244,9 @@ def spearman(x, y):
 
 
 def map_at(query, database, query_labels, database_labels, r=5000, chunk=64):
-    """MAP@r of hash codes, in percent, with both denominators. Codes: (Q, K), (N, K) of +1 and -1; labels: (Q, C), (N, C) 0/1; two
-    images that share a label are relevant to each other. The database is ordered by Hamming distance, equal ones in its own order.
+    """MAP@r of hash codes, in percent, with both denominators. Codes: (Q, K), (N, K) of +1 and -1; labels: (Q, C),
+    (N, C) 0/1; two images that share a label are relevant to each other. The database is ordered by Hamming distance,
+    equal ones in its own order.
 
     -> (AP over the relevant within the top r, 0 if none [CSQ's], AP over the relevant in the whole database)."""
     within, whole = [], []
@@ -249,8 +261,8 @@ def map_at(query, database, query_labels, database_labels, r=5000, chunk=64):
 
 
 def vqa_accuracy(answer, answers):
-    """The official VQA score in [0, 1]: over each leaving-out of one annotator, min(1, matches among the others / 3), averaged;
-    answer and answers are normalized first (data.normalize_answer). With a single annotator: equal or not."""
+    """The official VQA score in [0, 1]: over each leaving-out of one annotator, min(1, matches among the others / 3),
+    averaged; answer and answers are normalized first (data.normalize_answer). With a single annotator: equal or not."""
     answer, answers = data.normalize_answer(answer), [data.normalize_answer(a) for a in answers]
     hits = [a == answer for a in answers]
     if len(hits) == 1:
@@ -259,20 +271,24 @@ def vqa_accuracy(answer, answers):
 
 
 def box_cover(boxes, size, grid):
-    """How much of each cell of a grid over the picture lies in the boxes. boxes: xyxy in pixels; size: (width, height) of the
-    picture; grid: (h, w) cells -> (h, w) float64 in [0, 1]. Exact for one box; of overlapping ones the larger share counts."""
+    """How much of each cell of a grid over the picture lies in the boxes. boxes: xyxy in pixels; size: (width, height)
+    of the picture; grid: (h, w) cells -> (h, w) float64 in [0, 1]. Exact for one box; of overlapping ones the larger
+    share counts."""
     def overlap(a, b, length, cells):
         edges = np.arange(cells + 1) * length / cells
         return np.clip(np.minimum(b, edges[1:]) - np.maximum(a, edges[:-1]), 0, None) * cells / length
-    return np.max([np.outer(overlap(y0, y1, size[1], grid[0]), overlap(x0, x1, size[0], grid[1])) for x0, y0, x1, y1 in boxes], 0)
+    return np.max([np.outer(overlap(y0, y1, size[1], grid[0]), overlap(x0, x1, size[0], grid[1]))
+                   for x0, y0, x1, y1 in boxes], 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a task is given
 
 def offered(model):
-    """The evaluation tasks whose methods the model has. One that it did not build for its task is None on the instance."""
-    return [t for t, (_, needs) in TASKS.items() if any(all(callable(getattr(model, m, None)) for m in way) for way in needs)]
+    """The evaluation tasks whose methods the model has. One that it did not build for its task is None on
+    the instance."""
+    return [t for t, (_, needs) in TASKS.items()
+            if any(all(callable(getattr(model, m, None)) for m in way) for way in needs)]
 
 
 class Eval:
@@ -284,12 +300,14 @@ class Eval:
         module = sys.modules[type(model).__module__]
         self.views = module.VIEWS[task if task in module.VIEWS else info["task"]]
         self.spec = opts.data or self.loop.get("eval_data") or self.loop.get("data") or "shapes"
-        self.root = opts.image_root or (None if opts.data else self.loop.get("eval_root") or self.loop.get("image_root")) or None
-        own = result_path(self, "vocab.txt")                                                # a run keeps a copy of its own
+        self.root = (opts.image_root
+                     or (None if opts.data else self.loop.get("eval_root") or self.loop.get("image_root")) or None)
+        own = result_path(self, "vocab.txt")                                            # a run keeps a copy of its own
         vocab = opts.vocab or (own if own and own.is_file() else self.loop.get("vocab") or "shapes")
         self.tokenizer = data.get_tokenizer(vocab)
         if self.tokenizer.vocab_size != self.cfg.vocab_size:
-            raise SystemExit(f"{vocab}: {self.tokenizer.vocab_size} tokens, the run has {self.cfg.vocab_size}; name its --vocab")
+            raise SystemExit(f"{vocab}: {self.tokenizer.vocab_size} tokens, "
+                             f"the run has {self.cfg.vocab_size}; name its --vocab")
         self.bad, self.protocol = set(), {}
 
     def setting(self, name, default):
@@ -298,13 +316,15 @@ class Eval:
         return (self.loop.get(name) or default) if value is None else value
 
     def open(self, need=()):
-        """The records of the split (test; without one, val), with what the checkpoint was trained on in the protocol."""
+        """The records of the split (test; without one, val), with what the checkpoint was trained on
+        in the protocol."""
         split, module = self.opts.split or "test", sys.modules[type(self.model).__module__]
         own = module.VIEWS[self.info["task"]]["source"]
         if not self.opts.data and self.views["source"] != own and self.spec == self.loop.get("data") != "shapes":
-            raise SystemExit(f"{self.task}: it reads {self.views['source']}, the run's data are {own}: name files with --data")
-        read = lambda split: data.open_source(self.views["source"], self.spec, split, self.root, limit=self.opts.limit, need=need,
-                                              missing=data.absent(self.views))
+            raise SystemExit(f"{self.task}: it reads {self.views['source']}, "
+                             f"the run's data are {own}: name files with --data")
+        read = lambda split: data.open_source(self.views["source"], self.spec, split, self.root,
+                                              limit=self.opts.limit, need=need, missing=data.absent(self.views))
         try:
             records = read(split)
         except data.DataError as e:
@@ -320,8 +340,9 @@ class Eval:
                                  f"the run was trained with {ours[wrong[0]]}")
             self.protocol.update(regions=records.regions.about)
         seen, start = self.loop.get("data") or "shapes", f", from {self.loop['init']}" if self.loop.get("init") else ""
-        task = self.info["task"]                                                            # one that is no TASK is a stage of pre-training
-        how = "pre-trained only" if task == "pretrain" or task not in getattr(module, "TASKS", (task,)) else f"fine-tuned ({task})"
+        task = self.info["task"]                                        # one that is no TASK is a stage of pre-training
+        how = ("pre-trained only" if task == "pretrain" or task not in getattr(module, "TASKS", (task,))
+               else f"fine-tuned ({task})")
         known = set(seen.split(",")) & set(self.spec.split(","))
         self.protocol.update(data=self.spec, split=split, records=len(records), limit=self.opts.limit,
                              protocol=f"{'in domain' if known else 'zero-shot'}, {how}, trained on {seen}{start}")
@@ -330,7 +351,8 @@ class Eval:
         return records
 
     def other(self, path):
-        """Another run over this one's data, with its own views and vocabulary. SystemExit if it does not offer the task."""
+        """Another run over this one's data, with its own views and vocabulary.
+        SystemExit if it does not offer the task."""
         model, info = load_run(path, self.device)
         if self.task not in offered(model):
             raise SystemExit(f"{path}: {type(model).__name__} trained for {info['task']} does not offer {self.task}")
@@ -341,7 +363,8 @@ class Eval:
         """This rank's batches, on the device: images, flattened captions ("text") or whole records ("sample")."""
         for batch in data.iter_eval(records, views or self.views, self.tokenizer, getattr(self.cfg, "image_size", None),
                                     self.cfg.max_text, max_regions=getattr(self.cfg, "max_regions", None), what=what,
-                                    batch_size=self.opts.batch_size, rank=self.rank, world=self.world, workers=max(0, self.setting("workers", 0))):
+                                    batch_size=self.opts.batch_size, rank=self.rank, world=self.world,
+                                    workers=max(0, self.setting("workers", 0))):
             self.bad.update(batch["index"][batch["bad"].bool()].tolist())
             yield data.move(batch, self.device)
 
@@ -350,8 +373,8 @@ class Eval:
         return tqdm(batches, text, steps, leave=False, delay=2, disable=self.rank > 0)
 
     def gather(self, index, parts, total):
-        """Rows computed on all ranks, in the data's order and each once. index: (m,) of this rank's rows; parts: {name: (m, ...)}
-        CPU -> {name: (total, ...)} CPU on every rank."""
+        """Rows computed on all ranks, in the data's order and each once. index: (m,) of this rank's rows;
+        parts: {name: (m, ...)} CPU -> {name: (total, ...)} CPU on every rank."""
         pieces = [(index, parts)]
         if self.world > 1:
             pieces = [None] * self.world
@@ -376,7 +399,8 @@ class Eval:
         return self.gather(index, {name: torch.cat(t) for name, t in parts.items()}, total)
 
     def states(self, kind, batch):
-        """What match() needs of the images or the captions of a batch; the batch's own tensors if the model makes no states."""
+        """What match() needs of the images or the captions of a batch; the batch's own tensors if the model makes
+        no states."""
         if callable(getattr(self.model, f"{kind}_states", None)):
             return getattr(self.model, f"{kind}_states")(batch)
         return {k: v for k, v in batch.items() if k.startswith(kind)}
@@ -386,8 +410,8 @@ class Eval:
 # Tasks: Eval -> {"rows": table, "metrics": the numbers that count, ...}
 
 def match_scores(ev, records, texts, keys=None):
-    """match() of pairs -> (P,) float32 on every rank. texts: {name: (M, ...)} states of all captions; keys: (P,) int64, sorted
-    and unique, image * M + caption; None = all N * M.
+    """match() of pairs -> (P,) float32 on every rank. texts: {name: (M, ...)} states of all captions; keys: (P,) int64,
+    sorted and unique, image * M + caption; None = all N * M.
 
     Each rank scores all pairs of its own images; the captions' states are kept, the images' live for one batch only
     (5,000 images of 577 tokens would be 9 GB), a pair asked for in both directions is scored once.
@@ -395,13 +419,14 @@ def match_scores(ev, records, texts, keys=None):
     m, n = len(next(iter(texts.values()))), len(data.unique_images(records)[0])
     out = torch.zeros(n * m if keys is None else len(keys))
     for batch in ev.progress(ev.batches(records, "image"), n, "matching"):
-        images, ends = ev.states("image", batch), torch.stack([batch["index"], batch["index"] + 1]).cpu() * m    # (2, B)
+        images, ends = ev.states("image", batch), torch.stack([batch["index"], batch["index"] + 1]).cpu() * m   # (2, B)
         lo, hi = ends if keys is None else torch.searchsorted(keys, ends)
         where = torch.cat([torch.arange(a, b) for a, b in zip(lo.tolist(), hi.tolist())])  # (p,) into keys
         local = torch.repeat_interleave(torch.arange(len(lo)), hi - lo)                     # (p,) into the batch
         for w, i in zip(where.split(ev.opts.pairs), local.split(ev.opts.pairs)):
             caption = (w if keys is None else keys[w]) % m
-            pair = {k: v[i.to(v.device)] for k, v in images.items()} | {k: v[caption].to(ev.device) for k, v in texts.items()}
+            pair = ({k: v[i.to(v.device)] for k, v in images.items()}
+                    | {k: v[caption].to(ev.device) for k, v in texts.items()})
             out[w] = ev.model.match(pair).float().cpu()
     if ev.world > 1:                                             # every pair was scored on one rank: the others add 0
         out = out.to(ev.device)
@@ -411,15 +436,16 @@ def match_scores(ev, records, texts, keys=None):
 
 def visual_encoder(model):
     """The method that embeds what texts are matched with, pictures or clips; None if the model has neither."""
-    return next((f for f in (getattr(model, name, None) for name in ("encode_image", "encode_clip")) if callable(f)), None)
+    return next((f for f in (getattr(model, name, None) for name in ("encode_image", "encode_clip"))
+                 if callable(f)), None)
 
 
 def retrieval(ev):
-    """Image->text and text->image over the whole split, in its order; 5,000 images also as five folds of 1,000. The dual
-    encoder's scores, then its k best put in the order of match(). A model without encoders has every pair scored by match(), or, with
-    --candidates, the k best of another run's dual encoder."""
+    """Image->text and text->image over the whole split, in its order; 5,000 images also as five folds of 1,000.
+    The dual encoder's scores, then its k best put in the order of match(). A model without encoders has every pair
+    scored by match(), or, with --candidates, the k best of another run's dual encoder."""
     records = ev.open(need=("caption",))
-    owner, order = data.flat_captions(records)[1].sort(stable=True)                         # captions in the images' order
+    owner, order = data.flat_captions(records)[1].sort(stable=True)                     # captions in the images' order
     n, m, rule = int(owner[-1]) + 1, len(owner), ev.setting("rerank", "itm")
     first, k = (candidates_of(ev), ev.opts.candidates) if ev.opts.candidates else (ev, ev.setting("rerank_k", 128))
     dual = visual_encoder(first.model) is not None
@@ -429,12 +455,15 @@ def retrieval(ev):
         texts = ev.collect(records, "text", m, lambda b: ev.states("text", b), "texts")
     if dual:
         base = "dual encoder" if first is ev else f"dual encoder of {first.info['path']}"
-        image_emb = first.collect(records, "image", n, lambda b: {"e": visual_encoder(first.model)(b).float()}, "images")["e"]
-        if first is not ev or "text_emb" not in texts:                                      # states may come with the embedding
-            texts["text_emb"] = first.collect(records, "text", m, lambda b: {"e": first.model.encode_text(b)}, "texts")["e"]
+        image_emb = first.collect(records, "image", n,
+                                  lambda b: {"e": visual_encoder(first.model)(b).float()}, "images")["e"]
+        if first is not ev or "text_emb" not in texts:                              # states may come with the embedding
+            texts["text_emb"] = first.collect(records, "text", m,
+                                              lambda b: {"e": first.model.encode_text(b)}, "texts")["e"]
     texts = {name: t[order] for name, t in texts.items()}
     if dual:
-        sim = image_emb.to(ev.device) @ texts.pop("text_emb").float().to(ev.device).T       # (N, M) float32: 0.5 GB for COCO 5K
+        # (N, M) float32: 0.5 GB for COCO 5K
+        sim = image_emb.to(ev.device) @ texts.pop("text_emb").float().to(ev.device).T
         if ev.opts.ensemble:
             sim, base = ensemble(ev, records, sim, order)
     elif ev.opts.ensemble:
@@ -450,8 +479,10 @@ def retrieval(ev):
     galleries = {f"all {n:,}": [(0, n)]}
     if folds > 1:
         galleries[f"{size:,}, mean of {folds} folds"] = [(f * size, (f + 1) * size) for f in range(folds)]
-    cut = torch.searchsorted(owner, torch.arange(n + 1, device=owner.device)).tolist()      # captions of i: cut[i]:cut[i + 1]
-    spans = {(a, b): (sim[a:b, cut[a]:cut[b]], owner[cut[a]:cut[b]] - a) for part in galleries.values() for a, b in part}
+    # captions of i: cut[i]:cut[i + 1]
+    cut = torch.searchsorted(owner, torch.arange(n + 1, device=owner.device)).tolist()
+    spans = {(a, b): (sim[a:b, cut[a]:cut[b]], owner[cut[a]:cut[b]] - a)
+             for part in galleries.values() for a, b in part}
     if rerank:
         tops = {span: shortlist(s, k) for span, (s, _) in spans.items()}                    # indices within the fold
         pairs = {(a, b): (torch.arange(a, b)[:, None] * m + cut[a] + i.cpu(),               # keys image * M + caption
@@ -460,22 +491,26 @@ def retrieval(ev):
         scores = match_scores(ev, records, texts, keys)
         if rule == "sum":
             scores += sim.flatten()[keys.to(sim.device)].cpu()
-        scores = {span: [scores[torch.searchsorted(keys, p)].to(sim.device) for p in both] for span, both in pairs.items()}
+        scores = {span: [scores[torch.searchsorted(keys, p)].to(sim.device) for p in both]
+                  for span, both in pairs.items()}
 
     rows, metrics = [], {}
     for name, part in galleries.items():
-        found = {"chance": [chance(spans[span][1].cpu()) for span in part], base: [recall(*spans[span]) for span in part]}
+        found = {"chance": [chance(spans[span][1].cpu()) for span in part],
+                 base: [recall(*spans[span]) for span in part]}
         if rerank:
             found[how] = [summary(*reranked(*spans[span], *tops[span], *scores[span])) for span in part]
         metrics = metrics or average(found[how])
         if ev.spec == "shapes" and records.name == "pairs" and part == [(0, n)] and ev.opts.limit is None:
-            oracle = shapes.oracle_recall(records.root, records.split)                      # reads captions without a fault
+            oracle = shapes.oracle_recall(records.root, records.split)                  # reads captions without a fault
             found["oracle ceiling"] = [{key: 100 * oracle[key] for key in ("i2t_r1", "t2i_r1")}]
         rows += [{"images": name, "scores": row, **average(results)} for row, results in found.items()]
     counts = owner.bincount()
     ev.protocol.update(images=n, captions=m, captions_per_image=[int(counts.min()), int(counts.max())],
-                       ties="a wrong candidate with an equal score ranks first", rerank=RULES[rule] if rerank else RULES["none"],
-                       rerank_k=[min(k, m), min(k, n)] if rerank else None, candidates_from=None if first is ev else first.info["path"])
+                       ties="a wrong candidate with an equal score ranks first",
+                       rerank=RULES[rule] if rerank else RULES["none"],
+                       rerank_k=[min(k, m), min(k, n)] if rerank else None,
+                       candidates_from=None if first is ev else first.info["path"])
     ev.bad |= first.bad
     return {"rows": rows, "metrics": metrics}
 
@@ -491,25 +526,28 @@ def candidates_of(ev):
 
 
 def masked(ev):
-    """Accuracy of the model's guesses at hidden places of matched pairs (each record with its first caption), beside that of the
-    place's most frequent truth. The places are drawn at random, by a fixed seed."""
+    """Accuracy of the model's guesses at hidden places of matched pairs (each record with its first caption), beside
+    that of the place's most frequent truth. The places are drawn at random, by a fixed seed."""
     records = ev.open(need=("caption",))
     with torch.random.fork_rng(devices=[ev.device] if ev.device.type == "cuda" else []):
         torch.manual_seed(ev.rank)
         found = ev.collect(records, "sample", len(records), lambda batch: {
-            (name, part): t for name, both in ev.model.masked_predictions(batch).items() for part, t in zip(("guess", "truth"), both)})
+            (name, part): t for name, both in ev.model.masked_predictions(batch).items()
+            for part, t in zip(("guess", "truth"), both)})
     rows, metrics = [], {}
     for name in dict.fromkeys(name for name, _ in found):
         guess, truth = (found[name, part][found[name, "truth"] != -100] for part in ("guess", "truth"))
         metrics[name] = 100 * (guess == truth).double().mean().item()
         metrics[f"{name}_baseline"] = 100 * truth.bincount().max().item() / len(truth)
-        rows.append({"hidden": name, "places": len(truth), "accuracy": metrics[name], "most frequent": metrics[f"{name}_baseline"]})
+        rows.append({"hidden": name, "places": len(truth), "accuracy": metrics[name],
+                     "most frequent": metrics[f"{name}_baseline"]})
     ev.protocol.update(masks="drawn as in training, seed 0")
     return {"rows": rows, "metrics": metrics}
 
 
 def ensemble(ev, records, sim, order):
-    """The mean of `sim` (N, M) and the similarities of the runs in --ensemble (this run itself counts once) -> (N, M), its name."""
+    """The mean of `sim` (N, M) and the similarities of the runs in --ensemble (this run itself counts once) -> (N, M),
+    its name."""
     mine = Path(ev.info["path"]).resolve()
     others = {p.resolve(): p for p in map(find_run, ev.opts.ensemble)}
     others = [p for full, p in others.items() if full != mine]
@@ -518,8 +556,10 @@ def ensemble(ev, records, sim, order):
     n, m = sim.shape
     for path in others:
         run = ev.other(path)
-        image_emb = run.collect(records, "image", n, lambda b: {"e": visual_encoder(run.model)(b).float()}, "images")["e"]
-        text_emb = run.collect(records, "text", m, lambda b: {"e": run.model.encode_text(b).float()}, "texts")["e"][order]
+        image_emb = run.collect(records, "image", n,
+                                lambda b: {"e": visual_encoder(run.model)(b).float()}, "images")["e"]
+        text_emb = run.collect(records, "text", m,
+                               lambda b: {"e": run.model.encode_text(b).float()}, "texts")["e"][order]
         sim = sim + image_emb.to(ev.device) @ text_emb.to(ev.device).T
         ev.bad |= run.bad
     ev.protocol.update(ensemble=[str(mine)] + [str(p) for p in others])
@@ -532,15 +572,15 @@ RULES = {"itm": "the k best by their match score alone (ALBEF), all others below
 
 def vqa(ev):
     """Rank the answer list for every question; write the official result file; score it where there are annotations."""
-    ev.views = {key: v for key, v in ev.views.items() if v != "answer"}                     # never given to the model here
+    ev.views = {key: v for key, v in ev.views.items() if v != "answer"}                 # never given to the model here
     records, stats = ev.open(), ev.info.get("stats", {})
     answers = read_answers(ev.opts.answers) if ev.opts.answers else stats.get("answers")
     if not answers:
         raise SystemExit("vqa: the run has no answer list; name one with --answers FILE")
     ids = [ev.tokenizer.encode(a, ev.cfg.max_text) for a in answers]
     length = max(map(len, ids))
-    answer_ids = torch.tensor([i + [ev.tokenizer.pad_id] * (length - len(i)) for i in ids], device=ev.device)    # (A, L)
-    answer_mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i in ids], device=ev.device)          # (A, L)
+    answer_ids = torch.tensor([i + [ev.tokenizer.pad_id] * (length - len(i)) for i in ids], device=ev.device)   # (A, L)
+    answer_mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i in ids], device=ev.device)         # (A, L)
     k = min(ev.setting("shortlist", 128), len(answers))
     best = lambda batch: {"answer": ev.model.rank_answers(batch, answer_ids, answer_mask, k)}
     picks = ev.collect(records, "sample", len(records), best, "questions")["answer"]                             # (N,)
@@ -553,7 +593,8 @@ def vqa(ev):
     if not truth:
         return {"rows": [{"answers": "written, no annotations here", "questions": len(result)}], "metrics": {}}
     rows = []
-    for name, guess in ((f"always '{answers[0]}' (most frequent in training)", lambda q: answers[0]), ("model", result.get)):
+    for name, guess in ((f"always '{answers[0]}' (most frequent in training)", lambda q: answers[0]),
+                        ("model", result.get)):
         score = {q: 100 * vqa_accuracy(guess(q), r["answers"]) for q, r in truth.items()}
         kinds = defaultdict(list)
         for q, r in truth.items():
@@ -569,7 +610,8 @@ def read_answers(path):
         raise SystemExit(f"--answers {path}: no such file")
     text = Path(path).read_text(encoding="utf-8")
     try:
-        return json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines() if line.strip()]
+        return (json.loads(text) if text.lstrip().startswith("[")
+                else [line.strip() for line in text.splitlines() if line.strip()])
     except ValueError as e:
         raise SystemExit(f"--answers {path}: {e}")
 
@@ -578,14 +620,16 @@ CLASSES = {"ve": ("entailment", "neutral", "contradiction"), "nlvr2": ("False", 
 
 
 def classification(ev):
-    """Accuracy of predict() against the labels, beside that of the split's most frequent class; for NLVR2 also the consistency:
-    the share of sentences that are judged right on all their picture pairs (identifier split-set-pair-sentence)."""
+    """Accuracy of predict() against the labels, beside that of the split's most frequent class; for NLVR2 also the
+    consistency: the share of sentences that are judged right on all their picture pairs (identifier
+    split-set-pair-sentence)."""
     records = ev.open(need=("label",))
     names = CLASSES.get(ev.task) or records.label_names
     label = torch.tensor([r["label"] for r in records])
-    logits = ev.collect(records, "sample", len(records), lambda b: {"y": ev.model.predict(b).float()})["y"]      # (N, C)
+    logits = ev.collect(records, "sample", len(records), lambda b: {"y": ev.model.predict(b).float()})["y"]     # (N, C)
     if logits.shape[1] != len(names):
-        raise SystemExit(f"{ev.task}: the model has {logits.shape[1]} classes, the task {len(names)}: {', '.join(names[:20])}")
+        raise SystemExit(f"{ev.task}: the model has {logits.shape[1]} classes, the task {len(names)}: "
+                         f"{', '.join(names[:20])}")
     right = logits.argmax(1) == label
     share = torch.bincount(label, minlength=len(names)) / len(label)
     metrics = {"accuracy": 100 * right.double().mean().item(), "baseline": 100 * share.max().item()}
@@ -607,7 +651,8 @@ def classification(ev):
 
 
 def fit_linear(x, y, classes, lr=30.0, epochs=60, batch=256, seed=0):
-    """A linear layer on fixed features: SGD, momentum 0.9, no weight decay, lr divided by 5 at 1/2, 2/3 and 5/6 of the epochs.
+    """A linear layer on fixed features: SGD, momentum 0.9, no weight decay, lr divided by 5 at 1/2, 2/3 and 5/6 of the
+    epochs.
     x: (N, D) float32; y: (N,) int64 -> weight (classes, D), bias (classes,)."""
     generator = torch.Generator().manual_seed(seed)
     weight = (0.01 * torch.randn(classes, x.shape[1], generator=generator)).to(x.device).requires_grad_()
@@ -625,7 +670,8 @@ def fit_linear(x, y, classes, lr=30.0, epochs=60, batch=256, seed=0):
 
 
 def fit_best(x, y, classes, lrs):
-    """fit_linear() with the learning rate that does best on every tenth sample, held out for that -> (weight, bias, learning rate)."""
+    """fit_linear() with the learning rate that does best on every tenth sample, held out for that
+    -> (weight, bias, learning rate)."""
     held = torch.arange(len(x), device=x.device) % 10 == 9
     score = {}
     for lr in lrs if len(lrs) > 1 else ():
@@ -638,24 +684,27 @@ def fit_best(x, y, classes, lrs):
 def fit_probe(x, y, classes, lr=None):
     """A linear layer on fixed features -> its top-1 in percent on train and on test, its learning rate.
 
-    x: {"train": (N, D), "test": (M, D)} float32; y: likewise (N,), (M,) int64. With `lr` the features are taken as they are.
-    Without, each is brought to mean 0 and deviation 1 over the training split, and the rate is fit_best()'s. The layer can say no
-    more for that, but it gets there in the few hundred steps of a small data set; averages of ReLUs, all positive, need thousands.
+    x: {"train": (N, D), "test": (M, D)} float32; y: likewise (N,), (M,) int64. With `lr` the features are taken as they
+    are. Without, each is brought to mean 0 and deviation 1 over the training split, and the rate is fit_best()'s. The
+    layer can say no more for that, but it gets there in the few hundred steps of a small data set; averages of ReLUs,
+    all positive, need thousands.
     """
     lrs = [lr] if lr else [3.0, 1.0, 0.3, 0.1, 0.03]
     if not lr:
         std, mean = torch.std_mean(x["train"], 0)
-        std = std + 0.01 * std.mean() + 1e-12                                               # what slept in train stays small in test
+        std = std + 0.01 * std.mean() + 1e-12                               # what slept in train stays small in test
         x = {split: (v - mean) / std for split, v in x.items()}
     weight, bias, lr = fit_best(x["train"], y["train"], classes, lrs)
-    return *(100 * (F.linear(x[s], weight, bias).argmax(1) == y[s]).double().mean().item() for s in ("train", "test")), lr
+    return *(100 * (F.linear(x[s], weight, bias).argmax(1) == y[s]).double().mean().item()
+             for s in ("train", "test")), lr
 
 
 def probe(ev):
-    """Linear probe: a layer trained on the frozen features of an ImageFolder's train split, top-1 on its val split; beside the
-    same on a model of the same shape with random weights, and the most frequent class."""
+    """Linear probe: a layer trained on the frozen features of an ImageFolder's train split, top-1 on its val split;
+    beside the same on a model of the same shape with random weights, and the most frequent class."""
     shown = ev.views.get("image_eval") or ev.views.get("features_eval", "resize")
-    ev.views = {"source": "classes", "image": "resize", "image_eval": shown, "label": "label", "norm": ev.views.get("norm", "clip")}
+    ev.views = {"source": "classes", "image": "resize", "image_eval": shown, "label": "label",
+                "norm": ev.views.get("norm", "clip")}
     if ev.spec != "shapes" and not all(map(os.path.isdir, ev.spec.split(","))):
         hint = f"not measured, {ev.spec} is no ImageFolder: python eval.py RUN --task probe --data imagenet"
         if ev.opts.data:
@@ -676,26 +725,29 @@ def probe(ev):
     found = {"always the most frequent class": baseline}
     for name, model in (("random weights", fresh), ("model", ev.model)):
         look = lambda batch: {"x": model.visual_features(batch).float()}
-        x = {s: ev.collect(records, "sample", len(records), look, s)["x"].to(ev.device) for s, records in splits.items()}
+        x = {s: ev.collect(records, "sample", len(records), look, s)["x"].to(ev.device)
+             for s, records in splits.items()}
         train_top1, top1, took = fit_probe(x, truth, classes, lr)
         found[name] = {"lr": took, "train top-1": train_top1, "top-1": top1}
     ev.protocol.update(data=ev.spec, train=len(truth["train"]), test=len(truth["test"]), classes=classes,
                        features="as they are" if lr else "mean 0 and deviation 1 over train",
-                       lr=f"{lr:g}" if lr else "of 3, 1, 0.3, 0.1, 0.03 the best on a held-out tenth of train", optimizer=
-                       "SGD momentum 0.9, lr /5 at 30, 40, 50 of 60 epochs, batch 256, no weight decay, no augmentation")
+                       lr=f"{lr:g}" if lr else "of 3, 1, 0.3, 0.1, 0.03 the best on a held-out tenth of train",
+                       optimizer="SGD momentum 0.9, lr /5 at 30, 40, 50 of 60 epochs, batch 256, "
+                                 "no weight decay, no augmentation")
     rows = [{"linear probe on": name, "images": len(truth["test"]), "lr": None, **row} for name, row in found.items()]
     return {"rows": rows, "metrics": {name: row["top-1"] for name, row in found.items()}}
 
 
 def tag_overlap(top, truth, k):
-    """mIOU@k: mean over images of |first k of top & truth| / |their union| in percent. top: (N, >= k) ids; truth: N sets."""
+    """mIOU@k: mean over images of |first k of top & truth| / |their union| in percent. top: (N, >= k) ids;
+    truth: N sets."""
     both = [(set(row), gold) for row, gold in zip(top[:, :k].tolist(), truth)]
     return 100 * sum(len(a & b) / len(a | b) for a, b in both) / len(both)
 
 
 def tagging(ev):
-    """mIOU@5/10/15/20 of the k best tags of tag_scores() against an image's tags that are in the vocabulary, beside always
-    predicting the most frequent tags of training."""
+    """mIOU@5/10/15/20 of the k best tags of tag_scores() against an image's tags that are in the vocabulary, beside
+    always predicting the most frequent tags of training."""
     words, names = ev.loop.get("tag_words"), ev.info["stats"]["tags"]
     records = ev.open(need=("caption" if words else "tags",))
     records = data.caption_tags(records, words) if words else records
@@ -704,13 +756,14 @@ def tagging(ev):
     most = min(20, len(names))
     top = ev.collect(records, "sample", len(records), lambda b: {"t": ev.model.tag_scores(b).topk(most).indices})["t"]
     ks = [k for k in (5, 10, 15, 20) if k <= most]
-    often = torch.arange(most).expand(len(truth), -1)                                       # the vocabulary goes by frequency
+    often = torch.arange(most).expand(len(truth), -1)                               # the vocabulary goes by frequency
     guesses = {"the most frequent tags": often, "model": top}
     found = {name: {f"mIOU@{k}": tag_overlap(guess, truth, k) for k in ks} for name, guess in guesses.items()}
     ev.protocol.update(vocabulary=len(names), tags=f"caption words listed in {words}" if words else "the records'",
                        tags_per_image=round(sum(map(len, truth)) / len(truth), 2),
                        tags_outside_vocabulary=sum(t not in place for r in records for t in r["tags"]))
-    return {"rows": [{"predicted": name, "images": len(truth), **row} for name, row in found.items()], "metrics": found["model"]}
+    return {"rows": [{"predicted": name, "images": len(truth), **row} for name, row in found.items()],
+            "metrics": found["model"]}
 
 
 def box_iou(box, boxes):
@@ -721,11 +774,12 @@ def box_iou(box, boxes):
 
 
 def voc_ap(found, truth, threshold):
-    """VOC07's 11-point average precision of one class, as VOC's devkit and Detectron2 have it, in 0..1; nan without objects.
+    """VOC07's 11-point average precision of one class, as VOC's devkit and Detectron2 have it, in 0..1;
+    nan without objects.
 
-    found: list of (score, image, box (4,)); truth: {image: (boxes (n, 4), difficult (n,))}. By falling score, a detection goes to
-    the object it overlaps most: over the threshold right the first time and wrong thereafter, no matter if that object is
-    difficult; at or under the threshold wrong."""
+    found: list of (score, image, box (4,)); truth: {image: (boxes (n, 4), difficult (n,))}. By falling score,
+    a detection goes to the object it overlaps most: over the threshold right the first time and wrong thereafter, no
+    matter if that object is difficult; at or under the threshold wrong."""
     total = sum((~difficult.astype(bool)).sum() for _, difficult in truth.values())
     if not total:
         return math.nan
@@ -747,7 +801,8 @@ def voc_ap(found, truth, threshold):
 
 
 def voc_scores(found, records, classes):
-    """{AP, AP50, AP75} in percent by voc_ap(), mean over the classes that have objects; AP over IoU 0.50 to 0.95 by 0.05.
+    """{AP, AP50, AP75} in percent by voc_ap(), mean over the classes that have objects;
+    AP over IoU 0.50 to 0.95 by 0.05.
     found: {record: dict of boxes, labels, scores (numpy)}."""
     table = np.full((classes, 10), math.nan)
     for c in range(classes):
@@ -766,26 +821,31 @@ def voc_scores(found, records, classes):
 
 
 def coco_scores(found, records, kind):
-    """{AP, AP50, AP75} in percent by pycocotools. kind: "bbox" or "segm". Difficult objects count as crowds: ignored."""
+    """{AP, AP50, AP75} in percent by pycocotools. kind: "bbox" or "segm".
+    Difficult objects count as crowds: ignored."""
     COCO, COCOeval = data.coco_tools("pycocotools.coco").COCO, data.coco_tools("pycocotools.cocoeval").COCOeval
     notes, results = [], []
     for i, r in enumerate(records):
         for k, (x0, y0, x1, y1) in enumerate(r["boxes"]):
             area = r["area"][k] if r.get("area") and r["area"][k] else (x1 - x0) * (y1 - y0)
-            notes.append({"id": len(notes) + 1, "image_id": i, "category_id": r["labels"][k], "bbox": [x0, y0, x1 - x0, y1 - y0],
-                          "area": area, "iscrowd": int(r["crowd"][k] or r["difficult"][k])})
+            notes.append({"id": len(notes) + 1, "image_id": i, "category_id": r["labels"][k],
+                          "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area,
+                          "iscrowd": int(r["crowd"][k] or r["difficult"][k])})
             if kind == "segm":
                 notes[-1]["segmentation"] = data.coco_rle(r["segmentation"][k], r["height"], r["width"])
         d = found[i]
         for k, (x0, y0, x1, y1) in enumerate(d["boxes"].tolist()):
             row = {"image_id": i, "category_id": int(d["labels"][k]), "score": float(d["scores"][k])}
-            results.append(row | ({"segmentation": d["masks"][k]} if kind == "segm" else {"bbox": [x0, y0, x1 - x0, y1 - y0]}))
+            results.append(row | ({"segmentation": d["masks"][k]} if kind == "segm"
+                                  else {"bbox": [x0, y0, x1 - x0, y1 - y0]}))
     if not results:
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     with contextlib.redirect_stdout(io.StringIO()):                                         # it prints its progress
         truth = COCO()
-        truth.dataset = {"images": [{"id": i, "height": r["height"], "width": r["width"]} for i, r in enumerate(records)],
-                         "annotations": notes, "categories": [{"id": c, "name": n} for c, n in enumerate(records.label_names)]}
+        truth.dataset = {"images": [{"id": i, "height": r["height"], "width": r["width"]}
+                                    for i, r in enumerate(records)],
+                         "annotations": notes,
+                         "categories": [{"id": c, "name": n} for c, n in enumerate(records.label_names)]}
         truth.createIndex()
         run = COCOeval(truth, truth.loadRes(results), kind)
         run.evaluate()
@@ -795,9 +855,10 @@ def coco_scores(found, records, kind):
 
 
 def detection(ev):
-    """Average precision of detect() on every picture of the split: of boxes VOC's 11-point one and pycocotools', of masks the latter.
-    Beside it, what needs no model: in every picture a box of every class that is the whole picture."""
-    ev.opts.batch_size = min(ev.opts.batch_size, 4)                                         # pictures of up to 1,333 pixels
+    """Average precision of detect() on every picture of the split: of boxes VOC's 11-point one and pycocotools', of
+    masks the latter. Beside it, what needs no model: in every picture a box of every class that is the whole
+    picture."""
+    ev.opts.batch_size = min(ev.opts.batch_size, 4)                                     # pictures of up to 1,333 pixels
     records, found = ev.open(need=("boxes",)), {}
     mine = ev.info.get("stats", {}).get("label_names")
     if mine and mine != records.label_names:
@@ -810,7 +871,8 @@ def detection(ev):
             found[i] = {k: d[k].float().cpu().numpy() for k in ("boxes", "scores", "labels")}
             if masks:
                 tools = data.coco_tools()
-                found[i]["masks"] = [tools.encode(np.asfortranarray(m.cpu().numpy().astype(np.uint8))) for m in d["masks"]]
+                found[i]["masks"] = [tools.encode(np.asfortranarray(m.cpu().numpy().astype(np.uint8)))
+                                     for m in d["masks"]]
     if ev.world > 1:
         pieces = [None] * ev.world
         dist.all_gather_object(pieces, (found, masks))
@@ -827,14 +889,16 @@ def detection(ev):
     objects = sum(len(r["boxes"]) for r in records)
     count = sum(len(d["scores"]) for d in found.values())
     ev.protocol.update(objects=objects, classes=classes, detections=count,
-                       AP="mean over IoU 0.50:0.05:0.95 and the classes that occur; difficult objects and crowds ignored")
+                       AP="mean over IoU 0.50:0.05:0.95 and the classes that occur; "
+                          "difficult objects and crowds ignored")
     metrics = {f"{row['measure'].split(',')[0].replace(' ', '_')}_{'voc' if 'VOC' in row['measure'] else 'coco'}_{k}": v
                for row in rows for k, v in row.items() if k != "measure"}
     return {"rows": [{"pictures": len(records), **row} for row in rows], "metrics": metrics}
 
 
 def word_maps(tokens, maps):
-    """Wordpieces merged. tokens: T strings; maps: (T, h, w) -> [(word, (h, w) mean over its pieces)] without specials."""
+    """Wordpieces merged. tokens: T strings; maps: (T, h, w) -> [(word, (h, w) mean over its pieces)] without
+    specials."""
     words = []
     for token, m in zip(tokens, maps):
         if token.startswith("##") and words:
@@ -851,11 +915,13 @@ def attention_maps(ev, batch):
         maps = ev.model.gradcam(batch, block=ev.opts.block)
     for b, mask in enumerate(batch["text_mask"].bool()):
         tokens = ev.tokenizer.tokens(batch["text"][b][mask].tolist())
-        yield word_maps(tokens, maps["word"][b][mask].detach().float().cpu()), maps["sentence"][b].detach().float().cpu()
+        yield (word_maps(tokens, maps["word"][b][mask].detach().float().cpu()),
+               maps["sentence"][b].detach().float().cpu())
 
 
 def heat(picture, m):
-    """The picture under a map's heat colors. picture: PIL; m: (h, w), stretched over it; the map's own maximum is red."""
+    """The picture under a map's heat colors. picture: PIL; m: (h, w), stretched over it;
+    the map's own maximum is red."""
     x = F.interpolate(m[None, None], (picture.height, picture.width), mode="bilinear")[0, 0].clamp(min=0).numpy()
     x = x / max(x.max(), 1e-12)
     color = np.stack([np.clip(1.5 - np.abs(4 * x - c), 0, 1) for c in (3, 2, 1)], -1)       # blue, green, yellow, red
@@ -863,7 +929,8 @@ def heat(picture, m):
 
 
 def draw_maps(picture, text, words, sentence, path, width=192, columns=6):
-    """One PNG: the picture, the sentence's map and a map for each word, each with its caption. `width` of a tile in pixels."""
+    """One PNG: the picture, the sentence's map and a map for each word, each with its caption.
+    `width` of a tile in pixels."""
     picture = picture.resize((width, max(1, round(width * picture.height / picture.width))), Image.BICUBIC)
     tiles = [("picture", picture), ("sentence", heat(picture, sentence))] + [
         (w, heat(picture, m)) if m.max() > 0 else (f"{w}: zero", picture) for w, m in words]
@@ -880,8 +947,8 @@ def draw_maps(picture, text, words, sentence, path, width=192, columns=6):
 
 
 def seen_by(views):
-    """-> (the views of a picture, or its regions, and a caption, for gradcam() or speed(); does a center crop show the model less
-    than the picture?)"""
+    """-> (the views of a picture, or its regions, and a caption, for gradcam() or speed(); does a center crop show
+    the model less than the picture?)"""
     kept = {k: v for k, v in views.items() if k in ("image", "image_eval", "norm", "regions")}
     return {**kept, "source": "pairs", "text": "caption"}, kept.get("image_eval", "resize") == "center"
 
@@ -889,7 +956,8 @@ def seen_by(views):
 def gradcam(ev):
     """One PNG for --image and --text: where the model looks for each word and for the sentence."""
     if not (ev.opts.image and ev.opts.text):
-        raise SystemExit('gradcam: name a picture and a text: --image a.jpg --text "..." (--task pointing measures a split)')
+        raise SystemExit('gradcam: name a picture and a text: --image a.jpg --text "..." '
+                         '(--task pointing measures a split)')
     try:
         picture = data.load_image(ev.opts.image)
     except data.BadImage as e:
@@ -907,17 +975,20 @@ def gradcam(ev):
     ev.protocol.update(image=ev.opts.image, text=ev.opts.text, block=ev.opts.block)
     silent = sum(m.max() <= 0 for _, m in words)
     if silent and rank == 0:
-        print(f"{silent} of {len(words)} words have a map of zeros: in a last (or only) fusion layer [CLS] alone is heard; try another --block")
-    return {"rows": [{"file": str(out), "words": len(words), "grid": "x".join(map(str, sentence.shape))}], "metrics": {}}
+        print(f"{silent} of {len(words)} words have a map of zeros: in a last (or only) fusion layer "
+              "[CLS] alone is heard; try another --block")
+    return {"rows": [{"file": str(out), "words": len(words), "grid": "x".join(map(str, sentence.shape))}],
+            "metrics": {}}
 
 
 def pointing(ev):
-    """On data with boxes: the share of a word's map that lies inside the boxes of the object it names, beside the boxes' share of
-    the picture (what a uniform map gets). The words are those that equal a label's name; the caption is each record's first."""
+    """On data with boxes: the share of a word's map that lies inside the boxes of the object it names, beside
+    the boxes' share of the picture (what a uniform map gets). The words are those that equal a label's name;
+    the caption is each record's first."""
     ev.views, middle = seen_by(ev.views)
     if middle:
         raise SystemExit("pointing: boxes and a center crop do not go together")
-    records, found = ev.open(need=("caption", "boxes", "labels")), []                       # (inside, uniform, peak) per word
+    records, found = ev.open(need=("caption", "boxes", "labels")), []               # (inside, uniform, peak) per word
     for batch in ev.progress(ev.batches(records, "sample"), len(records), "pointing"):
         for i, bad, (words, _) in zip(batch["index"].tolist(), batch["bad"].tolist(), attention_maps(ev, batch)):
             record, boxes = records[i], defaultdict(list)
@@ -934,29 +1005,30 @@ def pointing(ev):
         dist.all_gather_object(pieces, found)
         found = sum(pieces, [])
     if not found:
-        raise SystemExit("pointing: no word of a caption that equals a label's name has a map: in a last (or only) fusion layer the words' are zero")
+        raise SystemExit("pointing: no word of a caption that equals a label's name has a map: "
+                         "in a last (or only) fusion layer the words' are zero")
     inside, uniform, peak = (100 * np.mean(found, 0)).tolist()
     row = {"inside the box": inside, "uniform": uniform, "ratio": round(inside / uniform, 2), "peak in the box": peak}
     return {"rows": [{"words": len(found), **row}], "metrics": row}
 
 
 def cross_attention(ev):
-    """How much a model's token-level heads look at the other side's [CLS] state, on the validation split, inputs masked with a
-    fixed seed. A sample's mean and standard deviation over its tokens are averaged over the samples; "std of all" is that of all
-    tokens together; "uniform" is what equal attention to all keys gives."""
+    """How much a model's token-level heads look at the other side's [CLS] state, on the validation split, inputs masked
+    with a fixed seed. A sample's mean and standard deviation over its tokens are averaged over the samples;
+    "std of all" is that of all tokens together; "uniform" is what equal attention to all keys gives."""
     ev.opts.split = ev.opts.split or "val"
     records, seed = ev.open(need=("caption",)), ev.loop.get("seed", 0)
 
     def sums(batch):
         with torch.random.fork_rng([ev.device] if ev.device.type == "cuda" else []):
             torch.manual_seed(seed + int(batch["index"][0]))
-            found = ev.model.cross_attention(batch)                                         # {name: (scores, where, uniform)}
+            found = ev.model.cross_attention(batch)                                 # {name: (scores, where, uniform)}
         return {name: torch.stack([where.sum(1), (x := scores.double() * where).sum(1), (x * x).sum(1), uniform], 1)
                 for name, (scores, where, uniform) in found.items()}
 
     rows, metrics = [], {}
     for name, parts in ev.collect(records, "sample", len(records), sums, "attention").items():
-        n, total, squares, uniform = parts[parts[:, 0] > 0].T                               # (N,) each; empty captions drop out
+        n, total, squares, uniform = parts[parts[:, 0] > 0].T                       # (N,) each; empty captions drop out
         spread = lambda n, total, squares: (squares / n - (total / n) ** 2).clamp(min=0).sqrt()
         values = {"mean": (total / n).mean().item(), "std": spread(n, total, squares).mean().item(),
                   "std of all": spread(n.sum(), total.sum(), squares.sum()).item(), "uniform": uniform.mean().item()}
@@ -968,8 +1040,8 @@ def cross_attention(ev):
 
 
 def gallery(ev, k=5):
-    """One PNG: for --text the k nearest pictures of the split, for --image the k nearest captions, with their cosines. What
-    belongs together in the data is framed: pictures that have the text as a caption; captions of the picture."""
+    """One PNG: for --text the k nearest pictures of the split, for --image the k nearest captions, with their cosines.
+    What belongs together in the data is framed: pictures that have the text as a caption; captions of the picture."""
     if not (ev.opts.text or ev.opts.image):
         raise SystemExit('gallery: ask with a text, a picture or both: --text "..." --image a.jpg')
     if ev.opts.image:
@@ -978,7 +1050,8 @@ def gallery(ev, k=5):
         except data.BadImage as e:
             raise SystemExit(f"--image {ev.opts.image}: {e}")
     records = ev.open(need=("caption",))
-    (captions, owner), pictures = data.flat_captions(records), [records[i]["image"] for i in data.unique_images(records)[0]]
+    (captions, owner), pictures = (data.flat_captions(records),
+                                   [records[i]["image"] for i in data.unique_images(records)[0]])
     query = data.Records("pairs", None)
     query.append({"image": ev.opts.image or pictures[0], "image_id": 0, "caption": [ev.opts.text or captions[0]]})
     plain = lambda text: " ".join(text.lower().split())
@@ -998,7 +1071,8 @@ def gallery(ev, k=5):
         rank = int((scores[~own] >= scores[own].max()).sum()) + 1 if own.any() else None
         metrics[f"rank of the true {other}"] = rank
         rows += [{"query": getattr(ev.opts, what) if n == 0 else "", "rank": n + 1, "cosine": f"{scores[i]:.3f}",
-                  "true": "yes" if own[i] else "" if rank else "unknown", "found": str(found[i])} for n, i in enumerate(best)]
+                  "true": "yes" if own[i] else "" if rank else "unknown", "found": str(found[i])}
+                 for n, i in enumerate(best)]
         parts.append((getattr(ev.opts, what), what, [(scores[i].item(), bool(own[i]), found[i]) for i in best]))
     out = Path(ev.opts.out) if ev.opts.out else result_path(ev, "gallery.png")
     if ev.rank == 0:
@@ -1036,14 +1110,16 @@ def draw_gallery(parts, path, width=192):
 
 
 def vtm(ev):
-    """Video-text retrieval: retrieval() with clips for images; `lists` in the output names the split, "full" or "1k-A"."""
+    """Video-text retrieval: retrieval() with clips for images; `lists` in the output names the split,
+    "full" or "1k-A"."""
     records, width = ev.open(need=("caption",)), ev.cfg.frame_width
     found = data.read_frames(records[0]["feature"]).shape[1]
     if found != width:
         raise SystemExit(f"{records[0]['feature']}: {found} features a frame, the run was trained on {width}")
     result = retrieval(ev)
     ev.protocol.update(frames=f"at most {data.FRAMES} a clip, evenly spread")
-    result["rows"] = [{"clips": row["images"], **{k: v for k, v in row.items() if k != "images"}} for row in result["rows"]]
+    result["rows"] = [{"clips": row["images"], **{k: v for k, v in row.items() if k != "images"}}
+                      for row in result["rows"]]
     return result
 
 
@@ -1055,8 +1131,9 @@ def bag_of_words(a, b):
 
 
 def graded(score, gold, subsets):
-    """Correlations in percent of n scores with n grades. `pearson`, `spearman` over all pairs at once, "P+S / 2" their mean;
-    `mean` and `wmean`: Spearman within each subset, averaged plainly or by size (subsets of one pair are left out)."""
+    """Correlations in percent of n scores with n grades. `pearson`, `spearman` over all pairs at once, "P+S / 2" their
+    mean; `mean` and `wmean`: Spearman within each subset, averaged plainly or by size (subsets of one pair are
+    left out)."""
     p, s = 100 * pearson(score, gold), 100 * spearman(score, gold)
     groups = [[i for i, name in enumerate(subsets) if name == g] for g in dict.fromkeys(subsets)]
     groups = [g for g in groups if len(g) > 1]
@@ -1066,14 +1143,15 @@ def graded(score, gold, subsets):
 
 
 def sts(ev):
-    """Cosines of sentence vectors against graded pairs, without training, beside a bag of words; each dataset (STS12, ..., STSB) on
-    its own, over all its subsets at once."""
+    """Cosines of sentence vectors against graded pairs, without training, beside a bag of words; each dataset
+    (STS12, ..., STSB) on its own, over all its subsets at once."""
     ev.views = {"source": "sts", "s1": "sentence", "s2": "sentence"}
     records = ev.open()
     if len(records) < 2:
         raise SystemExit("sts: a correlation needs two pairs of sentences")
     encode = lambda b, key: ev.model.encode_text({"text": b[key], "text_mask": b[key + "_mask"]}).float()
-    cosine = ev.collect(records, "sample", len(records), lambda b: {"c": (encode(b, "s1") * encode(b, "s2")).sum(1)})["c"].tolist()
+    cosine = ev.collect(records, "sample", len(records),
+                        lambda b: {"c": (encode(b, "s1") * encode(b, "s2")).sum(1)})["c"].tolist()
     scores = {"bag of words": [bag_of_words(r["s1"], r["s2"]) for r in records], "model": cosine}
     rows, sets = [], defaultdict(list)
     for i, r in enumerate(records):
@@ -1081,7 +1159,8 @@ def sts(ev):
     for name, at in sets.items():
         for who, score in scores.items():
             rows.append({"data": name, "pairs": len(at), "scores": who,
-                         **graded([score[i] for i in at], [records[i]["score"] for i in at], [records[i]["subset"] for i in at])})
+                         **graded([score[i] for i in at], [records[i]["score"] for i in at],
+                                  [records[i]["subset"] for i in at])})
     kept = ("P+S / 2", "spearman", "pearson")
     metrics = {k: sum(r[k] for r in rows[1::2]) / len(sets) for k in kept}
     metrics["baseline"] = sum(r["spearman"] for r in rows[::2]) / len(sets)
@@ -1094,25 +1173,29 @@ def hashing(ev):
     """MAP@5000 of hash codes: the test list's pictures ask, the database list answers; beside random codes."""
     queries, opts = ev.open(need=("labels",)), ev.opts
     if not (opts.database or ev.spec == "shapes" or os.path.isdir(ev.spec)):
-        raise SystemExit("hashing: --data names the queries' list; name the database's with --database (or give the folder of both)")
+        raise SystemExit("hashing: --data names the queries' list; name the database's with --database "
+                         "(or give the folder of both)")
     database = data.open_source("hashing", opts.database or ev.spec, "database", ev.root, need=("labels",))
     codes, labels, left_out = [], [], []
     for records, text in ((queries, "queries"), (database, "database")):
         y = torch.tensor([r["labels"] for r in records])
         labeled = y.any(1)
-        codes.append(ev.collect(records, "sample", len(records), lambda b: {"h": ev.model.hash_codes(b)}, text)["h"][labeled])
+        codes.append(ev.collect(records, "sample", len(records),
+                                lambda b: {"h": ev.model.hash_codes(b)}, text)["h"][labeled])
         labels.append(y[labeled])
         left_out.append(int((~labeled).sum()))
     if labels[0].shape[1] != labels[1].shape[1] or not min(map(len, codes)):
-        raise SystemExit(f"hashing: {labels[0].shape[1]} labels in the queries' list, {labels[1].shape[1]} in the database's; "
-                         f"{len(codes[0])} and {len(codes[1])} labeled images")
+        raise SystemExit(f"hashing: {labels[0].shape[1]} labels in the queries' list, {labels[1].shape[1]} in the "
+                         f"database's; {len(codes[0])} and {len(codes[1])} labeled images")
     r, g = min(opts.map_at, len(codes[1])), torch.Generator().manual_seed(0)
     chance = [torch.randint(0, 2, c.shape, generator=g) * 2.0 - 1 for c in codes]
     rows, name = [], f"MAP@{opts.map_at}"
     for who, (q, d) in (("random codes", chance), ("model", codes)):
         within, whole = map_at(q, d, *labels, r)
-        rows.append({"codes": who, "bits": q.shape[1], "queries": len(q), "database": len(d), name: within, f"{name}, all relevant": whole})
-    ev.protocol.update(r=r, denominator=f"{name}: the relevant within the top {r} (CSQ); 'all relevant': those in the whole database",
+        rows.append({"codes": who, "bits": q.shape[1], "queries": len(q), "database": len(d), name: within,
+                     f"{name}, all relevant": whole})
+    ev.protocol.update(r=r, denominator=f"{name}: the relevant within the top {r} (CSQ); "
+                                        "'all relevant': those in the whole database",
                        ties="equal distances in the database's order", left_out_without_label=left_out)
     return {"rows": rows, "metrics": {"map": rows[1][name], "map_all_relevant": rows[1][f"{name}, all relevant"],
                                       "baseline": rows[0][name]}}
@@ -1127,8 +1210,8 @@ def by_rank(picture, scores):
 
 
 def draw_ranks(picture, panels, path, width=256):
-    """One PNG: the picture, then for each (title, scores (h, w), [(word, score)]) the picture by_rank() and the sentence, its five
-    best words marked."""
+    """One PNG: the picture, then for each (title, scores (h, w), [(word, score)]) the picture by_rank() and the
+    sentence, its five best words marked."""
     picture = picture.resize((width, max(1, round(width * picture.height / picture.width))), Image.BICUBIC)
     font = ImageFont.load_default(13)
     tiles, rows = len(panels) + 1, 1 + max(len(words) for _, _, words in panels) // 4
@@ -1154,13 +1237,15 @@ def draw_ranks(picture, panels, path, width=256):
 
 
 def attention(ev):
-    """Figure 3: how near each area and each word lies to the final vector, by rank; with --beside, another run next to it."""
+    """Figure 3: how near each area and each word lies to the final vector, by rank;
+    with --beside, another run next to it."""
     runs = ([ev.other(ev.opts.beside)] if ev.opts.beside else []) + [ev]
     for run in runs:
         run.views, middle = seen_by(run.views)
-        run.rank, run.world = 0, 1                                                          # one picture: each process looks at it
+        run.rank, run.world = 0, 1                                              # one picture: each process looks at it
     if bool(ev.opts.image) != bool(ev.opts.text):
-        raise SystemExit("attention: --image and --text go together (without them: the split's first picture and caption)")
+        raise SystemExit("attention: --image and --text go together "
+                         "(without them: the split's first picture and caption)")
     if ev.opts.image:
         records = data.Records("pairs", None)
         records.append({"image": ev.opts.image, "image_id": 0, "caption": [ev.opts.text]})
@@ -1181,12 +1266,13 @@ def attention(ev):
         panels.append((title if len(title) < 38 else "..." + title[-35:], areas, words))
         row, column = divmod(int(areas.argmax()), areas.shape[1])
         top = sorted(words, key=lambda w: -w[1])[:5]
-        rows.append({"run": title, "grid": "x".join(map(str, areas.shape)), "brightest": f"row {row + 1}, column {column + 1}",
-                     "top words": ", ".join(w for w, _ in top)})
+        rows.append({"run": title, "grid": "x".join(map(str, areas.shape)),
+                     "brightest": f"row {row + 1}, column {column + 1}", "top words": ", ".join(w for w, _ in top)})
     picture = data.center(picture, min(picture.size)) if middle else picture
     out = Path(ev.opts.out) if ev.opts.out else result_path(ev, "attention.png")
     draw_ranks(picture, panels, out)
-    ev.protocol.update(text=text, image=records[0]["image"], brightness="by rank of the cosine with the final vector", file=str(out))
+    ev.protocol.update(text=text, image=records[0]["image"],
+                       brightness="by rank of the cosine with the final vector", file=str(out))
     return {"rows": rows, "metrics": {}}
 
 
@@ -1220,15 +1306,16 @@ def score_pairs(ev, images, texts):
         image = ev.states("image", batch)
         n = len(next(iter(image.values())))
         for pair in torch.arange(n * m, device=ev.device).split(ev.opts.pairs):
-            out.append(ev.model.match({**{k: v[pair // m] for k, v in image.items()}, **{k: v[pair % m] for k, v in states.items()}}))
+            out.append(ev.model.match({**{k: v[pair // m] for k, v in image.items()},
+                                       **{k: v[pair % m] for k, v in states.items()}}))
     return torch.cat(out)
 
 
 def speed(ev):
-    """Figure 4: seconds of embedding and scoring a gallery of n pictures and their captions, without those of reading files and
-    of the detector behind stored regions; for a dual encoder, and for a model that scores pairs; with --beside, those of another
-    run too. `growth` = log of the ratio of seconds over log of the ratio of pictures, from one size to the next: 1 is O(n), 2 is
-    O(n^2)."""
+    """Figure 4: seconds of embedding and scoring a gallery of n pictures and their captions, without those of reading
+    files and of the detector behind stored regions; for a dual encoder, and for a model that scores pairs;
+    with --beside, those of another run too. `growth` = log of the ratio of seconds over log of the ratio of pictures,
+    from one size to the next: 1 is O(n), 2 is O(n^2)."""
     rows, metrics, sizes = [], {}, sorted({int(s) for s in ev.opts.sizes.split(",")})
     runs = [ev] + ([ev.other(ev.opts.beside)] if ev.opts.beside else [])
     for run in runs:
@@ -1292,8 +1379,10 @@ def table(rows):
     show = lambda v: "-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v)
     names = [h.replace("_r", " R@") if h[-1].isdigit() else h for h in heads]
     lines = [names] + [[show(row.get(h)) for h in heads] for row in rows]
-    text, widths = [any(isinstance(row.get(h), str) for row in rows) for h in heads], [max(map(len, c)) for c in zip(*lines)]
-    lines = ["  ".join(c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, widths, text)).rstrip() for line in lines]
+    text, widths = ([any(isinstance(row.get(h), str) for row in rows) for h in heads],
+                    [max(map(len, c)) for c in zip(*lines)])
+    lines = ["  ".join(c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, widths, text)).rstrip()
+             for line in lines]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
@@ -1315,9 +1404,10 @@ def provenance(ev):
 
 
 def evaluate(model, info, task, opts=None, rank=0, world=1):
-    """One evaluation, called on every rank with the bare model. -> {"task", "metrics", "rows", "protocol"}, equal on all ranks;
-    rank 0 prints the table and writes eval-<task>.json into info["path"]. opts: a dict or namespace over the command line's
-    defaults. The model is left as it was, in the mode it was in. SystemExit, one line, when it lacks what the task needs."""
+    """One evaluation, called on every rank with the bare model. -> {"task", "metrics", "rows", "protocol"}, equal on
+    all ranks; rank 0 prints the table and writes eval-<task>.json into info["path"]. opts: a dict or namespace over
+    the command line's defaults. The model is left as it was, in the mode it was in. SystemExit, one line, when it lacks
+    what the task needs."""
     if task not in TASKS or task not in offered(model):
         known = "" if task in TASKS else f" (known: {', '.join(TASKS)})"
         raise SystemExit(f"task {task}: {type(model).__name__} trained for {info['task']} does not offer it{known}; "
@@ -1326,8 +1416,9 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
     opts = argparse.Namespace(**{**vars(parser().parse_args([info.get("path") or ""])), **given})
     ev, training = Eval(model, info, task, opts, rank, world), model.training
     model.eval()
-    amp = torch.autocast(ev.device.type, getattr(torch, opts.dtype)) if opts.dtype != "float32" else contextlib.nullcontext()
-    with torch.no_grad(), amp:                                   # no_grad, not inference_mode: what a model caches must live on
+    amp = (torch.autocast(ev.device.type, getattr(torch, opts.dtype)) if opts.dtype != "float32"
+           else contextlib.nullcontext())
+    with torch.no_grad(), amp:                          # no_grad, not inference_mode: what a model caches must live on
         result = TASKS[task][0](ev)
     model.train(training)
     if world > 1:
@@ -1339,7 +1430,8 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
         out = result_path(ev, f"eval-{task}.json")
         if out:
             out.write_text(json.dumps(result, indent=1, default=str))
-        print("\n" + textwrap.fill(f"{task}: " + "; ".join(f"{k} {v}" for k, v in ev.protocol.items() if v is not None), 120))
+        print("\n" + textwrap.fill(
+            f"{task}: " + "; ".join(f"{k} {v}" for k, v in ev.protocol.items() if v is not None), 120))
         if ev.bad:
             print(f"{len(ev.bad)} images could not be read and were taken as grey ones")
         print(table(result["rows"]) + (f"\n-> {out}" if out else ""), flush=True)
@@ -1347,7 +1439,8 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="eval.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", help="a run's directory: config.json, model.safetensors")
     p.add_argument("--task", help=f"{', '.join(TASKS)}; default: those of the run's own task")
     p.add_argument("--data", help="files in the task's official format, or shapes; default: the run's")
@@ -1356,18 +1449,24 @@ def parser():
     p.add_argument("--limit", type=int, help="only so many records, for a quick look")
     p.add_argument("--vocab", help="BERT vocabulary file; default: the run's")
     p.add_argument("--batch_size", type=int, default=64, help="records at a time (default: 64)")
-    p.add_argument("--pairs", type=int, default=512, help="image-text pairs that match() is given at a time (default: 512)")
+    p.add_argument("--pairs", type=int, default=512,
+                   help="image-text pairs that match() is given at a time (default: 512)")
     p.add_argument("--workers", type=int, help="loader processes per rank; default: the run's")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="autocast (default: none)")
-    p.add_argument("--rerank", choices=tuple(RULES), help="; ".join(f"{k}: {v}" for k, v in RULES.items()) + " (default: itm)")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                   help="autocast (default: none)")
+    p.add_argument("--rerank", choices=tuple(RULES),
+                   help="; ".join(f"{k}: {v}" for k, v in RULES.items()) + " (default: itm)")
     p.add_argument("--rerank_k", type=int, help="candidates re-ranked, at most the gallery; default: the run's, or 128")
-    p.add_argument("--candidates", type=int, help="retrieval: score only the k best of another run's dual encoder; default: every pair")
+    p.add_argument("--candidates", type=int,
+                   help="retrieval: score only the k best of another run's dual encoder; default: every pair")
     p.add_argument("--candidates_from", metavar="RUN", help="retrieval: that run's directory")
     p.add_argument("--regions", help="files of data.py regions, separated by commas; default: the run's")
-    p.add_argument("--folds", type=int, help="retrieval also as the mean over so many folds; default: 5 for 5,000 images")
+    p.add_argument("--folds", type=int,
+                   help="retrieval also as the mean over so many folds; default: 5 for 5,000 images")
     p.add_argument("--answers", help="vqa: the answer list, JSON or one a line; default: the run's")
     p.add_argument("--shortlist", type=int, help="vqa: answers kept by their first token (default: 128)")
-    p.add_argument("--ensemble", nargs="+", metavar="RUN", help="retrieval: average the similarities with those of these runs")
+    p.add_argument("--ensemble", nargs="+", metavar="RUN",
+                   help="retrieval: average the similarities with those of these runs")
     p.add_argument("--beside", metavar="RUN", help="attention, speed: another run to show beside this one")
     p.add_argument("--sizes", default="16,32,64,128", help="speed: gallery sizes in pictures (default: 16,32,64,128)")
     p.add_argument("--database", help="hashing: the database's list; default: database.txt in the folder --data")
@@ -1376,8 +1475,9 @@ def parser():
     p.add_argument("--text", help="gradcam, attention: what is said of it; gallery: the query")
     p.add_argument("--block", type=int, help="gradcam: which fusion layer, from 0; default: the model's")
     p.add_argument("--out", help="gradcam, attention, gallery: the PNG; default: RUN/<task>.png")
-    p.add_argument("--probe_lr", type=float, help="probe: learning rate, on the features as they are (MoCo's protocol: 30); default: "
-                   "on features of mean 0 and deviation 1, the best of five rates on a held-out tenth")
+    p.add_argument("--probe_lr", type=float,
+                   help="probe: learning rate, on the features as they are (MoCo's protocol: 30); default: on "
+                        "features of mean 0 and deviation 1, the best of five rates on a held-out tenth")
     return p
 
 

@@ -1,35 +1,41 @@
-"""lait.py: weakly supervised image-text pairs from web pages, the way ImageBERT's LAIT was collected (section 3, Figure 1).
+"""lait.py: weakly supervised image-text pairs from web pages, the way ImageBERT's LAIT was collected (section 3,
+Figure 1).
 
-    HTML files, WARC records --> language --> dominant image (tags, place in the DOM) --> its file: over 300 px, natural, safe
-                                                     |                                      |
-                             alt, title, caption, text around --> sentences --> cleaning --+--> (image, text) --> score     map
-    candidates --sort by image hash--> best text per image --sort by text hash--> texts of few images --> tar shards     reduce
+    HTML files, WARC records --> language --> dominant image (tags, place in the DOM) --> its file: over 300 px,
+                                                     |                                |             natural, safe
+                        alt, title, caption, text around --> sentences --> cleaning --+--> (image, text) --> score   map
+    candidates --sort by image hash--> best text per image --sort by text hash--> texts of few images
+                                                                                      --> tar shards              reduce
 
     python lait.py --in PAGES --out SHARDS --vocab vocab.txt --score RUN     all of it in one process, then:
     python train.py --model codis --data SHARDS --vocab vocab.txt
 
-    python lait.py --in CRAWL --out SHARDS --shard 3/64 ...      the map alone, its part 3 of 0 to 63: any engine runs these
-    python lait.py --out SHARDS --merge                          the reduce, when all 64 are there
+    python lait.py --in CRAWL --out SHARDS --shard 3/64 ...  the map alone, its part 3 of 0 to 63: any engine runs these
+    python lait.py --out SHARDS --merge                      the reduce, when all 64 are there
 
-The result does not depend on the number of parts. Nothing is fetched: a page's images are files below --images (default: --in),
-where `wget -x` puts them: http://HOST/a/b.jpg is HOST/a/b.jpg. A page file's own relative addresses start from its folder. Both
-passes need the memory of --part documents or of --sort_lines candidates, whatever the size of the crawl. After a stop the same
-command goes on (the map at its next part, the reduce from the candidates). Every document, image, sentence and pair that is
-dropped is counted under its stage and reason (SHARDS/report.json); the counts must add up.
+The result does not depend on the number of parts. Nothing is fetched: a page's images are files below --images
+(default: --in), where `wget -x` puts them: http://HOST/a/b.jpg is HOST/a/b.jpg. A page file's own relative addresses
+start from its folder. Both passes need the memory of --part documents or of --sort_lines candidates, whatever the size
+of the crawl. After a stop the same command goes on (the map at its next part, the reduce from the candidates). Every
+document, image, sentence and pair that is dropped is counted under its stage and reason (SHARDS/report.json);
+the counts must add up.
 
-Shards are img2dataset's: KEY.jpg (the file's own bytes), KEY.txt, KEY.json. Pages and pictures are taken to be hostile: sizes,
-nesting and time are bounded, addresses cannot leave --images, compressed data stops at its limit.
+Shards are img2dataset's: KEY.jpg (the file's own bytes), KEY.txt, KEY.json. Pages and pictures are taken to be hostile:
+sizes, nesting and time are bounded, addresses cannot leave --images, compressed data stops at its limit.
 
-Filters are functions, exchangeable from the command line (--natural my_filters.py:function); what the default ones cannot see is
-printed with the report. language(text, declared), natural(PIL image) and safe(PIL image, texts, page) return None or a reason.
+Filters are functions, exchangeable from the command line (--natural my_filters.py:function); what the default ones
+cannot see is printed with the report. language(text, declared), natural(PIL image) and safe(PIL image, texts, page)
+return None or a reason.
 
 Deviations from the paper
   1. The semantic model is one score of any run directory (cosine of encode_image and encode_text), no classifier on
      "hundreds of features including text-only features, image-content features, and text-image cross-modal features".
-  2. The paper names no threshold. Default: the 95 % quantile of the scores that 2,000 of the texts get with other pictures.
-  3. Its classifiers of unnatural and of unsafe images are not published. natural() measures flatness, colors and shape; safe()
-     reads the page's own label and words in addresses and texts, and does not look at the picture.
-  4. "Heuristic rules", "normal length", "high ratio", "too many images" are not quantified there: the flags' defaults are ours.
+  2. The paper names no threshold. Default: the 95 % quantile of the scores that 2,000 of the texts get with other
+     pictures.
+  3. Its classifiers of unnatural and of unsafe images are not published. natural() measures flatness, colors and shape;
+     safe() reads the page's own label and words in addresses and texts, and does not look at the picture.
+  4. "Heuristic rules", "normal length", "high ratio", "too many images" are not quantified there:
+     the flags' defaults are ours.
   5. Language is told by function words and the declared language; "the same image" means the same bytes.
 """
 import argparse
@@ -65,11 +71,12 @@ import data
 import eval as evaluation
 
 SOURCES = ("caption", "alt", "title", "near")       # of texts, the surest first: decides where there is no score
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}     # no other decoder runs (EPS is a program)
+# no other decoder runs (EPS is a program)
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 PAGE_TYPES, ARCHIVE_TYPES = (".html", ".htm", ".xhtml"), (".warc", ".warc.gz")
 MAX_DEPTH = 512                         # open elements of a page
 MAX_RECORD = 1 << 30                    # bytes of a WARC record: one that claims more ends its archive
-MAX_RATIO = 200                         # bytes that a byte of a .warc.gz may become, beyond the first 64 MB (pages: 5 to 20)
+MAX_RATIO = 200                 # bytes that a byte of a .warc.gz may become, beyond the first 64 MB (pages: 5 to 20)
 CHANCE_TEXTS = 2000                     # texts that are scored with other pictures, where that sets the threshold
 
 
@@ -81,15 +88,17 @@ class Dropped(Exception):
     """A document, image or sentence that does not pass; its text is the reason it is counted under."""
 
 
-# -------------------------------------------------------------------------------------------------------- filters (exchangeable)
+# ----------------------------------------------------------------------------------------------- filters (exchangeable)
 
-ENGLISH = frozenset("the of and to that is was for on with as by at from are were be this which have has had it its not but they "
-                    "she their his her you we our or an who will would can could there been when what into than about".split())
+ENGLISH = frozenset("the of and to that is was for on with as by at from are were be this which have has had it its "
+                    "not but they she their his her you we our or an who will would can could there been when what "
+                    "into than about".split())
 
 
 def language(text, declared):
-    """English? text: what the page shows; declared: its lang attribute or None. From 20 words on the text decides: at most a
-    fifth of its letters outside ASCII, at least 15 % function words. A shorter one: its letters, and `declared`, if given."""
+    """English? text: what the page shows; declared: its lang attribute or None. From 20 words on the text decides:
+    at most a fifth of its letters outside ASCII, at least 15 % function words. A shorter one: its letters,
+    and `declared`, if given."""
     words = re.findall(r"[^\W\d_]+", text[:20000].lower())
     letters = "".join(words)
     if letters and sum(c > "\x7f" for c in letters) > 0.2 * len(letters):
@@ -100,28 +109,31 @@ def language(text, declared):
 
 
 def natural(image):
-    """A photograph? image: PIL RGB. Drawings, logos, charts, screenshots and blanks have flat areas (neighbors of exactly equal
-    color), one color over most of the picture, or few colors; banners are long."""
+    """A photograph? image: PIL RGB. Drawings, logos, charts, screenshots and blanks have flat areas (neighbors
+    of exactly equal color), one color over most of the picture, or few colors; banners are long."""
     width, height = image.size
     if max(width, height) > 3.5 * min(width, height):
         return "banner"
     left, top = max(0, width - 1024) // 2, max(0, height - 1024) // 2
-    pixels = np.asarray(image.crop((left, top, min(width, left + 1024), min(height, top + 1024)))).astype(np.int32)    # (H, W, 3)
+    pixels = (np.asarray(image.crop((left, top, min(width, left + 1024), min(height, top + 1024))))
+              .astype(np.int32))  # (H, W, 3)
     packed = (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2]
     if (packed[:, 1:] == packed[:, :-1]).mean() > 0.6:
         return "flat"
-    bins = np.bincount(((pixels[..., 0] >> 4 << 8) + (pixels[..., 1] >> 4 << 4) + (pixels[..., 2] >> 4)).ravel(), minlength=4096)
+    bins = np.bincount(((pixels[..., 0] >> 4 << 8) + (pixels[..., 1] >> 4 << 4) + (pixels[..., 2] >> 4)).ravel(),
+                       minlength=4096)
     if bins.max() > 0.7 * bins.sum():
         return "one color"
     return "few colors" if (bins > 1e-4 * bins.sum()).sum() < 12 else None
 
 
-UNSAFE = re.compile(r"\b(?:porn\w*|xxx|nsfw|nudes?|nudity|hentai|erotica?|sex(?:y|ual|cam)?|escorts?|milf|fetish|camgirls?)\b")
+UNSAFE = re.compile(r"\b(?:porn\w*|xxx|nsfw|nudes?|nudity|hentai|erotica?|sex(?:y|ual|cam)?|escorts?|milf|fetish|"
+                    r"camgirls?)\b")
 
 
 def safe(image, texts, page):
-    """image: PIL RGB, which this default does not look at. texts: the image's, raw; page: the Page (`rating`, `title`, `url`).
-    Drops what labels itself (meta rating adult, mature, restricted or RTA) and what says an unsafe word."""
+    """image: PIL RGB, which this default does not look at. texts: the image's, raw; page: the Page (`rating`, `title`,
+    `url`). Drops what labels itself (meta rating adult, mature, restricted or RTA) and what says an unsafe word."""
     if re.search(r"adult|mature|restricted|rta-5042", page.rating):
         return "labelled adult"
     said = " ".join([page.title, re.sub(r"[^A-Za-z]+", " ", page.url), *texts])
@@ -139,17 +151,20 @@ def plug(spec, default):
     return function if callable(function) else fail(f"{path}: no function {name!r} in it")
 
 
-# --------------------------------------------------------------------------------------------------------------------- sentences
+# ------------------------------------------------------------------------------------------------------------ sentences
 
-SPAM = ("click here", "click to", "buy now", "shop now", "order now", "sign up", "subscribe", "free shipping", "add to cart",
-        "read more", "learn more", "all rights reserved", "terms of", "privacy policy", "cookies", "advertisement", "sponsored",
-        "limited offer", "discount code", "best price", "casino", "viagra", "download now", "follow us", "share this", "log in",
-        "stock photo", "image may contain", "no description available", "lorem ipsum", "enable javascript")
+SPAM = ("click here", "click to", "buy now", "shop now", "order now", "sign up", "subscribe", "free shipping",
+        "add to cart", "read more", "learn more", "all rights reserved", "terms of", "privacy policy", "cookies",
+        "advertisement", "sponsored", "limited offer", "discount code", "best price", "casino", "viagra",
+        "download now", "follow us", "share this", "log in", "stock photo", "image may contain",
+        "no description available", "lorem ipsum", "enable javascript")
 SPANS = re.compile("|".join((
-    r"<[^<>]{1,200}>", r"\b(?:https?://|www\.)\S+", r"[\w.+-]{1,64}@[\w.-]{1,64}", r"[@#]\w+",         # tags, addresses, handles
-    r"\b[\w%./-]{1,200}\.(?:jpe?g|png|gif|webp|html?|com|org|net)\b",                                  # names of files and sites
+    # tags, addresses, handles
+    r"<[^<>]{1,200}>", r"\b(?:https?://|www\.)\S+", r"[\w.+-]{1,64}@[\w.-]{1,64}", r"[@#]\w+",
+    r"\b[\w%./-]{1,200}\.(?:jpe?g|png|gif|webp|html?|com|org|net)\b",                       # names of files and sites
     r"[(\[](?:photo|image|picture|credit|source|via|ap|afp|getty|reuters)\b[^)\]]{0,100}[)\]]",        # credits
-    r"\b(?:photo|image|picture)s? (?:by|credit|courtesy)\b[^.!?]{0,100}", r"\|[^.!?]{0,100}")), re.I)  # and site names after |
+    # and site names after |
+    r"\b(?:photo|image|picture)s? (?:by|credit|courtesy)\b[^.!?]{0,100}", r"\|[^.!?]{0,100}")), re.I)
 
 
 def sentences(text, limit=2000):
@@ -161,7 +176,8 @@ def sentences(text, limit=2000):
 
 
 def reject(sentence, args, words, spam):
-    """None, or the rule that a sentence breaks. words: the vocabulary's (None: that rule is off); spam: a compiled pattern."""
+    """None, or the rule that a sentence breaks. words: the vocabulary's (None: that rule is off);
+    spam: a compiled pattern."""
     found = re.findall(r"[a-z0-9]+(?:['’][a-z]+)?", sentence.lower())
     if not found:
         return "empty"
@@ -184,23 +200,25 @@ def reject(sentence, args, words, spam):
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------- web pages
+# ------------------------------------------------------------------------------------------------------------ web pages
 
 VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
-BLOCK = frozenset("html body main article section div header footer nav aside figure figcaption p ul ol li table tr td th tbody "
-                  "thead dl dt dd h1 h2 h3 h4 h5 h6 blockquote pre form center picture noscript script style template svg select "
-                  "textarea title".split())
+BLOCK = frozenset("html body main article section div header footer nav aside figure figcaption p ul ol li table tr td "
+                  "th tbody thead dl dt dd h1 h2 h3 h4 h5 h6 blockquote pre form center picture noscript script style "
+                  "template svg select textarea title".split())
 CLOSES_ITSELF = frozenset("p li tr td th dt dd".split())            # HTML lets these end unsaid where the next begins
 UNSEEN = frozenset("script style template svg select textarea".split())
-BAD_PLACE = frozenset("ad ads advert advertisement sponsor sponsored banner sidebar related recommended footer header nav menu "
-                      "logo navigation icon icons avatar thumb thumbs thumbnail comment comments share social promo widget "
-                      "sprite button badge pixel spacer tracking".split())
-CHARSETS = re.compile(r"utf-?8|us-ascii|ascii|latin-?1|iso-?8859-?\d{1,2}|windows-125\d|cp125\d|shift_jis|euc-(?:jp|kr)|gb2312|"
-                      r"gbk|gb18030|big5|koi8-[ru]", re.I)              # no other decoder of Python's is run on a stranger's word
+BAD_PLACE = frozenset("ad ads advert advertisement sponsor sponsored banner sidebar related recommended footer header "
+                      "nav menu logo navigation icon icons avatar thumb thumbs thumbnail comment comments share social "
+                      "promo widget sprite button badge pixel spacer tracking".split())
+# no other decoder of Python's is run on a stranger's word
+CHARSETS = re.compile(r"utf-?8|us-ascii|ascii|latin-?1|iso-?8859-?\d{1,2}|windows-125\d|cp125\d|shift_jis|"
+                      r"euc-(?:jp|kr)|gb2312|gbk|gb18030|big5|koi8-[ru]", re.I)
 
 
 def decode(raw, header=""):
-    """bytes -> str, by byte order mark, HTTP header, <meta>, else UTF-8; what does not decode is replaced. Dropped: no page."""
+    """bytes -> str, by byte order mark, HTTP header, <meta>, else UTF-8; what does not decode is replaced.
+    Dropped: no page."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return raw.decode("utf-16", "replace")
     if b"\0" in raw[:4096] or not re.search(rb"<\s*[a-zA-Z!]", raw):
@@ -208,22 +226,24 @@ def decode(raw, header=""):
     named = re.search(r"charset\s*=\s*[\"']?([\w-]+)", header + " " + raw[:2048].decode("latin-1"), re.I)
     named = named[1] if named and CHARSETS.fullmatch(named[1]) else "utf-8"
     try:
-        return raw.decode("cp1252" if re.fullmatch(r"(us-)?ascii|latin-?1|iso-?8859-?1", named, re.I) else named, "replace")
+        return raw.decode("cp1252" if re.fullmatch(r"(us-)?ascii|latin-?1|iso-?8859-?1", named, re.I) else named,
+                          "replace")
     except LookupError:
         return raw.decode("utf-8", "replace")
 
 
 class Page(HTMLParser):
     """What one page says of its images. After feed() and close(): `images`, a list of dicts (sources: addresses, the
-    largest first; alt, title, caption, before, after; score: is it the page's dominant one, by where it stands and what it says
-    of itself); `text`, all it shows; `lang`, `title`, `rating`, `base` (or None). Only block elements are tracked."""
+    largest first; alt, title, caption, before, after; score: is it the page's dominant one, by where it stands and what
+    it says of itself); `text`, all it shows; `lang`, `title`, `rating`, `base` (or None). Only block elements are
+    tracked."""
 
     def __init__(self, url):
         super().__init__(convert_charrefs=True)
         self.url, self.base, self.lang, self.title, self.rating = url, None, None, "", ""
         self.parents = [0]                      # of each block element, by its number in the page; 0: the page
-        self.stack = [("", 0, "", 0)]           # (tag, number, role: "" unseen caption title, place: 1 content, -1 margin, or 0)
-        self.flow = []                          # (block number, list of strings or number of an image), in the page's order
+        self.stack = [("", 0, "", 0)]  # (tag, number, role: "" unseen caption title, place: 1 content, -1 margin, or 0)
+        self.flow = []                      # (block number, list of strings or number of an image), in the page's order
         self.ended = True                       # does the next text begin a new block of text?
         self.words, self.images, self.own, self.picture, self.figures, self.headings = [], [], set(), [], [], 0
 
@@ -231,7 +251,7 @@ class Page(HTMLParser):
         attrs = {k: v or "" for k, v in reversed(attrs)}                # the first of a doubled attribute counts
         top, _, role, place = self.stack[-1]
         if tag == "img":
-            if role != "unseen":                                        # else nobody sees it: it is no image of the page
+            if role != "unseen":                                    # else nobody sees it: it is no image of the page
                 self.add_image(attrs)
         elif tag == "html":
             self.lang = attrs.get("lang") or attrs.get("xml:lang") or self.lang
@@ -259,7 +279,8 @@ class Page(HTMLParser):
         if "hidden" in attrs or tag in UNSEEN or re.search(r"display\s*:\s*none", attrs.get("style", "")[:500]):
             role = "unseen"
         called = " ".join(attrs.get(k, "") for k in ("class", "id", "role"))
-        here = -1 if tag in ("nav", "header", "footer", "aside") or bad_name(called) else tag in ("article", "main", "figure")
+        here = (-1 if tag in ("nav", "header", "footer", "aside") or bad_name(called)
+                else tag in ("article", "main", "figure"))
         self.stack.append((tag, len(self.parents), role or {"title": "title", "figcaption": "caption"}.get(tag, ""),
                            -1 if place < 0 else here or place))
         self.parents.append(parent)
@@ -299,8 +320,9 @@ class Page(HTMLParser):
     def add_image(self, attrs):
         sources = [*self.picture, *srcset(attrs.get("srcset") or attrs.get("data-srcset") or ""), attrs.get("data-src"),
                    attrs.get("data-original"), attrs.get("src")]
-        image = {"sources": list(dict.fromkeys(s.strip() for s in sources if s and s.strip()))[:20], "caption": "", "before": "",
-                 "after": "", "alt": attrs.get("alt", "")[:2000], "title": attrs.get("title", "")[:2000]}
+        image = {"sources": list(dict.fromkeys(s.strip() for s in sources if s and s.strip()))[:20],
+                 "caption": "", "before": "", "after": "",
+                 "alt": attrs.get("alt", "")[:2000], "title": attrs.get("title", "")[:2000]}
         sides = [int(m[0]) for m in (re.match(r"\d{1,5}", attrs.get(k, "").strip()) for k in ("width", "height")) if m]
         called = " ".join([attrs.get("class", ""), attrs.get("id", ""), *image["sources"][-1:]])
         place = self.stack[-1][3]
@@ -325,9 +347,11 @@ class Page(HTMLParser):
             if isinstance(n, list):
                 continue
             image = self.images[n]
-            part = list(itertools.islice(self.around(number), 3))[-1]   # its block's grandparent: what is outside is not near
+            # its block's grandparent: what is outside is not near
+            part = list(itertools.islice(self.around(number), 3))[-1]
             for side, j in (("before", k - 1), ("after", k + 1)):
-                if 0 <= j < len(self.flow) and isinstance(self.flow[j][1], list) and part in self.around(self.flow[j][0]):
+                if (0 <= j < len(self.flow) and isinstance(self.flow[j][1], list)
+                        and part in self.around(self.flow[j][0])):
                     text = "".join(self.flow[j][1])
                     image[side] = text[-1000:] if side == "before" else text[:1000]
             described = max(len(image["alt"].split()), len(image["caption"].split())) >= 3
@@ -353,7 +377,8 @@ def srcset(text):
 
 @contextmanager
 def cpu_limit(seconds):
-    """Dropped after so many seconds of this process's own time (the main thread's; elsewhere there is no such limit)."""
+    """Dropped after so many seconds of this process's own time (the main thread's;
+    elsewhere there is no such limit)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -379,11 +404,11 @@ def parse(html, url, seconds=5.0):
     return page
 
 
-# --------------------------------------------------------------------------------------------------------------------- documents
+# ------------------------------------------------------------------------------------------------------------ documents
 
 def listing(root, shard=0, shards=1):
-    """Yields (path, name from root) of the page files and archives below a folder (or of the one file) that are this shard's, in
-    a fixed order. Links to folders are not followed."""
+    """Yields (path, name from root) of the page files and archives below a folder (or of the one file) that are this
+    shard's, in a fixed order. Links to folders are not followed."""
     top, files = os.path.dirname(root), [(os.path.dirname(root), [], [os.path.basename(root)])]
     if os.path.isdir(root):
         top, files = root, os.walk(root)
@@ -396,8 +421,8 @@ def listing(root, shard=0, shards=1):
 
 
 def documents(files, root, limit):
-    """files: (path, name) -> yields (name, address or None, bytes or Dropped, Content-Type), one for each page file and each
-    response in an archive. limit: bytes of a page."""
+    """files: (path, name) -> yields (name, address or None, bytes or Dropped, Content-Type), one for each page file
+    and each response in an archive. limit: bytes of a page."""
     for path, name in files:
         try:
             inside(path, root)
@@ -424,11 +449,13 @@ def inside(path, root):
 
 
 def archive(path, name, limit):
-    """Yields what documents() yields for the response records of a WARC file, gzipped or not, as a stream. Dropped: a bomb."""
+    """Yields what documents() yields for the response records of a WARC file, gzipped or not, as a stream.
+    Dropped: a bomb."""
     try:
         with open(path, "rb") as raw, (gzip.GzipFile(fileobj=raw) if name.lower().endswith(".gz") else raw) as f:
             while True:
-                line = next((x for x in (f.readline(1 << 16) for _ in range(100)) if x not in (b"\r\n", b"\n")), b"blank")
+                line = next((x for x in (f.readline(1 << 16) for _ in range(100)) if x not in (b"\r\n", b"\n")),
+                            b"blank")
                 if not line:
                     return
                 if not line.startswith(b"WARC/"):
@@ -471,7 +498,7 @@ def response(block, limit):
             raise Dropped("not HTML")
         try:
             body = reply.read()
-        except http.client.IncompleteRead as e:                         # crawlers cut pages off; one without a byte is broken
+        except http.client.IncompleteRead as e:                 # crawlers cut pages off; one without a byte is broken
             body = e.partial
             if not body:
                 raise
@@ -492,10 +519,11 @@ def response(block, limit):
         return Dropped("broken response"), ""
 
 
-# ------------------------------------------------------------------------------------------------------------------------ images
+# --------------------------------------------------------------------------------------------------------------- images
 
 def locate(source, name, page, root):
-    """An image's address on a page -> the name of its file from `root`. Dropped: there is none, or the address is no image's.
+    """An image's address on a page -> the name of its file from `root`. Dropped: there is none,
+    or the address is no image's.
 
     name: the page file's name from the root; page.url: "" for a page file, else the address it was read from."""
     source = re.sub(r"[\t\n\r]", "", source)
@@ -558,7 +586,7 @@ def open_image(path, args):
         raise Dropped("corrupt") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------- scoring
+# -------------------------------------------------------------------------------------------------------------- scoring
 
 class Scorer:
     """How well text and picture fit, by a run directory: the cosine of encode_image and encode_text."""
@@ -569,19 +597,22 @@ class Scorer:
         keys = data.view_keys(views)
         if not all(callable(getattr(self.model, m, None)) for m in ("encode_image", "encode_text")):
             fail(f"--score {run}: a {info['task']} run that offers no encode_image and encode_text")
-        if "caption" not in keys.values() or views["source"] != "pairs" or not set(keys.values()) & set(data.IMAGE_VIEWS):
-            fail(f"--score {run}: it reads {', '.join(keys.values())}; here are only pictures and sentences: name a run whose "
-                 "views are an image and a caption")
+        if ("caption" not in keys.values() or views["source"] != "pairs"
+                or not set(keys.values()) & set(data.IMAGE_VIEWS)):
+            fail(f"--score {run}: it reads {', '.join(keys.values())}; here are only pictures and sentences: "
+                 "name a run whose views are an image and a caption")
         drop = {k for k, v in keys.items() if v not in data.IMAGE_VIEWS and v not in ("caption", "paraphrase")}
         self.views = {k: v for k, v in views.items() if k not in drop}
         self.tokenizer = data.get_tokenizer(os.path.join(info["path"], "vocab.txt"))
         if self.tokenizer.vocab_size != self.model.cfg.vocab_size:
-            fail(f"{info['path']}/vocab.txt: {self.tokenizer.vocab_size} tokens, the run has {self.model.cfg.vocab_size}")
+            fail(f"{info['path']}/vocab.txt: {self.tokenizer.vocab_size} tokens, "
+                 f"the run has {self.model.cfg.vocab_size}")
         self.device, self.batch_size = device, batch_size
         self.about = f"cosine of {run} ({info['model']} {info['task']}, step {info.get('step', '?')})"
 
     def run(self, fn, what, pairs):
-        """pairs: list of (path, text) -> fn of all of them, on the CPU. The last batch is filled up: all have one shape."""
+        """pairs: list of (path, text) -> fn of all of them, on the CPU.
+        The last batch is filled up: all have one shape."""
         records = data.Records("pairs", None)
         for n, (path, text) in enumerate(pairs + pairs[-1:] * (-len(pairs) % self.batch_size)):
             records.append({"image": path, "image_id": n, "caption": [text]})
@@ -592,7 +623,8 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, pairs):
-        """pairs: list of (path of a picture, text) -> list of float, rounded: what else is in the batch does not show."""
+        """pairs: list of (path of a picture, text) -> list of float, rounded: what else is in the batch does
+        not show."""
         place = {path: n for n, path in enumerate(dict.fromkeys(path for path, _ in pairs))}
         image = self.run(self.model.encode_image, "image", [(path, "") for path in place])
         text = self.run(self.model.encode_text, "text", pairs)
@@ -602,14 +634,15 @@ class Scorer:
         return [round(x, 4) for x in score.tolist()]
 
 
-# --------------------------------------------------------------------------------------------------------------------------- map
+# ------------------------------------------------------------------------------------------------------------------ map
 
 class Harvest:
     """Documents -> candidates, with the filters and limits of the command line. `counts`: (stage, what) -> how many."""
 
     def __init__(self, args):
         self.args, self.counts, self.found = args, Counter(), []
-        self.language, self.natural, self.safe = plug(args.language, language), plug(args.natural, natural), plug(args.safe, safe)
+        self.language, self.natural, self.safe = (plug(args.language, language), plug(args.natural, natural),
+                                                  plug(args.safe, safe))
         self.words = set(data.get_tokenizer(args.vocab).words) if args.vocab else None
         phrases = SPAM if not args.spam else [line.strip().lower() for _, line in data.lines_of(args.spam)]
         self.spam = re.compile("|".join(rf"\b{re.escape(p)}\b" for p in phrases) or r"(?!)")
@@ -682,7 +715,8 @@ class Harvest:
         found, self.found, scores = self.found, [], itertools.repeat(None)
         if self.scorer and found:
             scores = self.scorer([(os.path.join(self.args.images, row["image"]), row["text"]) for _, row in found])
-        return [f"{digest}\t{hashlib.sha256(normal(row['text']).encode()).hexdigest()}\t{json.dumps({**row, 'score': score})}\n"
+        return [f"{digest}\t{hashlib.sha256(normal(row['text']).encode()).hexdigest()}\t"
+                f"{json.dumps({**row, 'score': score})}\n"
                 for (digest, row), score in zip(found, scores)]
 
 
@@ -715,8 +749,8 @@ def alone(folder):
         yield
 
 
-MAP_SETTINGS = ("images language natural safe vocab spam score min_side per_page min_words max_words max_oov max_page max_image "
-                "page_seconds part").split()
+MAP_SETTINGS = ("images language natural safe vocab spam score min_side per_page min_words max_words max_oov max_page "
+                "max_image page_seconds part").split()
 
 
 def parts(folder):
@@ -726,8 +760,8 @@ def parts(folder):
 
 
 def run_map(args, shard, shards):
-    """Documents of one shard -> OUT/candidates/I-of-N/part-*.txt: a line of JSON {counts, last}, then candidates. A finished part
-    is never made again; the settings and the list of files must be those it was begun with."""
+    """Documents of one shard -> OUT/candidates/I-of-N/part-*.txt: a line of JSON {counts, last}, then candidates.
+    A finished part is never made again; the settings and the list of files must be those it was begun with."""
     folder = os.path.join(args.out, "candidates", f"{shard:05d}-of-{shards:05d}")
     with alone(folder):
         digest = hashlib.sha256()
@@ -738,14 +772,16 @@ def run_map(args, shard, shards):
         if finished:
             old = first_line(note)
             if changed := [k for k in plan if plan[k] != old.get(k)]:
-                fail(f"{folder}: begun with other {', '.join(changed)} (see plan.json): go on with those, or delete the folder")
+                fail(f"{folder}: begun with other {', '.join(changed)} (see plan.json): "
+                     "go on with those, or delete the folder")
         write(note, [json.dumps(plan)])
         done = sum(n for head in finished for *key, n in head["counts"] if key == ["pages", "in"])
         if finished and finished[-1]["last"]:
             return
         harvest = Harvest(args)
         stream = documents(listing(args.pages, shard, shards), args.pages, args.max_page << 20)
-        stream = tqdm(itertools.islice(stream, done, None), f"pages {shard}/{shards}", initial=done, unit="page", disable=None)
+        stream = tqdm(itertools.islice(stream, done, None), f"pages {shard}/{shards}",
+                      initial=done, unit="page", disable=None)
         stream = iter(stream)                                           # once: each iter() of a tqdm is a new one
         for part in itertools.count(len(finished)):
             n = 0
@@ -759,10 +795,11 @@ def run_map(args, shard, shards):
                 return
 
 
-# ------------------------------------------------------------------------------------------------------------------------ reduce
+# --------------------------------------------------------------------------------------------------------------- reduce
 
 def external_sort(lines, folder, most, fan=32):
-    """Yields lines (str, each with its newline) in order, holding at most `most` of them: sorted runs on disk, merged."""
+    """Yields lines (str, each with its newline) in order, holding at most `most` of them: sorted runs on disk,
+    merged."""
     os.makedirs(folder, exist_ok=True)
     levels, number, lines = defaultdict(list), itertools.count(), iter(lines)
 
@@ -786,7 +823,8 @@ def external_sort(lines, folder, most, fan=32):
 
 
 def all_parts(out):
-    """-> (the parts of all shards of the map, the settings they share). SystemExit: a shard is missing or of other settings."""
+    """-> (the parts of all shards of the map, the settings they share). SystemExit: a shard is missing or of other
+    settings."""
     home = os.path.join(out, "candidates")
     names = sorted(n for n in os.listdir(home) if re.fullmatch(r"\d+-of-\d+", n)) if os.path.isdir(home) else []
     if not names:
@@ -814,7 +852,8 @@ def candidates_of(files):
 
 
 def threshold(lines, plan, root, args):
-    """lines: candidates, some sorted by image hash (a hash's order is random) -> (least score or None, how it came about)."""
+    """lines: candidates, some sorted by image hash (a hash's order is random) -> (least score or None,
+    how it came about)."""
     if not plan["score"]:
         if args.min_score is not None:
             fail("--min_score: these candidates were not scored (--score RUN)")
@@ -823,8 +862,8 @@ def threshold(lines, plan, root, args):
         return args.min_score, f"by {plan['score']}; at least {args.min_score:g} (--min_score)"
     rows = [(line.split("\t", 1)[0], json.loads(line.split("\t", 2)[2])) for line in lines]
     half = len(rows) // 2
-    pairs = [(os.path.join(root, other["image"]), row["text"]) for (a, row), (b, other) in zip(rows, rows[half:] + rows[:half])
-             if a != b]
+    pairs = [(os.path.join(root, other["image"]), row["text"])
+             for (a, row), (b, other) in zip(rows, rows[half:] + rows[:half]) if a != b]
     if len(pairs) < 100:
         fail(f"{len(pairs)} texts to score with other pictures are too few for a threshold: give --min_score")
     scorer = Scorer(plan["score"], args.device, args.batch_size)
@@ -843,7 +882,7 @@ def best_texts(lines, least, counts):
             if least is not None and row["score"] < least:
                 counts["pairs", "below the score"] += 1
                 continue
-            if best:                                                    # one of the two goes; the same texts stand side by side
+            if best:                                            # one of the two goes; the same texts stand side by side
                 counts["pairs", "same pair on several pages" if text == last else "not the best text"] += 1
             rank = (row["score"] if least is not None else 0, -SOURCES.index(row["source"]), row["text"], row["page"])
             best, last = max(best or (rank, text, row), (rank, text, row), key=lambda b: b[0]), text
@@ -862,7 +901,8 @@ def rare_texts(lines, most, counts):
 
 
 def run_merge(args):
-    """All candidates -> OUT/00000.tar ..., OUT/report.json, which is printed. Begins anew after a stop; what is done stays."""
+    """All candidates -> OUT/00000.tar ..., OUT/report.json, which is printed. Begins anew after a stop;
+    what is done stays."""
     files, plan = all_parts(args.out)
     home, report = os.path.join(args.out, "candidates"), os.path.join(args.out, "report.json")
     with alone(home):
@@ -877,7 +917,8 @@ def run_merge(args):
             with open(report, encoding="utf-8") as f:
                 return show(json.load(f), args.out)
         if not same and (tars := [n for n in sorted(os.listdir(args.out)) if n.endswith(".tar")]):
-            fail(f"{args.out}: holds {len(tars)} shards of another merge ({tars[0]} ...): delete them, or name another --out")
+            fail(f"{args.out}: holds {len(tars)} shards of another merge ({tars[0]} ...): "
+                 "delete them, or name another --out")
         if os.path.exists(report):
             os.remove(report)
         write(note, [json.dumps(settings)])
@@ -894,7 +935,8 @@ def run_merge(args):
         lines = iter(tqdm(rare_texts(lines, args.max_images, counts), "writing shards", unit="pair", disable=None))
         words, number = 0, itertools.count()
         while chunk := list(itertools.islice(lines, args.shard_size)):
-            words += pack(os.path.join(args.out, f"{next(number):05d}.tar"), chunk, root, plan["max_image"] << 20, counts)
+            words += pack(os.path.join(args.out, f"{next(number):05d}.tar"), chunk, root,
+                          plan["max_image"] << 20, counts)
         shutil.rmtree(work, ignore_errors=True)
         result = summary(plan, counts, how, words)
         write(report, [json.dumps(result, indent=1)])
@@ -918,7 +960,8 @@ def pack(path, lines, root, limit, counts):
                 continue
             about = {"caption": row["text"], "url": row["image"], "key": key, "sha256": digest}
             about |= {k: row[k] for k in ("page", "source", "score", "width", "height")}
-            for kind, content in ((row["kind"], raw), ("txt", row["text"].encode()), ("json", json.dumps(about).encode())):
+            for kind, content in ((row["kind"], raw), ("txt", row["text"].encode()),
+                                  ("json", json.dumps(about).encode())):
                 member = tarfile.TarInfo(f"{key}.{kind}")
                 member.size, member.mode = len(content), 0o644
                 tar.addfile(member, io.BytesIO(content))
@@ -931,7 +974,8 @@ def pack(path, lines, root, limit, counts):
 def summary(plan, counts, how, words):
     """The report as a dict. AssertionError: the counts of a stage do not add up, a fault of this program."""
     limits = {"safe": "unsafe content: only labels and words were read, no picture was looked at (--safe)",
-              "natural": "unnatural pictures: told by flatness, number of colors and shape, no trained classifier (--natural)",
+              "natural": "unnatural pictures: told by flatness, number of colors and shape, "
+                         "no trained classifier (--natural)",
               "vocab": "out-of-vocabulary rule: off, no --vocab was given"}
     stages = {}
     for stage in ("pages", "images", "texts", "pairs"):
@@ -955,10 +999,11 @@ def show(report, out):
     print(f"{row['out']:,} images, each with one text of {mean} words on average (LAIT: 13) -> {out}")
 
 
-# -------------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="lait.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="lait.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("files and passes").add_argument
     add("--in", dest="pages", help="folder of pages (.html) and archives (.warc, .warc.gz), or one of these files")
     add("--out", required=True, help="folder of the shards; OUT/candidates holds what the map found")
@@ -977,17 +1022,20 @@ def main(argv=None):
     add("--part", type=int, default=1000, help="documents held and written at once; a stop loses no more [1000]")
     add = parser.add_argument_group("map: sentences").add_argument
     add("--vocab", default="", help="BERT vocab.txt of the out-of-vocabulary rule; without one that rule is off")
-    add("--max_oov", type=float, default=0.3, help="share of a sentence's words that may lie outside the vocabulary [0.3]")
+    add("--max_oov", type=float, default=0.3,
+        help="share of a sentence's words that may lie outside the vocabulary [0.3]")
     add("--min_words", type=int, default=4, help="words of a sentence, at least [4]")
     add("--max_words", type=int, default=40, help="and at most [40]")
     add("--spam", default="", help="file of phrases, one a line, instead of the built-in spam list")
     add = parser.add_argument_group("scoring (also of the reduce, where that sets the threshold)").add_argument
-    add("--score", default="", help="run directory whose model scores each pair; without one the surest source is taken")
+    add("--score", default="",
+        help="run directory whose model scores each pair; without one the surest source is taken")
     add("--device", default="cpu", help="of the scoring model [cpu]")
     add("--batch_size", type=int, default=64, help="of the scoring model [64]")
     add = parser.add_argument_group("reduce").add_argument
     add("--min_score", type=float, help="pairs below are dropped (default: see --chance_quantile)")
-    add("--chance_quantile", type=float, default=0.95, help="this quantile of the scores with other pictures is the least [0.95]")
+    add("--chance_quantile", type=float, default=0.95,
+        help="this quantile of the scores with other pictures is the least [0.95]")
     add("--max_images", type=int, default=10, help="a text of more images than this is dropped with all of them [10]")
     add("--sort_lines", type=int, default=500_000, help="candidates held in memory by a sort [500000]")
     add("--shard_size", type=int, default=1000, help="pairs in a tar [1000]")

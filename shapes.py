@@ -1,21 +1,23 @@
 """
-The built-in world: 64x64 pictures of one to three coloured shapes, written to disk in the formats of the real data sets.
+The built-in world: 64x64 pictures of one to three coloured shapes, written to disk in the formats of the real data
+sets.
 
     scene (1-3 objects: row, column, size, color, shape)
-      |-- draw_scene() ------------> images/{train,val,test}/000000.jpg      instances_{split}.json       COCO instances (RLE masks)
-      |-- draw_plan() -> say() ----> pairs_{split}.jsonl                     5 captions, 5 paraphrases, tags, boxes, labels
-      |-- ask() -------------------> vqa_{split}_questions.json, vqa_{split}_annotations.json             VQA v2, 10 answers
-      |-- draw_plan(), edit() -----> ve_{split}.jsonl  SNLI-VE               sts_{split}.csv              STS-B, graded 0-5
-      |-- NLVR_HAS, NLVR_COUNT ----> nlvr2_{split}.jsonl  NLVR2              hashing/{train,database,test}.txt    CSQ lists
-      |-- write_classes() ---------> classes/{train,val}/SIZE_COLOR/*.jpg    ImageFolder of single objects
-      '-- write_clips() -----------> clips/videodatainfo.json  MSR-VTT       clips/features/VIDEO_ID.npy  (frames, 240) float32
+    |-- draw_scene() ----------> images/{train,val,test}/000000.jpg   instances_{split}.json COCO instances (RLE masks)
+    |-- draw_plan() -> say() --> pairs_{split}.jsonl                  5 captions, 5 paraphrases, tags, boxes, labels
+    |-- ask() -----------------> vqa_{split}_questions.json, vqa_{split}_annotations.json    VQA v2, 10 answers
+    |-- draw_plan(), edit() ---> ve_{split}.jsonl  SNLI-VE            sts_{split}.csv        STS-B, graded 0-5
+    |-- NLVR_HAS, NLVR_COUNT --> nlvr2_{split}.jsonl  NLVR2           hashing/{train,database,test}.txt CSQ lists
+    |-- write_classes() -------> classes/{train,val}/SIZE_COLOR/*.jpg ImageFolder of single objects
+    '-- write_clips() ---------> clips/videodatainfo.json  MSR-VTT    clips/features/VIDEO_ID.npy (frames, 240) float32
 
-`ensure()` makes it on first use (about 15 s on two cores), reuses it afterwards, and makes it anew when this file has changed;
-data.py then reads it exactly as it reads COCO. Splits share no scene: train 10,000, val 1,000, test 1,000.
+`ensure()` makes it on first use (about 15 s on two cores), reuses it afterwards, and makes it anew when this file has
+changed; data.py then reads it exactly as it reads COCO. Splits share no scene: train 10,000, val 1,000, test 1,000.
 
-What a sentence says is a `Plan` (some objects, some of their attributes, at most one relation, perhaps the count); `say` words a
-plan at random, `parse` reads the plan back, `holds` tells whether it is true of a scene. Paraphrases are the same plan worded
-twice; wrong statements are plans with one thing edited; and `oracle_recall`, the ceiling of image-text retrieval on this world, is parse + holds.
+What a sentence says is a `Plan` (some objects, some of their attributes, at most one relation, perhaps the count);
+`say` words a plan at random, `parse` reads the plan back, `holds` tells whether it is true of a scene. Paraphrases are
+the same plan worded twice; wrong statements are plans with one thing edited; and `oracle_recall`, the ceiling of
+image-text retrieval on this world, is parse + holds.
 
 Paths in the records are relative to the root of the world. image_id = position in the split + 0 / 100,000 / 200,000.
 
@@ -47,7 +49,7 @@ ROOT = Path(__file__).resolve().parent / "datasets" / "shapes"
 COUNTS = {"train": 10000, "val": 1000, "test": 1000}
 FIRST_ID = {"train": 0, "val": 100000, "test": 200000}
 SIDE = 64                                                              # pixels; a cell of the 3x3 grid is 21.3 of them
-MAX_WORDS = 20                                                         # a sentence's words and commas; + [CLS], [SEP] = 22 tokens
+MAX_WORDS = 20                                              # a sentence's words and commas; + [CLS], [SEP] = 22 tokens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words. Everything that is ever written comes from the tables of this section, so `vocabulary` can read it off them.
@@ -58,23 +60,25 @@ COLORS = {"red": (214, 30, 36), "orange": (250, 142, 24), "yellow": (247, 232, 4
 SIZES = ("small", "large")
 ROWS, COLS = ("top", "middle", "bottom"), ("left", "center", "right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-SYNONYMS = {"circle": ("disk", "dot"), "square": ("box",), "triangle": ("wedge",), "cross": ("plus",), "ring": ("hoop",),
-            "moon": ("crescent",), "bar": ("plank",), "red": ("scarlet",), "yellow": ("golden",), "green": ("emerald",),
-            "purple": ("violet",), "small": ("little", "tiny"), "large": ("big",), "top": ("upper",), "bottom": ("lower",)}
+SYNONYMS = {"circle": ("disk", "dot"), "square": ("box",), "triangle": ("wedge",), "cross": ("plus",),
+            "ring": ("hoop",), "moon": ("crescent",), "bar": ("plank",), "red": ("scarlet",),
+            "yellow": ("golden",), "green": ("emerald",), "purple": ("violet",), "small": ("little", "tiny"),
+            "large": ("big",), "top": ("upper",), "bottom": ("lower",)}
 RELATIONS = {"above": ("above", "over"), "below": ("below", "under", "beneath"),
              "left": ("left of", "to the left of"), "right": ("right of", "to the right of")}
 OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}
 THINGS = ("shape", "object", "thing", "figure")
 LEADS = ("there is", "here is", "a picture of", "an image of", "a scene with", "we see")
 COUNT_LEADS = ("{n},", "a picture of {n},", "we see {n},", "{n} including")
-ALONE = ("only", "just", "nothing but", "a picture of only", "there is just")                               # = exactly one object
+ALONE = ("only", "just", "nothing but", "a picture of only", "there is just")                   # = exactly one object
 PLACES = ("in the", "at the")
 VERBS = ("is", "sits", "lies", "there is")                             # "in the center sits a red ring"
-NEUTRAL = ("{x} was painted on a monday", "{x} was made by my sister", "someone paid ten coins for {x}", "{x} is a gift for a friend",
-           "a child dreamed of {x} last night", "{x} used to be much more expensive", "the artist likes {x} best",
-           "{x} was drawn before breakfast", "nobody will remember {x} next year", "{x} belongs to an old museum",
-           "{x} reminds her of the summer", "{x} was moved here from another city", "the owner wants to sell {x} tomorrow",
-           "it took an hour to paint {x}", "{x} smells of fresh paint", "my brother thinks that {x} is boring")
+NEUTRAL = ("{x} was painted on a monday", "{x} was made by my sister", "someone paid ten coins for {x}",
+           "{x} is a gift for a friend", "a child dreamed of {x} last night", "{x} used to be much more expensive",
+           "the artist likes {x} best", "{x} was drawn before breakfast", "nobody will remember {x} next year",
+           "{x} belongs to an old museum", "{x} reminds her of the summer", "{x} was moved here from another city",
+           "the owner wants to sell {x} tomorrow", "it took an hour to paint {x}", "{x} smells of fresh paint",
+           "my brother thinks that {x} is boring")
 QUESTIONS = {"color": ("what color is the {}?", "which color does the {} have?"),
              "shape": ("what shape is the {}?", "which shape is the {}?"),
              "at": ("what shape is {}?", "which shape is {}?"),
@@ -83,8 +87,9 @@ QUESTIONS = {"color": ("what color is the {}?", "which color does the {} have?")
              "exist": ("is there {}?", "do you see {}?"),
              "size": ("is the {} large or small?", "what size is the {}?"),
              "relation": ("is the {} {} the {}?",)}
-QUESTION_MIX = {"color": 26, "shape": 24, "where": 20, "count": 12, "exist": 8, "size": 5, "relation": 5}     # in percent
-NLVR_HAS = (("the left image {v} {x}", {(1, 0), (1, 1)}), ("the right image {v} {x}", {(0, 1), (1, 1)}),      # (left, right) when true
+QUESTION_MIX = {"color": 26, "shape": 24, "where": 20, "count": 12, "exist": 8, "size": 5, "relation": 5}   # in percent
+# (left, right) when true
+NLVR_HAS = (("the left image {v} {x}", {(1, 0), (1, 1)}), ("the right image {v} {x}", {(0, 1), (1, 1)}),
             ("both images {v} {x}", {(1, 1)}), ("neither image {v} {x}", {(0, 0)}),
             ("exactly one image {v} {x}", {(1, 0), (0, 1)}), ("at least one image {v} {x}", {(1, 0), (0, 1), (1, 1)}))
 NLVR_VERBS = (("shows", "show"), ("contains", "contain"))
@@ -95,10 +100,12 @@ NLVR_COUNT = (("the left image contains more {t} than the right image", lambda a
               ("there are four {t} in total", lambda a, b: a + b == 4),
               ("there are five {t} in total", lambda a, b: a + b == 5))
 MOVES = ("moves", "slides", "glides")
-WAYS = {"right": ("to the right", "rightward"), "left": ("to the left", "leftward"), "up": ("up", "upward"), "down": ("down", "downward")}
+WAYS = {"right": ("to the right", "rightward"), "left": ("to the left", "leftward"), "up": ("up", "upward"),
+        "down": ("down", "downward")}
 SPEEDS = {"slow": ("slowly", "gently"), "fast": ("quickly", "fast")}
 STILL = ("stays still", "does not move")
-MOTIONS = ("{np} {move} {speed} {way}", "{np} {move} {way} {speed}", "we see {np} that {move} {speed} {way}", "{speed} {np} {move} {way}")
+MOTIONS = ("{np} {move} {speed} {way}", "{np} {move} {way} {speed}", "we see {np} that {move} {speed} {way}",
+           "{speed} {np} {move} {way}")
 JOINS = ("and", "with", "while", "there are", "yes", "no", "an")
 
 
@@ -108,7 +115,8 @@ def plural(word):
 
 
 def vocabulary():
-    """The lines of vocab.txt: BERT's five special tokens, every word of the world, then single letters, digits and their ## forms."""
+    """The lines of vocab.txt: BERT's five special tokens, every word of the world, then single letters,
+    digits and their ## forms."""
     def words(x):
         if isinstance(x, str):
             yield from re.findall(r"[a-z]+|[,?]", re.sub(r"\{\w*\}", " ", x))
@@ -116,8 +124,9 @@ def vocabulary():
             for y in (x, x.values()) if isinstance(x, dict) else (x,):
                 for z in y:
                     yield from words(z)
-    said = set(words((SHAPES, COLORS, SIZES, ROWS, COLS, NUMBERS, SYNONYMS, RELATIONS, THINGS, LEADS, COUNT_LEADS, ALONE, PLACES, VERBS, NEUTRAL,
-                      tuple(QUESTIONS.values()), NLVR_HAS, NLVR_VERBS, NLVR_COUNT, MOVES, WAYS, SPEEDS, STILL, JOINS)))
+    said = set(words((SHAPES, COLORS, SIZES, ROWS, COLS, NUMBERS, SYNONYMS, RELATIONS, THINGS, LEADS, COUNT_LEADS,
+                      ALONE, PLACES, VERBS, NEUTRAL, tuple(QUESTIONS.values()), NLVR_HAS, NLVR_VERBS, NLVR_COUNT,
+                      MOVES, WAYS, SPEEDS, STILL, JOINS)))
     nouns = [w for s in SHAPES for w in (s, *SYNONYMS.get(s, ()))] + list(THINGS)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     said |= {plural(w) for w in nouns}
@@ -130,7 +139,8 @@ def vocabulary():
 # Scenes
 
 class Obj(NamedTuple):
-    """One object, or what a sentence says of it: there `size` and the place (`row` and `col`) may be None = not mentioned."""
+    """One object, or what a sentence says of it: there `size` and the place (`row` and `col`) may be None = not
+    mentioned."""
     row: Optional[int]                                                 # 0 top .. 2 bottom
     col: Optional[int]                                                 # 0 left .. 2 right
     size: Optional[str]
@@ -139,11 +149,12 @@ class Obj(NamedTuple):
 
 
 def draw_objects(rng, n):
-    """A scene: n objects in different cells, as a tuple in reading order. No two agree in both color and shape, so that a name is enough."""
+    """A scene: n objects in different cells, as a tuple in reading order. No two agree in both color and shape,
+    so that a name is enough."""
     names = []
     while len(names) < n:
         color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
-        if names and rng.random() < 0.3:                               # a color or shape seen twice: something to count and to confuse
+        if names and rng.random() < 0.3:                # a color or shape seen twice: something to count and to confuse
             color, shape = rng.choice([(names[0][0], shape), (color, names[0][1])])
         if (color, shape) not in names:
             names.append((color, shape))
@@ -154,8 +165,8 @@ def draw_objects(rng, n):
 
 @functools.lru_cache(maxsize=2)
 def all_scenes(seed=0, scale=1.0):
-    """{split: list of scenes}, 8 % with one object, 72 % with two, 20 % with three. No scene occurs twice, in whatever split;
-    the single objects of val and of test differ in more than size, as not every caption tells the size."""
+    """{split: list of scenes}, 8 % with one object, 72 % with two, 20 % with three. No scene occurs twice, in whatever
+    split; the single objects of val and of test differ in more than size, as not every caption tells the size."""
     rng, seen, out = Random(f"scenes {seed}"), set(), {}
     for split in ("test", "val", "train"):
         n, rough, out[split] = round(COUNTS[split] * scale), set(), []
@@ -179,25 +190,30 @@ def all_scenes(seed=0, scale=1.0):
 # Sentences: draw_plan -> say -> parse -> holds
 
 class Plan(NamedTuple):
-    """What a sentence says: the objects it mentions, at most one relation between two of them, and how many objects there are."""
+    """What a sentence says: the objects it mentions, at most one relation between two of them,
+    and how many objects there are."""
     mentions: frozenset                                                # of Obj
-    relation: frozenset = frozenset()                                  # of (Obj a, "above" or "left", Obj b): a is above b; two = diagonal
+    relation: frozenset = frozenset()               # of (Obj a, "above" or "left", Obj b): a is above b; two = diagonal
     count: Optional[int] = None
 
 
-SAYS = {1: ((1, False),), 2: ((2, False), (1, True), (2, True)), 3: ((1, False), (2, False), (1, True))}     # (places, relation?)
+# (places, relation?)
+SAYS = {1: ((1, False),), 2: ((2, False), (1, True), (2, True)), 3: ((1, False), (2, False), (1, True))}
 
 
 def draw_plan(scene, rng, brief=False):
-    """Chooses what a caption says of `scene`: both of two objects, two or all of three, with enough of places and relations that few
-    other scenes fit. `brief` = a short statement about one or two objects, or only their number, which many scenes may fit."""
+    """Chooses what a caption says of `scene`: both of two objects, two or all of three, with enough of places and
+    relations that few other scenes fit. `brief` = a short statement about one or two objects, or only their number,
+    which many scenes may fit."""
     if brief and rng.random() < 0.12:
         return Plan(frozenset(), count=len(scene))
     most = 2 if brief else 3
     picks = rng.sample(scene, min(len(scene), most if rng.random() < 0.5 else max(most - 1, 1)))
     places, relate = (int(rng.random() < 0.5), len(picks) > 1) if brief else rng.choice(SAYS[len(picks)])
-    sized = 0.9 if len(picks) == 2 and places == 1 and not brief else 0.6          # two names and one place need their sizes to be rare
-    said = [o._replace(size=o.size if rng.random() < sized else None, row=o.row if i < places else None, col=o.col if i < places else None)
+    # two names and one place need their sizes to be rare
+    sized = 0.9 if len(picks) == 2 and places == 1 and not brief else 0.6
+    said = [o._replace(size=o.size if rng.random() < sized else None, row=o.row if i < places else None,
+                       col=o.col if i < places else None)
             for i, o in enumerate(picks)]
     relation = []
     if relate:
@@ -208,7 +224,8 @@ def draw_plan(scene, rng, brief=False):
             relation.append((said[a], "left", said[b]) if picks[a].col < picks[b].col else (said[b], "left", said[a]))
         if len(relation) == 2 and rng.random() < 0.65:                 # most relations name one axis
             relation = [rng.choice(relation)]
-    counted = not brief and (len(scene) == 1 or rng.random() < 0.2)    # that it is alone tells a single object from one among others
+    # that it is alone tells a single object from one among others
+    counted = not brief and (len(scene) == 1 or rng.random() < 0.2)
     return Plan(frozenset(said), frozenset(relation), len(scene) if counted else None)
 
 
@@ -241,14 +258,16 @@ def relation_word(a, b, relation, rng):
 
 def say(plan, rng, synonyms=0.25):
     """Words a Plan at random. caption := [lead] clause {("and" | "with") clause};
-    clause := object | PLACE VERB object | object RELATION object | RELATION object VERB object;  object := NAME [PLACE]."""
+    clause := object | PLACE VERB object | object RELATION object | RELATION object VERB object;
+    object := NAME [PLACE]."""
     things = wording("shape", rng, 0) if plan.count is None else rng.choice(THINGS)
     number = plan.count and f"{NUMBERS[plan.count]} {things if plan.count == 1 else plural(things)}"
     if not plan.mentions:
         return f"{rng.choice(('there is' if plan.count == 1 else 'there are', 'we see', 'a picture of'))} {number}"
 
     def full(o):
-        return name(o, rng, synonyms) + (f" {rng.choice(PLACES)} {place(o, rng, synonyms)}" if o.row is not None else "")
+        return (name(o, rng, synonyms)
+                + (f" {rng.choice(PLACES)} {place(o, rng, synonyms)}" if o.row is not None else ""))
 
     objects = sorted(plan.mentions, key=repr)                          # a set's own order differs between processes
     rng.shuffle(objects)
@@ -261,7 +280,8 @@ def say(plan, rng, synonyms=0.25):
     for o in objects:
         if o not in pair:
             front = o.row is not None and rng.random() < 0.2
-            clauses.append((front, f"{rng.choice(PLACES)} {place(o, rng, synonyms)} {rng.choice(VERBS)} {name(o, rng, synonyms)}" if front else full(o)))
+            clauses.append((front, f"{rng.choice(PLACES)} {place(o, rng, synonyms)} "
+                                   f"{rng.choice(VERBS)} {name(o, rng, synonyms)}" if front else full(o)))
     rng.shuffle(clauses)
     text = clauses[0][1]
     for front, clause in clauses[1:]:
@@ -281,7 +301,8 @@ LEAD = re.compile(rf"^(?:(?P<alone>{'|'.join(ALONE)}) )?(?:(?:{'|'.join(LEADS)}|
 
 
 def parse(text):
-    """The inverse of `say`: a caption -> its Plan, by recursive descent over say's grammar. Raises ValueError for other text."""
+    """The inverse of `say`: a caption -> its Plan, by recursive descent over say's grammar.
+    Raises ValueError for other text."""
     lead = LEAD.match(text)
     words, at = text[lead.end():].split() + ["."] * 3, 0
     mentions, relation = [], set()
@@ -302,7 +323,8 @@ def parse(text):
 
     def read_place():                                                  # in the upper left | in the middle
         skip("in", "at", "the")
-        beside = words[at + 1] in COLS and words[at + 2] != "of"       # 'in the middle left of a ..' = in the middle, left of a ..
+        # 'in the middle left of a ..' = in the middle, left of a ..
+        beside = words[at + 1] in COLS and words[at + 2] != "of"
         if words[at] in ("center", "middle") and not beside:
             skip("center", "middle")
             return 1, 1
@@ -343,7 +365,8 @@ def parse(text):
         for r in how or ():
             relation.add((a, r, b) if r in ("above", "left") else (b, OPPOSITE[r], a))
         skip("and", "with")
-    return Plan(frozenset(mentions), frozenset(relation), 1 if lead["alone"] else lead["count"] and NUMBERS.index(lead["count"]))
+    return Plan(frozenset(mentions), frozenset(relation),
+                1 if lead["alone"] else lead["count"] and NUMBERS.index(lead["count"]))
 
 
 def holds(plan, scene):
@@ -361,8 +384,8 @@ def holds(plan, scene):
 
 
 def edit(text, rng, synonyms=0.25):
-    """The sentence with one word changed: a color, shape or size for another, above <-> below, left <-> right, top <-> bottom.
-    A sentence without such a word comes back as it is."""
+    """The sentence with one word changed: a color, shape or size for another, above <-> below, left <-> right,
+    top <-> bottom. A sentence without such a word comes back as it is."""
     words = text.split()
     swaps = {**OPPOSITE, "small": "large", "large": "small", "top": "bottom", "bottom": "top"}
     spots = [i for i, w in enumerate(words) if CANON.get(w) in (*COLORS, *SHAPES, *swaps)]
@@ -393,10 +416,12 @@ def captions_of(scene, rng, n=5):
 
 
 def oracle_recall(root=ROOT, split="test"):
-    """R@1 of a reader who understands every caption and sees every picture without fault: {"i2t_r1": .., "t2i_r1": ..} in 0..1.
+    """R@1 of a reader who understands every caption and sees every picture without fault:
+    {"i2t_r1": .., "t2i_r1": ..} in 0..1.
 
-    `parse` and `holds` score a caption 1 for the scenes it is true of and else 0. Ties are counted pessimistically: text->image is a hit
-    when the caption is true of its own scene and no other, image->text when no other picture's caption is true of the scene."""
+    `parse` and `holds` score a caption 1 for the scenes it is true of and else 0. Ties are counted pessimistically:
+    text->image is a hit when the caption is true of its own scene and no other, image->text when no other picture's
+    caption is true of the scene."""
     scenes, texts = [], []                                             # texts: (index of the scene, caption)
     for i, line in enumerate((Path(root) / f"pairs_{split}.jsonl").read_text().splitlines()):
         record = json.loads(line)
@@ -424,7 +449,8 @@ YY, XX = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5             # pixel c
 
 
 def distance(shape, x, y):
-    """Signed distance (roughly; < 0 inside) to a shape of radius about 1 around the origin, y pointing down. x, y and result: same shape."""
+    """Signed distance (roughly; < 0 inside) to a shape of radius about 1 around the origin, y pointing down.
+    x, y and result: same shape."""
     radius = np.hypot(x, y)
     if shape == "circle":
         return radius - 0.95
@@ -432,9 +458,10 @@ def distance(shape, x, y):
         return np.maximum(abs(x), abs(y)) - 0.84
     if shape == "triangle":                                            # three half-planes, apex up
         return np.maximum(y - 0.72, 0.866 * abs(x) - 0.5 * y - 0.52)
-    if shape == "star":                                                # fold onto one half of one of five arms, then one edge
+    if shape == "star":                                         # fold onto one half of one of five arms, then one edge
         angle = abs((np.arctan2(x, -y) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
-        px, py = radius * np.cos(angle), radius * np.sin(angle)        # tip at (1.08, 0), notch at 0.45 of the radius and 36 degrees
+        # tip at (1.08, 0), notch at 0.45 of the radius and 36 degrees
+        px, py = radius * np.cos(angle), radius * np.sin(angle)
         ex, ey = 0.45 * math.cos(math.pi / 5) - 1.08, 0.45 * math.sin(math.pi / 5)
         return ((px - 1.08) * -ey + py * ex) / -math.hypot(ex, ey)
     if shape == "cross":
@@ -456,8 +483,8 @@ def background(rng):
 
 
 def paint(ground, objects, rng):
-    """Paints (x, y, radius, turn, color, shape) objects, in pixels and radians, on a ground, edges smoothed over one pixel.
-    -> picture (64, 64, 3) uint8 with its noise, list of (64, 64) bool masks."""
+    """Paints (x, y, radius, turn, color, shape) objects, in pixels and radians, on a ground, edges smoothed over one
+    pixel. -> picture (64, 64, 3) uint8 with its noise, list of (64, 64) bool masks."""
     picture, masks = ground, []
     for x, y, r, turn, color, shape in objects:
         c, s, dx, dy = math.cos(turn) / r, math.sin(turn) / r, XX - x, YY - y
@@ -470,7 +497,8 @@ def paint(ground, objects, rng):
 
 
 def draw_scene(scene, rng):
-    """A scene on the grid: large = radius about 10, small about 7 pixels, jitter inside the cell; nothing overlaps or leaves the picture."""
+    """A scene on the grid: large = radius about 10, small about 7 pixels, jitter inside the cell;
+    nothing overlaps or leaves the picture."""
     objects = []
     for o in scene:
         r, jitter = (rng.uniform(9.6, 10.0), 0.5) if o.size == "large" else (rng.uniform(6.6, 7.2), 2.4)
@@ -492,7 +520,8 @@ def rle(mask):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files. Each function writes its files under `root` and depends on nothing but its arguments, so that processes can share them.
+# Files. Each function writes its files under `root` and depends on nothing but its arguments, so that processes
+# can share them.
 
 def write_jsonl(path, records):
     with open(path, "w") as f:
@@ -515,28 +544,35 @@ def make_pairs(root, seed, scale, split, start, stop):
             xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
             x0, y0, x1, y1 = int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
             boxes.append([x0, y0, x1, y1])
-            annotations.append({"id": image_id * 10 + k, "image_id": image_id, "category_id": SHAPES.index(o.shape) + 1, "iscrowd": 0,
-                                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": int(mask.sum()), "segmentation": rle(mask)})
+            annotations.append({"id": image_id * 10 + k, "image_id": image_id,
+                                "category_id": SHAPES.index(o.shape) + 1, "iscrowd": 0,
+                                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                                "area": int(mask.sum()), "segmentation": rle(mask)})
         captions, paraphrases = captions_of(scene, Random(f"captions {seed} {image_id}"))
-        records.append({"image": picture_path(split, i), "image_id": image_id, "split": split, "caption": captions, "paraphrase": paraphrases,
-                        "tags": sorted({o.color for o in scene} | {o.shape for o in scene} | {f"{o.color} {o.shape}" for o in scene}),
-                        "boxes": boxes, "labels": [SHAPES.index(o.shape) for o in scene], "label_names": [o.shape for o in scene],
-                        "scene": scene})
+        records.append({"image": picture_path(split, i), "image_id": image_id, "split": split,
+                        "caption": captions, "paraphrase": paraphrases,
+                        "tags": sorted({o.color for o in scene} | {o.shape for o in scene}
+                                       | {f"{o.color} {o.shape}" for o in scene}),
+                        "boxes": boxes, "labels": [SHAPES.index(o.shape) for o in scene],
+                        "label_names": [o.shape for o in scene], "scene": scene})
     return records, annotations
 
 
 def ask(scene, rng, kind):
-    """One question of a kind of QUESTIONS -> (question, answer, the other answers that make sense, official answer type).
+    """One question of a kind of QUESTIONS
+    -> (question, answer, the other answers that make sense, official answer type).
     Answers: a color, a shape, a place ("top left"), a digit, yes/no, large/small."""
     o = rng.choice(scene)
     shape, color = wording(o.shape, rng, 0.2), wording(o.color, rng, 0.2)
     text = rng.choice(QUESTIONS[kind])
     if kind == "color":
-        known = shape if sum(p.shape == o.shape for p in scene) == 1 else f"{rng.choice(THINGS)} {rng.choice(PLACES)} {place(o)}"
+        known = (shape if sum(p.shape == o.shape for p in scene) == 1
+                 else f"{rng.choice(THINGS)} {rng.choice(PLACES)} {place(o)}")
         return text.format(known), o.color, list(COLORS), "other"
     if kind == "shape":
         if sum(p.color == o.color for p in scene) > 1 or rng.random() < 0.3:
-            return rng.choice(QUESTIONS["at"]).format(f"{rng.choice(PLACES)} {place(o)}"), o.shape, list(SHAPES), "other"
+            return (rng.choice(QUESTIONS["at"]).format(f"{rng.choice(PLACES)} {place(o)}"),
+                    o.shape, list(SHAPES), "other")
         return text.format(f"{color} {rng.choice(THINGS)}"), o.shape, list(SHAPES), "other"
     if kind == "where":
         return text.format(f"{color} {shape}"), place(o), [place(Obj(i // 3, i % 3, *o[2:])) for i in range(9)], "other"
@@ -555,20 +591,24 @@ def ask(scene, rng, kind):
         return text.format(known), str(n), ["0", "1", "2", "3"], "number"
     if kind == "relation" and len(scene) > 1:
         a, b = rng.sample(scene, 2)
-        axis, smaller = rng.choice([("above", a.row < b.row)] * (a.row != b.row) + [("left", a.col < b.col)] * (a.col != b.col))
+        axis, smaller = rng.choice([("above", a.row < b.row)] * (a.row != b.row)
+                                   + [("left", a.col < b.col)] * (a.col != b.col))
         truth = rng.random() < 0.5
         how = rng.choice(RELATIONS[axis if smaller == truth else OPPOSITE[axis]])
-        return text.format(f"{a.color} {a.shape}", how, f"{b.color} {b.shape}"), "yes" if truth else "no", ["yes", "no"], "yes/no"
+        return (text.format(f"{a.color} {a.shape}", how, f"{b.color} {b.shape}"),
+                "yes" if truth else "no", ["yes", "no"], "yes/no")
     if rng.random() < 0.5:                                             # "exist", and "relation" of a lonely object
         known, answer = (o.color, o.shape), "yes"
     else:                                                              # one attribute off: only looking at both tells
         names = [(c, o.shape) for c in COLORS] + [(o.color, k) for k in SHAPES]
         known, answer = rng.choice([k for k in names if k not in [(p.color, p.shape) for p in scene]]), "no"
-    return rng.choice(QUESTIONS["exist"]).format(name(Obj(None, None, None, *known), rng, 0.2)), answer, ["yes", "no"], "yes/no"
+    return (rng.choice(QUESTIONS["exist"]).format(name(Obj(None, None, None, *known), rng, 0.2)),
+            answer, ["yes", "no"], "yes/no")
 
 
 def write_vqa(root, seed, scale, split):
-    """1.5 questions a training picture, 2 otherwise; ten annotators, of whom eight to ten agree (others: a synonym or another answer)."""
+    """1.5 questions a training picture, 2 otherwise; ten annotators, of whom eight to ten agree
+    (others: a synonym or another answer)."""
     rng, questions, annotations = Random(f"vqa {seed} {split}"), [], []
     for i, scene in enumerate(all_scenes(seed, scale)[split]):
         image_id, kinds = FIRST_ID[split] + i, []
@@ -584,16 +624,20 @@ def write_vqa(root, seed, scale, split):
             rng.shuffle(said)
             key = {"image_id": image_id, "question_id": image_id * 1000 + k}
             questions.append({**key, "image": picture_path(split, i), "question": question})
-            annotations.append({**key, "question_type": " ".join(question.split()[:2]), "answer_type": answer_type, "multiple_choice_answer": answer,
-                                "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(said, 1)]})
+            annotations.append({**key, "question_type": " ".join(question.split()[:2]),
+                                "answer_type": answer_type, "multiple_choice_answer": answer,
+                                "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": n}
+                                            for n, a in enumerate(said, 1)]})
     head = {"info": {"description": "nanovlp shapes", "version": "1.0"}, "data_type": "shapes", "data_subtype": split}
-    (root / f"vqa_{split}_questions.json").write_text(json.dumps({**head, "task_type": "Open-Ended", "questions": questions}))
+    (root / f"vqa_{split}_questions.json").write_text(
+        json.dumps({**head, "task_type": "Open-Ended", "questions": questions}))
     (root / f"vqa_{split}_annotations.json").write_text(json.dumps({**head, "annotations": annotations}))
 
 
 def write_ve(root, seed, scale, split):
-    """Three labels in equal parts. A contradiction is what is true of another picture, or the truth with one word changed, so that its
-    words are those of an entailment: only the picture tells. Neutral: about an object in the picture, but nothing that a picture can show."""
+    """Three labels in equal parts. A contradiction is what is true of another picture, or the truth with one word
+    changed, so that its words are those of an entailment: only the picture tells. Neutral: about an object in the
+    picture, but nothing that a picture can show."""
     rng, records, scenes = Random(f"ve {seed} {split}"), [], all_scenes(seed, scale)[split]
     for n in range(3 * (len(scenes) * (3 if split == "train" else 4) // 6)):
         i, label = rng.randrange(len(scenes)), ("entailment", "neutral", "contradiction")[n % 3]
@@ -609,18 +653,19 @@ def write_ve(root, seed, scale, split):
                 text = say(draw_plan(scene if near else rng.choice(scenes), rng, brief=True), rng)
                 text = edit(text, rng) if near else text
         stem = f"{FIRST_ID[split] + i:06d}"
-        records.append({"Flickr30K_ID": stem, "captionID": f"{stem}.jpg#0", "gold_label": label, "pairID": f"{stem}.jpg#{n}{label[0]}",
-                        "sentence2": text, "image": picture_path(split, i)})
+        records.append({"Flickr30K_ID": stem, "captionID": f"{stem}.jpg#0", "gold_label": label,
+                        "pairID": f"{stem}.jpg#{n}{label[0]}", "sentence2": text, "image": picture_path(split, i)})
     rng.shuffle(records)
     write_jsonl(root / f"ve_{split}.jsonl", records)
 
 
 def write_nlvr2(root, seed, scale, split):
-    """Sentences about two pictures, each sentence with one pair it is true of and one it is false of: words alone tell nothing."""
+    """Sentences about two pictures, each sentence with one pair it is true of and one it is false of: words alone
+    tell nothing."""
     rng, records, scenes = Random(f"nlvr2 {seed} {split}"), [], all_scenes(seed, scale)[split]
 
     @functools.lru_cache(maxsize=None)
-    def sorted_out(test):                                              # a tuple of values to look for -> (scenes without, scenes with)
+    def sorted_out(test):                               # a tuple of values to look for -> (scenes without, scenes with)
         sides = [], []
         for i, scene in enumerate(scenes):
             sides[any(set(test) <= set(o[2:]) for o in scene)].append(i)
@@ -659,8 +704,9 @@ def write_nlvr2(root, seed, scale, split):
 
 
 def write_sts(root, seed, scale, split):
-    """Pairs of captions with the mean of five graders. 5 = the same in other words; 4 = a detail left out; 3 = one word changed, which
-    leaves most words the same; 2 = one object in common; 1 = a color or shape in common; 0 = nothing in common."""
+    """Pairs of captions with the mean of five graders. 5 = the same in other words; 4 = a detail left out; 3 = one word
+    changed, which leaves most words the same; 2 = one object in common; 1 = a color or shape in common;
+    0 = nothing in common."""
     rng, scenes = Random(f"sts {seed} {split}"), all_scenes(seed, scale)[split]
     lines, used = [], set()
     while len(lines) < {"train": 3000, "val": 600, "test": 600}[split] * scale:
@@ -672,7 +718,8 @@ def write_sts(root, seed, scale, split):
         elif level == 4:                                               # without its sizes, its relation or its count
             def bare(m):
                 return m._replace(size=None)
-            less = rng.choice((plan._replace(mentions=frozenset(map(bare, kept)), relation=frozenset((bare(a), r, bare(b)) for a, r, b in plan.relation)),
+            less = rng.choice((plan._replace(mentions=frozenset(map(bare, kept)),
+                                             relation=frozenset((bare(a), r, bare(b)) for a, r, b in plan.relation)),
                                plan._replace(relation=frozenset()), plan._replace(count=None)))
             two = one if less == plan else say(less, rng, 0.4)
         elif level == 3:
@@ -685,8 +732,10 @@ def write_sts(root, seed, scale, split):
                 continue
         else:
             other = draw_plan(rng.choice(scenes), rng)
-            colors, shapes = ({m.color for m in other.mentions} & {m.color for m in kept}, {m.shape for m in other.mentions} & {m.shape for m in kept})
-            if len(colors) + len(shapes) != level or {(m.color, m.shape) for m in kept} & {(m.color, m.shape) for m in other.mentions}:
+            colors, shapes = ({m.color for m in other.mentions} & {m.color for m in kept},
+                              {m.shape for m in other.mentions} & {m.shape for m in kept})
+            if (len(colors) + len(shapes) != level
+                    or {(m.color, m.shape) for m in kept} & {(m.color, m.shape) for m in other.mentions}):
                 continue
             two = say(other, rng)
         pair = tuple(rng.sample((one, two), 2))
@@ -699,11 +748,13 @@ def write_sts(root, seed, scale, split):
 
 
 def write_hashing(root, seed, scale):
-    """CSQ's lists 'path 0 1 ..' with 16 labels (8 shapes, 8 colors), of the scenes with one or two objects (with three, nine pairs in ten
-    share a label): test = queries of the test split; database = the training split; train = every second picture of the database."""
+    """CSQ's lists 'path 0 1 ..' with 16 labels (8 shapes, 8 colors), of the scenes with one or two objects (with three,
+    nine pairs in ten share a label): test = queries of the test split; database = the training split;
+    train = every second picture of the database."""
     lines = {}
     for split in ("train", "test"):
-        lines[split] = [" ".join([picture_path(split, i)] + [str(int(any(w in o for o in scene))) for w in (*SHAPES, *COLORS)]) + "\n"
+        lines[split] = [" ".join([picture_path(split, i)]
+                                 + [str(int(any(w in o for o in scene))) for w in (*SHAPES, *COLORS)]) + "\n"
                         for i, scene in enumerate(all_scenes(seed, scale)[split]) if len(scene) < 3]
     for file, content in (("database", lines["train"]), ("train", lines["train"][::2]), ("test", lines["test"])):
         (root / "hashing" / f"{file}.txt").write_text("".join(content))
@@ -717,12 +768,14 @@ CLASSES = sorted(class_name(None, size, color, None) for size in SIZES for color
 
 
 def write_classes(root, seed, scale, split):
-    """Single objects at any place, class = size and color; 2,000 / 500. The 1,152 combinations of cell, size, color and shape are split
-    between train and val; pictures of one combination differ in jitter, ground and noise."""
+    """Single objects at any place, class = size and color; 2,000 / 500. The 1,152 combinations of cell, size, color
+    and shape are split between train and val; pictures of one combination differ in jitter, ground and noise."""
     combos = [(cell, size, color, shape) for cell in range(9) for size in SIZES for color in COLORS for shape in SHAPES]
     Random(f"classes {seed}").shuffle(combos)
     combos = combos[:920] if split == "train" else combos[920:]
-    combos = [c for turn in zip_longest(*([c for c in combos if class_name(*c) == name] for name in CLASSES)) for c in turn if c]     # the classes take turns
+    # the classes take turns
+    combos = [c for turn in zip_longest(*([c for c in combos if class_name(*c) == name] for name in CLASSES))
+              for c in turn if c]
     for i in range(round((2000 if split == "train" else 500) * scale)):
         cell, *names = combos[i % len(combos)]
         o = Obj(cell // 3, cell % 3, *names)
@@ -735,7 +788,8 @@ def frame_features(frames):
 
     0-191    the color grid: mean R, G, B in -1..1 of each of 8x8 cells, row by row
     192-207  the motion grid: mean |I_t - I_(t-1)| of each of 4x4 cells, I = mean of R, G, B in 0..1, times 10
-    208-239  its direction: normal flow of the same cells, u then v for each, sum(-I_t * (I_x, I_y)) / (sum(I_x^2 + I_y^2) + 1), times 1:
+    208-239  its direction: normal flow of the same cells, u then v for each,
+             sum(-I_t * (I_x, I_y)) / (sum(I_x^2 + I_y^2) + 1), times 1:
              > 0 means rightward, downward. I_t = I_t - I_(t-1), I_x and I_y central differences of their mean.
     The first frame has no motion: zeros."""
     x = frames.astype(np.float32) / 255
@@ -745,7 +799,7 @@ def frame_features(frames):
     change, mean = gray[1:] - gray[:-1], (gray[1:] + gray[:-1]) / 2
     iy, ix = np.gradient(mean, axis=(1, 2))
 
-    def cells(a):                                                      # (T-1, 64, 64) -> (T-1, 16): sums over 16x16 pixels
+    def cells(a):                                                   # (T-1, 64, 64) -> (T-1, 16): sums over 16x16 pixels
         return a.reshape(len(a), 4, 16, 4, 16).sum((2, 4)).reshape(len(a), 16)
 
     energy = cells(ix ** 2 + iy ** 2) + 1
@@ -755,14 +809,16 @@ def frame_features(frames):
 
 
 def write_clips(root, seed, scale):
-    """600 clips (train 400 / validate 100 / test 100) of 8-12 frames: one or two objects, the first of them always in motion, five captions each."""
+    """600 clips (train 400 / validate 100 / test 100) of 8-12 frames: one or two objects, the first of them always
+    in motion, five captions each."""
     rng, videos, sentences, used = Random(f"clips {seed}"), [], [], set()
     steps = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
     splits = [s for s, n in (("train", 400), ("validate", 100), ("test", 100)) for _ in range(round(n * scale))]
     for n, split in enumerate(splits):
         while True:
             scene = draw_objects(rng, rng.choice((1, 2)))
-            motions = [(rng.choice(list(WAYS)), rng.choice(list(SPEEDS))) if k == 0 or rng.random() < 0.6 else None for k in range(len(scene))]
+            motions = [(rng.choice(list(WAYS)), rng.choice(list(SPEEDS))) if k == 0 or rng.random() < 0.6 else None
+                       for k in range(len(scene))]
             key = frozenset((o[2:], m) for o, m in zip(scene, motions))
             if key not in used:
                 break
@@ -774,21 +830,23 @@ def write_clips(root, seed, scale):
             far = (length - 1) * (3.2 if motion and motion[1] == "fast" else 1.2)
             # its middle frame is anywhere that keeps the whole way inside the picture
             x, y = (rng.uniform(r + abs(d) * far / 2, SIDE - r - abs(d) * far / 2) for d in (dx, dy))
-            tracks.append([(x + dx * far * (f / (length - 1) - 0.5), y + dy * far * (f / (length - 1) - 0.5), r, 0.0, o.color, o.shape)
-                           for f in range(length)])
+            tracks.append([(x + dx * far * (f / (length - 1) - 0.5), y + dy * far * (f / (length - 1) - 0.5),
+                            r, 0.0, o.color, o.shape) for f in range(length)])
         paint_rng = np.random.default_rng([seed, 500000, n])
         ground = background(paint_rng)
         frames = np.stack([paint(ground, [track[f] for track in tracks], paint_rng)[0] for f in range(length)])
         np.save(root / "clips" / "features" / f"video{n}.npy", frame_features(frames))
         if n % 20 == 0:
             Image.fromarray(np.concatenate(list(frames), 1)).save(root / "clips" / "frames" / f"video{n}.png")
-        videos.append({"video_id": f"video{n}", "id": n, "split": split, "category": 0, "url": "", "start time": 0.0, "end time": length / 8})
+        videos.append({"video_id": f"video{n}", "id": n, "split": split, "category": 0, "url": "",
+                       "start time": 0.0, "end time": length / 8})
         said = []
         while len(said) < 5:
             parts = []
             for o, motion in zip(scene, motions):
                 np_ = name(o._replace(size=o.size if rng.random() < 0.6 else None), rng, 0.25)
-                text = f"{np_} {rng.choice(MOVES)} {rng.choice(SPEEDS[motion[1]])} {rng.choice(WAYS[motion[0]])}" if motion else f"{np_} {rng.choice(STILL)}"
+                text = (f"{np_} {rng.choice(MOVES)} {rng.choice(SPEEDS[motion[1]])} {rng.choice(WAYS[motion[0]])}"
+                        if motion else f"{np_} {rng.choice(STILL)}")
                 parts.append(text)
             rng.shuffle(parts)
             text = rng.choice((" and ", " while ")).join(parts)
@@ -796,7 +854,8 @@ def write_clips(root, seed, scale):
                 said.append(text)
         sentences += [{"caption": s, "video_id": f"video{n}", "sen_id": len(sentences) + k} for k, s in enumerate(said)]
     info = {"description": "nanovlp shapes clips, features: shapes.frame_features", "version": "1.0"}
-    (root / "clips" / "videodatainfo.json").write_text(json.dumps({"info": info, "videos": videos, "sentences": sentences}))
+    (root / "clips" / "videodatainfo.json").write_text(
+        json.dumps({"info": info, "videos": videos, "sentences": sentences}))
 
 
 def _job(job):
@@ -806,19 +865,23 @@ def _job(job):
 
 
 def write_world(root, seed=0, scale=1.0, quiet=False):
-    """Writes every file of the world under the empty directory `root`, with as many processes as there are cores (2 to 8).
-    The same bytes for the same seed and scale (0 < scale <= 1 shrinks every count), whatever the number of processes."""
+    """Writes every file of the world under the empty directory `root`, with as many processes as there are cores
+    (2 to 8). The same bytes for the same seed and scale (0 < scale <= 1 shrinks every count), whatever the number of
+    processes."""
     for folder in (*(f"images/{s}" for s in COUNTS), "hashing", "clips/features", "clips/frames",
                    *(f"classes/{split}/{name}" for split in ("train", "val") for name in CLASSES)):
         (root / folder).mkdir(parents=True)
     (root / "vocab.txt").write_text("\n".join(vocabulary()) + "\n")
-    chunks = [(split, a, min(a + 250, len(scenes))) for split, scenes in all_scenes(seed, scale).items() for a in range(0, len(scenes), 250)]
+    chunks = [(split, a, min(a + 250, len(scenes))) for split, scenes in all_scenes(seed, scale).items()
+              for a in range(0, len(scenes), 250)]
     texts = [(f, root, seed, scale, split) for f in (write_vqa, write_ve, write_nlvr2, write_sts) for split in COUNTS]
-    texts += [(write_clips, root, seed, scale), (write_hashing, root, seed, scale)] + [(write_classes, root, seed, scale, s) for s in ("train", "val")]
+    texts += ([(write_clips, root, seed, scale), (write_hashing, root, seed, scale)]
+              + [(write_classes, root, seed, scale, s) for s in ("train", "val")])
     workers = min(8, max(2, os.cpu_count()))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     records, annotations = {s: [] for s in COUNTS}, {s: [] for s in COUNTS}
-    with context.Pool(workers) as pool, tqdm(total=len(chunks) * 250 + len(texts) * 100, desc="drawing shapes", unit="", disable=quiet,
+    with context.Pool(workers) as pool, tqdm(total=len(chunks) * 250 + len(texts) * 100, desc="drawing shapes",
+                                             unit="", disable=quiet,
                                              bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}") as bar:
         pairs = pool.imap(_job, [(make_pairs, root, seed, scale, *chunk) for chunk in chunks])
         others = pool.imap(_job, texts)
@@ -828,20 +891,22 @@ def write_world(root, seed=0, scale=1.0, quiet=False):
             bar.update(250)
         for split in COUNTS:
             write_jsonl(root / f"pairs_{split}.jsonl", records[split])
-            images = [{"id": r["image_id"], "file_name": r["image"], "height": SIDE, "width": SIDE} for r in records[split]]
+            images = [{"id": r["image_id"], "file_name": r["image"], "height": SIDE, "width": SIDE}
+                      for r in records[split]]
             (root / f"instances_{split}.json").write_text(json.dumps(
                 {"info": {"description": "nanovlp shapes"}, "images": images, "annotations": annotations[split],
-                 "categories": [{"id": k, "name": s, "supercategory": "shape"} for k, s in enumerate(SHAPES, 1)]}, separators=(",", ":")))
+                 "categories": [{"id": k, "name": s, "supercategory": "shape"} for k, s in enumerate(SHAPES, 1)]},
+                separators=(",", ":")))
         for _ in others:
             bar.update(100)
 
 
 def ensure(root=ROOT, quiet=False, seed=0, scale=None):
-    """Makes the world under `root` if it is not there, or was made by another version of this file or with another seed or scale (None: the
-    scale of the world that is there, 1 where there is none). -> Path.
+    """Makes the world under `root` if it is not there, or was made by another version of this file or with another seed
+    or scale (None: the scale of the world that is there, 1 where there is none). -> Path.
 
-    A world is written beside `root` and moved there whole; a lock lets one process write while others wait for it; what a killed
-    process left is removed. SystemExit if `root` is a directory that this function did not write."""
+    A world is written beside `root` and moved there whole; a lock lets one process write while others wait for it; what
+    a killed process left is removed. SystemExit if `root` is a directory that this function did not write."""
     root = Path(root).absolute()
     version = {"generator": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), "seed": seed}
     found = {}
@@ -866,7 +931,8 @@ def ensure(root=ROOT, quiet=False, seed=0, scale=None):
         for stale in root.parent.glob(f".{root.name}.tmp-*"):          # whoever wrote these is dead: we hold the lock
             shutil.rmtree(stale)
         if not quiet:
-            print(f"shapes: making the built-in world in {root} (once, about 15 s on two cores)", file=sys.stderr, flush=True)
+            print(f"shapes: making the built-in world in {root} (once, about 15 s on two cores)",
+                  file=sys.stderr, flush=True)
         new, old = (root.parent / f".{root.name}.tmp-{os.getpid()}-{what}" for what in ("new", "old"))
         new.mkdir()
         scale = scale or found.get("scale", 1.0)
@@ -901,13 +967,15 @@ def sheet(root, path, n=24):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Writes the built-in world of nanovlp.")
     parser.add_argument("--root", type=Path, default=ROOT, help="where it lies")
-    parser.add_argument("--scale", type=float, help="a share of every count, for quick trials (default: that of the world that is there, else 1)")
+    parser.add_argument("--scale", type=float, help="a share of every count, for quick trials "
+                                                    "(default: that of the world that is there, else 1)")
     parser.add_argument("--sheet", type=Path, help="also draw a contact sheet into this file")
     args = parser.parse_args(argv)
     root = ensure(args.root, scale=args.scale)
     for split in COUNTS:
         lines = [json.loads(line) for line in open(root / f"pairs_{split}.jsonl")]
-        print(f"{split:5}  {len(lines):6,} pictures  {sum(len(r['caption']) for r in lines):6,} captions  {sum(len(r['boxes']) for r in lines):6,} objects")
+        print(f"{split:5}  {len(lines):6,} pictures  {sum(len(r['caption']) for r in lines):6,} captions  "
+              f"{sum(len(r['boxes']) for r in lines):6,} objects")
     oracle = oracle_recall(root)
     print(f"a perfect reader's R@1 on test: image->text {oracle['i2t_r1']:.1%}, text->image {oracle['t2i_r1']:.1%}")
     print(f"the world lies in {root}")

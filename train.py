@@ -1,12 +1,14 @@
 """train.py: one loop for every model and every task.
 
-    python train.py --model codis                                   # tiny preset on the built-in shapes; ends with its table
-    torchrun --nproc_per_node 8 train.py --model codis --preset base --data coco.json,cc3m.tsv --image_root images --vocab vocab.txt
+    python train.py --model codis                             # tiny preset on the built-in shapes; ends with its table
+    torchrun --nproc_per_node 8 train.py --model codis --preset base \
+        --data coco.json,cc3m.tsv --image_root images --vocab vocab.txt
     python train.py --model codis --task vqa --init out/codis-pretrain
-    python train.py --model codis --help                            # this loop's flags and the model's own
+    python train.py --model codis --help                      # this loop's flags and the model's own
 
-A flag's value: the default below < RECIPE[task] (the paper's) < PRESETS[preset] < the command line. All randomness follows from
---seed, the learning rate and the data from the step, so that `--resume` goes on bit for bit after any stop.
+A flag's value: the default below < RECIPE[task] (the paper's) < PRESETS[preset] < the command line.
+All randomness follows from --seed, the learning rate and the data from the step, so that `--resume` goes on bit
+for bit after any stop.
 """
 
 import argparse
@@ -40,9 +42,9 @@ class Loop:
     image_root: str = ""            # folder that image paths start from (default: the data file's)
     vocab: str = ""                 # BERT vocabulary file (default: that of shapes, or of --init)
     split: str = "train"            # which split to train on
-    regions: str = ""               # region features of all images, also of --eval_data: files of data.py regions, by commas
+    regions: str = ""       # region features of all images, also of --eval_data: files of data.py regions, by commas
     limit: int = 0                  # use so many records, drawn by --seed; 0 = all
-    tag_words: str = ""             # word list, one a line: a record's tags are its captions' words in it, not the tags it came with
+    tag_words: str = ""  # word list, one a line: a record's tags are its captions' words in it, not those it came with
     eval_data: str = ""             # data of the evaluations at the end (default: --data)
     eval_root: str = ""             # its image folder (default: --image_root)
     eval_split: str = ""            # and its split (default: test, or val where there is no test)
@@ -98,7 +100,8 @@ def add_flags(parser, cls, title):
         if isinstance(default, bool):
             group.add_argument(f"--{f.name}", nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
         elif isinstance(default, tuple):
-            group.add_argument(f"--{f.name}", nargs=len(default) or "+", type=type(default[0]) if default else str, help=text)
+            group.add_argument(f"--{f.name}", nargs=len(default) or "+",
+                               type=type(default[0]) if default else str, help=text)
         else:
             group.add_argument(f"--{f.name}", type=type(default), metavar=type(default).__name__.upper(), help=text)
 
@@ -126,7 +129,8 @@ def parse(argv):
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--model")
     name = first.parse_known_args(argv)[0].model
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(prog="train.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a file of models/, without .py")
     if name is None:
         add_flags(parser, Loop, "the loop")
@@ -135,7 +139,8 @@ def parse(argv):
     parser.add_argument("--preset", default="tiny", choices=list(module.PRESETS), help="sizes [tiny]")
     parser.add_argument("--task", default=module.TASKS[0], help=f"{', '.join(module.TASKS)} [{module.TASKS[0]}]")
     for side in module.INITS:
-        parser.add_argument(f"--init_{side}", default="", metavar="PATH|HUB", help=f"pre-trained weights for the {side} tower: a file, or a hub name")
+        parser.add_argument(f"--init_{side}", default="", metavar="PATH|HUB",
+                            help=f"pre-trained weights for the {side} tower: a file, or a hub name")
     add_flags(parser, Loop, "the loop (recipe and preset may change the defaults in brackets)")
     add_flags(parser, module.Config, f"models/{name}.py")
     args = vars(parser.parse_args(argv))
@@ -143,7 +148,8 @@ def parse(argv):
     preset, task = args.pop("preset"), args.pop("task")
     if task not in module.TASKS:
         raise Stop(f"train.py: models/{name}.py has no task {task!r}; it has: {', '.join(module.TASKS)}")
-    return module, name, preset, task, {k: tuple(v) if isinstance(v, list) else v for k, v in args.items() if v is not None}
+    return module, name, preset, task, {k: tuple(v) if isinstance(v, list) else v
+                                        for k, v in args.items() if v is not None}
 
 
 def settings(module, preset, task, given, stage=0):
@@ -156,7 +162,8 @@ def settings(module, preset, task, given, stage=0):
         if "epochs" in level and "steps" not in level:             # the last word on the length counts
             chosen["steps"] = 0
         chosen.update(level)
-    return tuple(cls(**{f.name: chosen[f.name] for f in dataclasses.fields(cls) if f.name in chosen}) for cls in (Loop, module.Config))
+    return tuple(cls(**{f.name: chosen[f.name] for f in dataclasses.fields(cls) if f.name in chosen})
+                 for cls in (Loop, module.Config))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,15 +188,16 @@ def make_optimizer(groups, loop):
     groups = [dict(g, peak=g["lr"]) for g in groups if g["params"]]
     if loop.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, fused=True)
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[loop.optimizer](groups, betas=(0.9, loop.beta2), fused=True)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[loop.optimizer](
+        groups, betas=(0.9, loop.beta2), fused=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights and checkpoints
 
 def initialize(model, module, path):
-    """Fills the model from another run; says what it had too much or too little. A backbone key left unfilled is an error, and so is one
-    left over of a tower that the model has: part of a tower is another tower."""
+    """Fills the model from another run; says what it had too much or too little. A backbone key left unfilled is
+    an error, and so is one left over of a tower that the model has: part of a tower is another tower."""
     state = evaluation.read_weights(evaluation.find_run(path) / "model.safetensors")
     if hasattr(model, "adapt"):
         state = model.adapt(state)
@@ -198,15 +206,18 @@ def initialize(model, module, path):
     mine = model.state_dict()
     wrong = [k for k in state if k in mine and state[k].shape != mine[k].shape]
     if wrong:
-        raise Stop(f"--init {path}: {wrong[0]} is {tuple(state[wrong[0]].shape)} there and {tuple(mine[wrong[0]].shape)} here: other sizes")
+        raise Stop(f"--init {path}: {wrong[0]} is {tuple(state[wrong[0]].shape)} there "
+                   f"and {tuple(mine[wrong[0]].shape)} here: other sizes")
     new, dropped = [k for k in mine if k not in state], [k for k in state if k not in mine]
     empty = [k for k in new if k.startswith(module.BACKBONE)]
     if empty:
-        raise Stop(f"--init {path}: it does not fill {empty[0]}" + (f" and {len(empty) - 1} more of the backbone" if len(empty) > 1 else ""))
+        raise Stop(f"--init {path}: it does not fill {empty[0]}"
+                   + (f" and {len(empty) - 1} more of the backbone" if len(empty) > 1 else ""))
     here = tuple(tower for tower in module.BACKBONE if any(k.startswith(tower) for k in mine))
     cut = [k for k in dropped if k.startswith(here)]
     if cut:
-        raise Stop(f"--init {path}: the backbone here has no place for {prefixes(cut)}: give the flags of size that the run had")
+        raise Stop(f"--init {path}: the backbone here has no place for {prefixes(cut)}: "
+                   "give the flags of size that the run had")
     model.load_state_dict(state, strict=False)
     return f"init from {path}: {len(state) - len(dropped)} tensors; new: {prefixes(new)}; dropped: {prefixes(dropped)}"
 
@@ -229,7 +240,8 @@ def save(out, raw, optimizer, scaler, step, info, rank, world):
         everyone = [None] * world
         dist.all_gather_object(everyone, rng)
     if rank == 0:
-        state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "rng": everyone}
+        state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                 "step": step, "rng": everyone}
         write(out / "config.json", lambda p: p.write_text(json.dumps({**info, "step": step}, indent=1)))
         evaluation.save_model(raw, out / "model.safetensors")
         write(out / "state.pt", lambda p: torch.save(state, p))
@@ -255,19 +267,20 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    else:                                                              # or two threads add up the gradient of x[index] in any order
+    else:                                               # or two threads add up the gradient of x[index] in any order
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     say = print if rank == 0 else lambda *a, **k: None
     if loop.batch_size % (world * loop.accum):
-        raise Stop(f"train.py: --batch_size {loop.batch_size} is not a multiple of {world} processes x {loop.accum} accumulation steps")
+        raise Stop(f"train.py: --batch_size {loop.batch_size} is not a multiple of {world} processes "
+                   f"x {loop.accum} accumulation steps")
     micro = loop.batch_size // (world * loop.accum)
 
     # data
     views = {**module.VIEWS[task]}
     need = tuple("caption" if n == "tags" and loop.tag_words else n for n in data.needs(views))
-    records = data.open_source(views["source"], loop.data, loop.split, loop.image_root or None, limit=loop.limit or None,
-                               seed=loop.seed, need=need, missing=data.absent(views))
+    records = data.open_source(views["source"], loop.data, loop.split, loop.image_root or None,
+                               limit=loop.limit or None, seed=loop.seed, need=need, missing=data.absent(views))
     if loop.tag_words:
         records = data.caption_tags(records, loop.tag_words)
     records = data.with_regions(records, views, loop.regions)
@@ -292,16 +305,17 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     torch.manual_seed(loop.seed)                                   # the same weights on every process
     raw = module.Model(cfg, task, num_labels=stats.get("num_labels", 0))
     news = [initialize(raw, module, loop.init)] if loop.init else []
-    paths = {side: local_weights(given[f"init_{side}"], rank, world) for side in module.INITS if given.get(f"init_{side}")}
+    paths = {side: local_weights(given[f"init_{side}"], rank, world)
+             for side in module.INITS if given.get(f"init_{side}")}
     if paths and not stage:
         news.append(module.load_pretrained(raw, **paths))
     raw.to(device).train()
-    if "features" in data.view_keys(views).values():               # of a frozen model: computed once, kept beside the run
+    if "features" in data.view_keys(views).values():            # of a frozen model: computed once, kept beside the run
         out.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():
-            samples.features = data.store_features(out / "features.npy", feature_key(raw, loop, views), raw.visual_features, records,
-                                                   views, tokenizer, cfg.image_size, cfg.max_text, device, rank=rank, world=world,
-                                                   workers=workers)
+            samples.features = data.store_features(out / "features.npy", feature_key(raw, loop, views),
+                                                   raw.visual_features, records, views, tokenizer, cfg.image_size,
+                                                   cfg.max_text, device, rank=rank, world=world, workers=workers)
     if hasattr(raw, "prepare") and not (loop.resume and (out / "state.pt").exists()):
         raw.prepare(samples)
     optimizer = make_optimizer(raw.param_groups(loop), loop)
@@ -311,9 +325,11 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
     if loop.compile:
         raw.compile()
-    model = DistributedDataParallel(raw, device_ids=[local] if device.type == "cuda" else None, broadcast_buffers=False) if world > 1 else raw
+    model = (DistributedDataParallel(raw, device_ids=[local] if device.type == "cuda" else None,
+                                     broadcast_buffers=False) if world > 1 else raw)
 
-    info = {"model": name, "preset": preset, "task": task, "config": dataclasses.asdict(cfg), "loop": dataclasses.asdict(loop),
+    info = {"model": name, "preset": preset, "task": task,
+            "config": dataclasses.asdict(cfg), "loop": dataclasses.asdict(loop),
             "stats": stats, "views": views, "total_steps": total, "data_notes": records.notes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     start = prepare(out, info, loop, raw, optimizer, scaler, rank, world)
@@ -329,7 +345,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     for label, parts in getattr(module, "COUNTS", {}).items():
         if all(hasattr(raw, p) for p in parts):
             say(f"  {label}: {count(q for p in parts for q in getattr(raw, p).parameters()) / 1e6:.1f}M")
-    say(f"  {total:,} steps of {loop.batch_size} = {world} processes x {loop.accum} x {micro}, {total / epoch_steps:.2f} epochs; {amp} on {device}; "
+    say(f"  {total:,} steps of {loop.batch_size} = {world} processes x {loop.accum} x {micro}, "
+        f"{total / epoch_steps:.2f} epochs; {amp} on {device}; "
         f"{loop.optimizer} lr {learning_rate(0, total, loop):.2g} -> {loop.lr:.2g} -> "
         f"{learning_rate(max(0, total - 1), total, loop):.2g} ({loop.schedule})")
     say("  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
@@ -369,12 +386,15 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
 
         done = step + 1
         if done % loop.log_every == 0 or done == total:
-            values = {k: v.item() for k, v in {"loss": out_["loss"], **out_["logs"]}.items()}   # the only wait for the device
+            # the only wait for the device
+            values = {k: v.item() for k, v in {"loss": out_["loss"], **out_["logs"]}.items()}
             if not math.isfinite(values["loss"]):
-                raise Stop(f"train.py: the loss is {values['loss']} at step {done} on rank {rank}: {values}; the last checkpoint is whole")
+                raise Stop(f"train.py: the loss is {values['loss']} at step {done} on rank {rank}: {values}; "
+                           "the last checkpoint is whole")
             if rank == 0:
                 speed = loop.batch_size * ((done - start - 1) % loop.log_every + 1) / (time.perf_counter() - since)
-                print(json.dumps({"step": done, "lr": lr, **values, "samples_per_s": speed, "unreadable": int(bad)}), file=log, flush=True)
+                print(json.dumps({"step": done, "lr": lr, **values, "samples_per_s": speed, "unreadable": int(bad)}),
+                      file=log, flush=True)
                 bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in values.items()), refresh=False)
             since = time.perf_counter()
         if done % loop.save_every == 0 or done == total or stop.asked:
@@ -410,13 +430,15 @@ def default_vocab(loop):
     if loop.init:
         return str(evaluation.find_run(loop.init) / "vocab.txt")
     if loop.data != "shapes":
-        raise Stop("train.py: --data other than shapes needs --vocab, a BERT vocabulary file (bert-base-uncased's vocab.txt)")
+        raise Stop("train.py: --data other than shapes needs --vocab, "
+                   "a BERT vocabulary file (bert-base-uncased's vocab.txt)")
     import shapes
     return str(shapes.ensure() / "vocab.txt")
 
 
 def local_weights(name, rank, world):
-    """A file or folder as it is; else a hub name (`timm/vit_base_patch16_224.augreg_in21k`, `bert-base-uncased`), fetched once -> a path."""
+    """A file or folder as it is; else a hub name (`timm/vit_base_patch16_224.augreg_in21k`, `bert-base-uncased`),
+    fetched once -> a path."""
     if Path(name).exists():
         return name
     if name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".pth", ".pt", ".bin")):
@@ -431,9 +453,9 @@ def local_weights(name, rank, world):
             if world > 1:
                 dist.barrier()
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e:
-        raise Stop(f"train.py: {name!r} is no file here and the hub does not give it ({type(e).__name__}): on a machine with network run "
-                   f"`hf download {name} model.safetensors config.json --local-dir weights`, copy that folder here and give its path "
-                   "instead of the name") from None
+        raise Stop(f"train.py: {name!r} is no file here and the hub does not give it ({type(e).__name__}): "
+                   f"on a machine with network run `hf download {name} model.safetensors config.json "
+                   "--local-dir weights`, copy that folder here and give its path instead of the name") from None
     return folder
 
 
@@ -442,17 +464,20 @@ def prepare(out, info, loop, raw, optimizer, scaler, rank, world):
     state = out / "state.pt"
     if loop.resume and state.exists():
         old = json.loads((out / "config.json").read_text())
-        free = ("resume", "out", "workers", "log_every", "save_every", "evals", "eval_data", "eval_root", "eval_split", "vocab")
+        free = ("resume", "out", "workers", "log_every", "save_every", "evals", "eval_data", "eval_root",
+                "eval_split", "vocab")
         for part in ("model", "task", "config", "loop"):
             theirs, ours = json.loads(json.dumps(old[part])), json.loads(json.dumps(info[part]))
             for key in (set(theirs) | set(ours) if isinstance(ours, dict) else ()):
                 if key not in free and theirs.get(key) != ours.get(key):
-                    raise Stop(f"--resume: {out} was trained with {key} {theirs.get(key)}, this command says {ours.get(key)}")
+                    raise Stop(f"--resume: {out} was trained with {key} {theirs.get(key)}, "
+                               f"this command says {ours.get(key)}")
             if not isinstance(ours, dict) and theirs != ours:
                 raise Stop(f"--resume: {out} holds {part} {theirs}, not {ours}")
         saved = torch.load(state, map_location="cpu", weights_only=True)
         if len(saved["rng"]) != world:
-            raise Stop(f"--resume: {out} was trained by {len(saved['rng'])} processes, these are {world}: the samples would differ")
+            raise Stop(f"--resume: {out} was trained by {len(saved['rng'])} processes, these are {world}: "
+                       "the samples would differ")
         raw.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
@@ -461,7 +486,8 @@ def prepare(out, info, loop, raw, optimizer, scaler, rank, world):
         if cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda)
         if rank == 0:
-            log = [line for line in (out / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= saved["step"]]
+            log = [line for line in (out / "log.jsonl").read_text().splitlines()
+                   if json.loads(line)["step"] <= saved["step"]]
             (out / "log.jsonl").write_text("".join(line + "\n" for line in log))
             print(f"resuming {out} at step {saved['step']}")
         return saved["step"]
@@ -482,8 +508,8 @@ def prepare(out, info, loop, raw, optimizer, scaler, rank, world):
 
 
 class Interrupt:
-    """The first Ctrl-C asks the loop to save and stop after the step in hand, a second one stops at once. With several processes,
-    whose steps it would tear apart, Ctrl-C stops at once and the last checkpoint stands."""
+    """The first Ctrl-C asks the loop to save and stop after the step in hand, a second one stops at once. With several
+    processes, whose steps it would tear apart, Ctrl-C stops at once and the last checkpoint stands."""
 
     def __init__(self, world):
         self.asked, self.old = False, None
@@ -501,12 +527,13 @@ class Interrupt:
 
 
 def count_stages(module, preset, task, given, out):
-    """How many stages the run has: as many as there are --stage_data, else as the recipe lists. What a later stage left from an
-    earlier run goes, so that --resume cannot take it for this run's."""
+    """How many stages the run has: as many as there are --stage_data, else as the recipe lists. What a later stage left
+    from an earlier run goes, so that --resume cannot take it for this run's."""
     tables = [t for t in (module.PRESETS[preset].get(task), module.RECIPE[task]) if isinstance(t, list)]
     stages = len(given.get("stage_data", ())) or len(tables[0] if tables else [0])
     if stages > 1 and "stage_data" not in given and any("own_data" in t for t in tables[0]):
-        raise Stop(f"train.py: {task} has {stages} stages: name the data of each (--stage_data A B), or of the only one (--stage_data A)")
+        raise Stop(f"train.py: {task} has {stages} stages: name the data of each (--stage_data A B), "
+                   "or of the only one (--stage_data A)")
     if len(given.get("stage_root", [0] * stages)) != stages:
         raise Stop(f"train.py: {len(given['stage_root'])} --stage_root for {stages} stages")
     if not given.get("resume") and int(os.environ.get("RANK", 0)) == 0:
@@ -530,12 +557,14 @@ def main(argv=None):
         raw, info = train(module, name, preset, task, given, folder, stage, init)
         init = str(folder)
     loop = info["loop"]
-    own = [e for e in module.EVALS[task] if e in evaluation.offered(raw)]      # a loss left out may leave an encoder out
+    own = [e for e in module.EVALS[task] if e in evaluation.offered(raw)]   # a loss left out may leave an encoder out
     evals = {"default": own, "none": ()}.get(loop["evals"], loop["evals"].split(","))
-    options = {"split": loop["eval_split"] or None, "limit": loop["eval_limit"] or None}      # --eval_data and --eval_root: from the run
-    results = {e: evaluation.evaluate(raw, {**info, "step": info["total_steps"], "path": str(folder)}, e, options, rank, world) for e in evals}
+    # --eval_data and --eval_root: from the run
+    options = {"split": loop["eval_split"] or None, "limit": loop["eval_limit"] or None}
+    results = {e: evaluation.evaluate(raw, {**info, "step": info["total_steps"], "path": str(folder)}, e, options,
+                                      rank, world) for e in evals}
     if rank == 0:
-        following = module.TASKS[1:] if task == module.TASKS[0] else ()                            # after pre-training, a fine-tuning
+        following = module.TASKS[1:] if task == module.TASKS[0] else ()             # after pre-training, a fine-tuning
         print(f"\n{time.time() - began:.0f} s in all. Checkpoint: {folder / 'model.safetensors'}\nNext: " + (
             f"python train.py --model {name} --task {following[0]} --init {out}" if following else
             f"python eval.py {out} --task {(evals or module.EVALS[task])[0]}"))

@@ -3,9 +3,9 @@
 Duan, Chen, Tran, Yang, Xu, Zeng, Chilimbi, "Multi-modal Alignment using Representation Codebook", CVPR 2022.
 
 Two encoders embed an image and a sentence as unit vectors z_v, z_t. Each has a slow copy of itself, the teacher. A
-codebook C of unit vectors bridges the two modalities: optimal transport assigns the teachers' features to codewords, and the
-student of one modality must predict the assignment of the *other*. Students are also contrasted with queues of teacher keys,
-across and within modalities, and a fusion transformer learns matching (ITM) and masked words (MLM).
+codebook C of unit vectors bridges the two modalities: optimal transport assigns the teachers' features to codewords,
+and the student of one modality must predict the assignment of the *other*. Students are also contrasted with queues
+of teacher keys, across and within modalities, and a fusion transformer learns matching (ITM) and masked words (MLM).
 
     image ----> ViT ----> tokens ---------> keys, values -------------+
       |          : EMA      +--> z_v  --+                             v
@@ -15,7 +15,8 @@ across and within modalities, and a fusion transformer learns matching (ITM) and
       |          : EMA      +--> z_t  --+                             |
     text -----> BERT ---> tokens ------------> queries ---------------+
 
-Shapes: B images, T text tokens, P patches, D width, d = 256 embedding, N global batch, K codewords, M masked tokens, Q queue.
+Shapes: B images, T text tokens, P patches, D width, d = 256 embedding, N global batch, K codewords,
+M masked tokens, Q queue.
 
 Equations
     Eq. 1  -> ot_loss()             Eq. 2  -> codebook_loss()      Eq. 3  -> Codis.code_losses()
@@ -27,7 +28,8 @@ Equations
 Deviations from the paper
      1. Algorithm 1 minimises Trace(similarity^T T), which repels; Eq. 1 has <T, 1 - cos>: Eq. 1 it is.
      2. Eq. 2 prints T_t2p in both lines, Eq. 3 and Algorithm 1 keep each modality to itself; text and Figure 3 "chain"
-        the modalities. `codebook_target="cross"` (default) follows text and figure, "same" follows Eq. 3 and Algorithm 1.
+        the modalities. `codebook_target="cross"` (default) follows text and figure, "same" follows Eq. 3
+        and Algorithm 1.
      3. A plan has total mass 1, so the soft label of a row is T / T.sum(1). H()'s target for the queues is softmaxed.
      4. Algorithm 2 leaves eps and the number of iterations open: 0.5 and 50, one inner step, as in the authors' own
         graph optimal transport. It runs in the log domain; sigma has length K (the print says n).
@@ -35,17 +37,20 @@ Deviations from the paper
         batch and the queue (`batch_keys=False`: the own key and the queue). Keys of one image are all positives.
      6. Targets: distill * teacher + (1 - distill) * one-hot, 0.4, ramped from 0 over the first epoch (ALBEF's; the
         paper's alpha is the EMA's). `--distill 1 --batch_keys False` is Algorithm 1.
-     7. MLM replaces 80 % by [MASK], 10 % by a random word, 10 % by themselves "following BERT"; section 3.3.2 speaks only of [MASK]:
-        `mlm_mask_only=True`. Exactly max(1, round(0.15 n)) of a caption's n words are chosen, which keeps shapes static.
-     8. Algorithm 1 has no distillation of MLM. Section 1 says "for each of the image, text and fusion encoders, there is a
-        corresponding encoder that is updated through moving average", whose only use can be that: `mlm_distill=0.4` builds it.
-     9. Teachers run without dropout. The temperature is learnt as its logarithm (as a raw parameter it hits its floor within
-        60 steps at tiny's learning rate), starts at 0.07 and is clamped to [0.001, 0.5] (ALBEF).
+     7. MLM replaces 80 % by [MASK], 10 % by a random word, 10 % by themselves "following BERT"; section 3.3.2 speaks
+        only of [MASK]: `mlm_mask_only=True`. Exactly max(1, round(0.15 n)) of a caption's n words are chosen,
+        which keeps shapes static.
+     8. Algorithm 1 has no distillation of MLM. Section 1 says "for each of the image, text and fusion encoders, there
+        is a corresponding encoder that is updated through moving average", whose only use can be that:
+        `mlm_distill=0.4` builds it.
+     9. Teachers run without dropout. The temperature is learnt as its logarithm (as a raw parameter it hits its floor
+        within 60 steps at tiny's learning rate), starts at 0.07 and is clamped to [0.001, 0.5] (ALBEF).
     10. Fine-tuning for retrieval uses the alignment (Eq. 5) and ITM losses, as ALBEF; the paper does not say.
         VQA, VE and NLVR2 use no teachers. The answer decoder shares the text encoder's embeddings.
     11. `stem="conv"` (three convolutions instead of one 16x16 patch projection) and `act="relu"` exist for `tiny`.
 
-Run: python train.py --model codis      (tiny on shapes, two CPU cores: 5.6 min; R@1 of 1,000 test images re-ranked 77.9 / 65.7, chance 0.1)
+Run: python train.py --model codis      (tiny on shapes, two CPU cores: 5.6 min; R@1 of 1,000 test images re-ranked
+                                        77.9 / 65.7, chance 0.1)
      python models/codis.py             (2 s: shapes, parameters and every loss on a random batch)
 """
 
@@ -116,9 +121,9 @@ class Config:
 TINY = dict(image_view="plain", batch_size=32, warmup_steps=100, warmup_lr=1e-5, min_lr=1e-5)     # minutes on two cores
 PRESETS = {
     "base": dict(),
-    "tiny": dict(image_size=64, stem="conv", vision_width=128, vision_layers=4, vision_heads=4, width=128, text_layers=2,
-                 fusion_layers=1, heads=4, mlp_ratio=4, act="relu", dropout=0.0, embed_dim=128, queue_size=1024, momentum=0.98,
-                 codewords=256, max_text=22, init_std=0.08,
+    "tiny": dict(image_size=64, stem="conv", vision_width=128, vision_layers=4, vision_heads=4,
+                 width=128, text_layers=2, fusion_layers=1, heads=4, mlp_ratio=4, act="relu", dropout=0.0,
+                 embed_dim=128, queue_size=1024, momentum=0.98, codewords=256, max_text=22, init_std=0.08,
                  pretrain=dict(TINY, steps=2600, lr=1e-3, rerank_k=16),
                  retrieval=dict(TINY, steps=1000, lr=3e-4, rerank_k=16),
                  vqa=dict(TINY, steps=2400, lr=3e-4),
@@ -128,7 +133,8 @@ PRESETS = {
 
 # Values without a mark are the paper's, section 4.2.1. [A]: ALBEF's, which the paper follows without printing them.
 # Data: COCO, Visual Genome (its captions), Conceptual Captions and SBU, 4.0M images with 5.1M captions (section 4.1).
-# Table 1: `--task retrieval --data COCO` then eval.py on COCO (5K) and, "zero-shot", on Flickr30K. Table 2: fine-tuned on each.
+# Table 1: `--task retrieval --data COCO` then eval.py on COCO (5K) and, "zero-shot", on Flickr30K.
+#   Table 2: fine-tuned on each.
 # Table 4, rows from above, all on `--task pretrain`, then eval.py on Flickr30K and COCO without fine-tuning:
 #   1 cross alignment only              --codebook False --intra False
 #   2 intra + cross                     --codebook False
@@ -136,27 +142,30 @@ PRESETS = {
 #   4 intra + cross + codebook (student) --codebook_features student
 #   5 intra + cross + codebook (teacher) (the default)
 FINETUNE = dict(optimizer="adamw", schedule="cosine", weight_decay=0.02, image_size=384, crop_scale=(0.5, 1.0),
-                lr=2e-5, min_lr=1e-6, batch_size=256)                                # all but the size [A]
+                lr=2e-5, min_lr=1e-6, batch_size=256)                       # all but the size [A]
 RECIPE = {
     "pretrain": dict(optimizer="adamw", lr=1e-4, min_lr=1e-5, warmup_lr=1e-5, warmup_steps=1000, schedule="cosine",
-                     weight_decay=0.02, epochs=30, batch_size=512, rerank_k=128),    # rerank_k [A]: 128 Flickr30K, 256 COCO
-    "retrieval": dict(FINETUNE, lr=1e-5, epochs=10, max_text=30, rerank_k=128),      # [A]: 10 epochs on Flickr30K, 5 on COCO
-    "vqa": dict(FINETUNE, epochs=8),                                                 # [A]
-    "ve": dict(FINETUNE, epochs=5),                                                  # [A]
-    "nlvr2": [dict(FINETUNE, task="assign", epochs=1, batch_size=128),               # [A]: stage 1, text assignment on the
-              dict(FINETUNE, epochs=10, batch_size=128)],                            # pre-training data (--stage_data)
+                     weight_decay=0.02, epochs=30, batch_size=512,
+                     rerank_k=128),                                         # rerank_k [A]: 128 Flickr30K, 256 COCO
+    "retrieval": dict(FINETUNE, lr=1e-5, epochs=10, max_text=30,
+                      rerank_k=128),                                        # [A]: 10 epochs on Flickr30K, 5 on COCO
+    "vqa": dict(FINETUNE, epochs=8),                                        # [A]
+    "ve": dict(FINETUNE, epochs=5),                                         # [A]
+    "nlvr2": [dict(FINETUNE, task="assign", epochs=1, batch_size=128),      # [A]: stage 1, text assignment on the
+              dict(FINETUNE, epochs=10, batch_size=128)],                   # pre-training data (--stage_data)
 }
 
 TASKS = ("pretrain", "retrieval", "vqa", "ve", "nlvr2")
-EVALS = {"pretrain": ("retrieval",), "retrieval": ("retrieval",), "vqa": ("vqa",), "ve": ("ve",), "nlvr2": ("nlvr2",), "assign": ()}
+EVALS = {"pretrain": ("retrieval",), "retrieval": ("retrieval",), "vqa": ("vqa",), "ve": ("ve",),
+         "nlvr2": ("nlvr2",), "assign": ()}
 INITS = ("vision", "text")
 VIEWS = {
     "pretrain": dict(source="pairs", image="randaug", image_eval="resize", norm="clip", text="caption"),
     "retrieval": dict(source="pairs", image="randaug", image_eval="resize", norm="clip", text="caption"),
     "vqa": dict(source="vqa", image="randaug", image_eval="resize", norm="clip", text="question", answer="answer"),
     "ve": dict(source="ve", image="randaug", image_eval="resize", norm="clip", text="caption", label="label"),
-    "nlvr2": dict(source="nlvr2", image="randaug", image2="randaug", image_eval="resize", image2_eval="resize", norm="clip",
-                  text="caption", label="label"),
+    "nlvr2": dict(source="nlvr2", image="randaug", image2="randaug", image_eval="resize", image2_eval="resize",
+                  norm="clip", text="caption", label="label"),
     "assign": dict(source="pairs", image="randaug", norm="clip", text="caption"),
 }
 COUNTS = {"text + fusion + MLM head (the paper, with BERT's 30,522 words: 123.7M)": ("text", "fusion", "mlm_head")}
@@ -237,14 +246,16 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv2d(3, w, p, p)
         else:  # the same stride p in three steps
             self.proj = nn.Sequential(nn.Conv2d(3, w // 2, p // 4, p // 4), activation(cfg.act),
-                                      nn.Conv2d(w // 2, w // 2, 3, 2, 1), activation(cfg.act), nn.Conv2d(w // 2, w, 3, 2, 1))
+                                      nn.Conv2d(w // 2, w // 2, 3, 2, 1), activation(cfg.act),
+                                      nn.Conv2d(w // 2, w, 3, 2, 1))
 
     def forward(self, image):
         return self.proj(image).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, P, D)
 
 
 class ViT(nn.Module):
-    """(B, 3, H, W) -> (B, P+1, D), the class token first. H and W: any multiples of `patch`; position embeddings follow."""
+    """(B, 3, H, W) -> (B, P+1, D), the class token first. H and W: any multiples of `patch`;
+    position embeddings follow."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -252,7 +263,8 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(cfg)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, w))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (cfg.image_size // cfg.patch) ** 2, w))
-        self.blocks = nn.ModuleList(ViTBlock(w, cfg.vision_heads, cfg.mlp_ratio, cfg.act) for _ in range(cfg.vision_layers))
+        self.blocks = nn.ModuleList(ViTBlock(w, cfg.vision_heads, cfg.mlp_ratio, cfg.act)
+                                    for _ in range(cfg.vision_layers))
         self.norm = nn.LayerNorm(w, eps=1e-6)
 
     def forward(self, image):
@@ -265,7 +277,8 @@ class ViT(nn.Module):
 
 
 def resize_pos_embed(pos, height, width):
-    """Interpolates ViT position embeddings (1, 1+h*h, D) bicubically to a grid of height x width; the class token's stays."""
+    """Interpolates ViT position embeddings (1, 1+h*h, D) bicubically to a grid of height x width;
+    the class token's stays."""
     if pos.shape[1] == 1 + height * width:
         return pos
     side = math.isqrt(pos.shape[1] - 1)
@@ -284,7 +297,8 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, text):
-        x = self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]] + self.token_type_embeddings.weight[0]
+        x = (self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]]
+             + self.token_type_embeddings.weight[0])
         return self.dropout(self.LayerNorm(x))                                       # (B, T, D)
 
 
@@ -308,7 +322,8 @@ class BertOutput(nn.Module):
 
 
 class BertAttention(nn.Module):
-    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many queries."""
+    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many
+    queries."""
 
     def __init__(self, cfg, context_width):
         super().__init__()
@@ -346,7 +361,8 @@ class BertLayer(nn.Module):
         self.output = BertOutput(cfg, cfg.mlp_ratio * cfg.width)
 
     def self_attend(self, x, mask, at=None):
-        """x: (B, T, D); mask: bool (B, 1, 1 or T, T); at: (B, S) positions to compute, all where None -> (B, T or S, D)."""
+        """x: (B, T, D); mask: bool (B, 1, 1 or T, T); at: (B, S) positions to compute,
+        all where None -> (B, T or S, D)."""
         keys = self.attention.keys(x)
         return self.attention(x if at is None else pick(x, at), keys, mask)
 
@@ -383,7 +399,8 @@ class Bert(nn.Module):
     def forward(self, text, text_mask):
         x, mask = self.embeddings(text), text_mask[:, None, None].bool()             # (B, T, D), (B, 1, 1, T)
         for layer in self.encoder.layer:
-            x = checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training else layer(x, mask)
+            x = (checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training
+                 else layer(x, mask))
         return x
 
 
@@ -425,7 +442,8 @@ def gather(x):
 
 @torch.no_grad()
 def enqueue_(queue, queue_ids, ptr, keys, ids):
-    """Writes keys (N, d) and their image ids (N,) at `ptr` of a ring (Q, d), around its end; of more than Q keys, the last Q."""
+    """Writes keys (N, d) and their image ids (N,) at `ptr` of a ring (Q, d), around its end; of more than Q keys,
+    the last Q."""
     slots = ((ptr + torch.arange(len(keys), device=ptr.device)) % len(queue))[-len(queue):]
     keys, ids = keys[-len(queue):], ids[-len(queue):]
     queue.index_copy_(0, slots, keys.to(queue.dtype))
@@ -459,10 +477,12 @@ def ot_loss(plan, cost):
 def ipot(cost, eps=0.5, iters=50, inner=1):
     """Algorithm 2 (IPOT): the plan T of least <T, D> with uniform marginals, T 1 = 1/N, T' 1 = 1/K.
 
-    cost: (..., N, K), d(z_i, c_j) = 1 - cos -> T (..., N, K) float32 of total mass 1. Per iteration, from T = 1 and sigma = 1/K:
-        Q = exp(-D/eps) * T;  repeat inner times: delta = 1/(N Q sigma), sigma = 1/(K Q' delta);  T = diag(delta) Q diag(sigma)
-    Here everything is a logarithm: exp(-D/eps) underflows and Q sigma divides by zero for small eps. Columns sum to 1/K to
-    rounding, rows approach 1/N as iterations go on.
+    cost: (..., N, K), d(z_i, c_j) = 1 - cos -> T (..., N, K) float32 of total mass 1. Per iteration,
+    from T = 1 and sigma = 1/K:
+        Q = exp(-D/eps) * T;  repeat inner times: delta = 1/(N Q sigma), sigma = 1/(K Q' delta);
+        T = diag(delta) Q diag(sigma)
+    Here everything is a logarithm: exp(-D/eps) underflows and Q sigma divides by zero for small eps. Columns sum to 1/K
+    to rounding, rows approach 1/N as iterations go on.
     """
     n, k = cost.shape[-2:]
     with torch.autocast(cost.device.type, enabled=False):
@@ -480,13 +500,15 @@ def ipot(cost, eps=0.5, iters=50, inner=1):
 
 @full_precision
 def soft_cross_entropy(logits, target):
-    """H of Algorithm 1: -sum_j t_j log softmax(logits)_j, mean over rows. logits, target: (N, K), target without gradient."""
+    """H of Algorithm 1: -sum_j t_j log softmax(logits)_j, mean over rows. logits, target: (N, K),
+    target without gradient."""
     return -(target.detach() * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
 @full_precision
 def codebook_loss(z, codebook, plan, temp):
-    """Eq. (2): H(SoftMax(Z C / gamma), T), T's rows scaled to sum to one. z: (B, d); codebook: (K, d); plan: (B, K) -> 0-d."""
+    """Eq. (2): H(SoftMax(Z C / gamma), T), T's rows scaled to sum to one. z: (B, d); codebook: (K, d);
+    plan: (B, K) -> 0-d."""
     return soft_cross_entropy(z.float() @ codebook.float().T / temp, plan / plan.sum(-1, keepdim=True))
 
 
@@ -498,10 +520,11 @@ def align_probs(z, keys, temp):
 
 @full_precision
 def align_loss(z, z_m, ids, keys, key_ids, temp, distill):
-    """Eq. (5), one direction, row by row: H(p, y), y = distill p_teacher + (1 - distill) [same image] / count. Plain form.
+    """Eq. (5), one direction, row by row: H(p, y), y = distill p_teacher + (1 - distill) [same image] / count.
+    Plain form.
 
-    z, z_m: (R, d) student and teacher; ids: (R,); keys: (M, d), key_ids: (M,) -> (R,) float32. A row without a positive among the
-    keys learns from the teacher alone, a row without a negative has loss 0.
+    z, z_m: (R, d) student and teacher; ids: (R,); keys: (M, d), key_ids: (M,) -> (R,) float32. A row without a positive
+    among the keys learns from the teacher alone, a row without a negative has loss 0.
     """
     same = (ids[:, None] == key_ids).float()                                         # (R, M)
     count = same.sum(-1, keepdim=True)
@@ -514,8 +537,9 @@ def align_loss(z, z_m, ids, keys, key_ids, temp, distill):
 class QueueContrast(torch.autograd.Function):
     """align_loss() over several blocks of keys, streamed: memory O(R * chunk) instead of several (R, M) matrices.
 
-    The loss of a row is logsumexp(s) - sum_j y_j s_j with s = z.k/gamma, and sum_j y_j s_j = a E_teacher[s] + (1-a) mean s_pos:
-    running sums per row suffice. Backward scores the keys again: dL/ds = p - y. Gradients go to z and temp; keys are constants.
+    The loss of a row is logsumexp(s) - sum_j y_j s_j with s = z.k/gamma, and sum_j y_j s_j = a E_teacher[s] + (1-a)
+    mean s_pos: running sums per row suffice. Backward scores the keys again: dL/ds = p - y. Gradients go to z and temp;
+    keys are constants.
 
     z, z_m: (R, d) float32; ids: (R,); temp, distill: 0-d; then blocks keys (M_i, d), key_ids (M_i,), ... -> (R,).
     """
@@ -566,8 +590,8 @@ class QueueContrast(torch.autograd.Function):
 def hard_negatives(sim, ids):
     """For Eq. (7): one index per row, drawn with probability softmax(sim) among columns of another image.
 
-    sim: (B, B), already divided by the temperature; ids: (B,) -> (B,) int64 indices, (B,) bool: the row had a candidate.
-    argmax(log w - log Exp(1)) is a multinomial draw that no saturated softmax can break.
+    sim: (B, B), already divided by the temperature; ids: (B,) -> (B,) int64 indices, (B,) bool: the row had a
+    candidate. argmax(log w - log Exp(1)) is a multinomial draw that no saturated softmax can break.
     """
     same = ids[:, None] == ids
     noise = torch.empty_like(sim, dtype=torch.float32).exponential_().log()
@@ -580,7 +604,8 @@ def itm_loss(logits, labels):
 
 
 def mlm_loss(logits, labels):
-    """Eq. (8): H(p_mlm, y_mlm) at masked places. logits: (B, M, V); labels: (B, M), -100 = no masked token here -> 0-d."""
+    """Eq. (8): H(p_mlm, y_mlm) at masked places. logits: (B, M, V);
+    labels: (B, M), -100 = no masked token here -> 0-d."""
     return masked_cross_entropy(logits, labels)
 
 
@@ -591,10 +616,12 @@ def masked_cross_entropy(logits, labels):
 
 @torch.no_grad()
 def mask_tokens(text, maskable, mask_id, first_word, vocab_size, prob=0.15, mask_only=False):
-    """Section 3.3.2: chooses max(1, round(prob n)) of a row's n maskable tokens; 80 % become [MASK], 10 % a random word, 10 % stay.
+    """Section 3.3.2: chooses max(1, round(prob n)) of a row's n maskable tokens; 80 % become [MASK],
+    10 % a random word, 10 % stay.
 
-    text: (B, T) int64; maskable: (B, T) bool -> masked text (B, T), positions (B, M), labels (B, M) with -100 where a row has
-    fewer than M = max(1, round(prob T)) chosen. Shapes depend on T alone. Random words come from first_word..vocab_size-1.
+    text: (B, T) int64; maskable: (B, T) bool -> masked text (B, T), positions (B, M), labels (B, M) with -100 where
+    a row has fewer than M = max(1, round(prob T)) chosen. Shapes depend on T alone. Random words come from
+    first_word..vocab_size-1.
     """
     n = maskable.sum(-1, keepdim=True)
     m = max(1, round(prob * text.shape[1]))
@@ -614,7 +641,8 @@ def mask_tokens(text, maskable, mask_id, first_word, vocab_size, prob=0.15, mask
 
 @torch.no_grad()
 def perplexity(p):
-    """exp of the entropy of the mean row. p: (N, K), rows sum to 1 -> 0-d between 1 (collapsed) and K (every codeword used)."""
+    """exp of the entropy of the mean row. p: (N, K), rows sum to 1
+    -> 0-d between 1 (collapsed) and K (every codeword used)."""
     return torch.special.entr(p.float().mean(0)).sum().exp()
 
 
@@ -622,7 +650,8 @@ def perplexity(p):
 # The model
 
 class Codis(nn.Module):
-    """All tasks of the paper. A batch is a dict: image (B, 3, H, W), text, text_mask (B, T), image_id (B,) and what the task adds."""
+    """All tasks of the paper. A batch is a dict: image (B, 3, H, W), text, text_mask (B, T), image_id (B,) and what
+    the task adds."""
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
@@ -642,13 +671,16 @@ class Codis(nn.Module):
         if task == "vqa":
             self.decoder = BertLayers(cfg, cfg.fusion_layers, cfg.width)
         if task in ("ve", "nlvr2", "assign"):
-            self.cls_head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.ReLU(), nn.Linear(cfg.width, num_labels or 3))
-        if task in ("nlvr2", "assign"):  # each fusion layer twice, for the first and the second image, keys and values shared
+            self.cls_head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.ReLU(),
+                                          nn.Linear(cfg.width, num_labels or 3))
+        # each fusion layer twice, for the first and the second image, keys and values shared
+        if task in ("nlvr2", "assign"):
             self.fusion = BertLayers(cfg, 2 * cfg.fusion_layers, cfg.vision_width)
         self.init_weights()
         self.tie_weights()
-        for name, tasks in {"encode_image": PAIR_TASKS, "encode_text": PAIR_TASKS, "match": PAIR_TASKS, "gradcam": PAIR_TASKS,
-                            "rank_answers": ("vqa",), "predict": ("ve", "nlvr2", "assign")}.items():
+        for name, tasks in {"encode_image": PAIR_TASKS, "encode_text": PAIR_TASKS, "match": PAIR_TASKS,
+                            "gradcam": PAIR_TASKS, "rank_answers": ("vqa",),
+                            "predict": ("ve", "nlvr2", "assign")}.items():
             if task not in tasks:
                 setattr(self, name, None)  # eval.py asks what a model offers
         self.students = [n for n in ("vision", "text", "vision_proj", "text_proj") if task in PAIR_TASKS]
@@ -661,7 +693,8 @@ class Codis(nn.Module):
                 self.register_buffer(f"queue_{name}", F.normalize(torch.randn(cfg.queue_size, cfg.embed_dim), dim=-1))
             self.register_buffer("queue_ids", torch.full((cfg.queue_size,), -1))
             self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
-            self.register_buffer("ramp", torch.zeros(()))       # 0 to 1 over the first epoch: the teachers are worth little before
+            # 0 to 1 over the first epoch: the teachers are worth little before
+            self.register_buffer("ramp", torch.zeros(()))
             self.register_buffer("distill", torch.zeros(()))    # their weight in Eq. 5, cfg.distill * ramp
 
     def init_weights(self):
@@ -679,14 +712,16 @@ class Codis(nn.Module):
         """ALBEF's NLVR2: the two copies of a fusion layer have one cross-attention key and one value projection."""
         if self.task in ("nlvr2", "assign"):
             for one, two in zip(self.fusion.layer[::2], self.fusion.layer[1::2]):
-                two.crossattention.self.key, two.crossattention.self.value = one.crossattention.self.key, one.crossattention.self.value
+                two.crossattention.self.key, two.crossattention.self.value = (one.crossattention.self.key,
+                                                                              one.crossattention.self.value)
 
     def adapt(self, state):
-        """A checkpoint of another task or image size, as this model's: position embeddings resized, fusion layers doubled for
-        NLVR2, the answer decoder started from the fusion layers where their shapes agree, a head for other classes left out.
-        {key: tensor} -> {key: tensor}."""
+        """A checkpoint of another task or image size, as this model's: position embeddings resized, fusion layers
+        doubled for NLVR2, the answer decoder started from the fusion layers where their shapes agree, a head for other
+        classes left out. {key: tensor} -> {key: tensor}."""
         mine = self.state_dict()
-        state = {k: v for k, v in state.items() if not k.startswith("cls_head.") or k in mine and mine[k].shape == v.shape}
+        state = {k: v for k, v in state.items()
+                 if not k.startswith("cls_head.") or k in mine and mine[k].shape == v.shape}
         for key in [k for k in state if k.endswith("pos_embed")]:
             grid = self.cfg.image_size // self.cfg.patch
             state[key] = resize_pos_embed(state[key], grid, grid)
@@ -715,7 +750,8 @@ class Codis(nn.Module):
     # -- encoders
 
     def encode(self, side, x, *mask, teacher=False):
-        """side "vision" or "text" -> tokens (B, S, D) and unit [CLS] embeddings (B, d) float32, of the student or the teacher."""
+        """side "vision" or "text" -> tokens (B, S, D) and unit [CLS] embeddings (B, d) float32,
+        of the student or the teacher."""
         m = "_m" if teacher else ""
         tokens = getattr(self, side + m)(x, *mask)
         return tokens, F.normalize(getattr(self, f"{side}_proj{m}")(tokens[:, 0]).float(), dim=-1)
@@ -734,7 +770,8 @@ class Codis(nn.Module):
         return {"image_tokens": tokens, "image_emb": emb}
 
     def text_states(self, batch):
-        """What match() needs of a sentence: `text_tokens` (B, T, D) and `text_mask`; with the embedding `text_emb` (B, d)."""
+        """What match() needs of a sentence: `text_tokens` (B, T, D) and `text_mask`;
+        with the embedding `text_emb` (B, d)."""
         tokens, emb = self.encode("text", batch["text"], batch["text_mask"])
         return {"text_tokens": tokens, "text_emb": emb, "text_mask": batch["text_mask"]}
 
@@ -753,7 +790,8 @@ class Codis(nn.Module):
         return [layer.crossattention.keys(image_tokens) for layer in (fusion or self.fusion).layer]
 
     def fuse(self, x, text_mask, keys, fusion=None, cls_only=False):
-        """x: (B, T, D) -> (B, T, D), or (B, 1, D) with `cls_only`: the last layer then computes nothing that nobody reads."""
+        """x: (B, T, D) -> (B, T, D), or (B, 1, D) with `cls_only`: the last layer then computes nothing that nobody
+        reads."""
         mask, layers = text_mask[:, None, None].bool(), (fusion or self.fusion).layer
         for n, layer in enumerate(layers):
             at = torch.zeros_like(text_mask[:, :1]) if cls_only and n + 1 == len(layers) else None
@@ -764,8 +802,8 @@ class Codis(nn.Module):
         """The four fusions of a training step, exact and without waste -> [CLS] (3B, D) and masked places (B, M, D).
 
         [CLS] rows: the pairs, then (image i, negative_text i), then (negative_image i, text i). What is not done twice:
-        self-attention of the first layer, the same for all uses of a sentence; keys of an image, which three sentences query
-        together as one long row; in the last layer everything but [CLS] and the masked places.
+        self-attention of the first layer, the same for all uses of a sentence; keys of an image, which three sentences
+        query together as one long row; in the last layer everything but [CLS] and the masked places.
 
         clean, masked: (B, T, D); positions: (B, M), or None without MLM; keys: image_keys(); negative_*: (B,) indices.
         """
@@ -806,8 +844,8 @@ class Codis(nn.Module):
                 ("2i", (text_emb, image_emb), (text_m, image_m), all_image_m, self.queue_image)):
             rows = 2 if self.cfg.intra else 1
             blocks = ((keys, all_ids) if self.cfg.batch_keys else ()) + (queue, self.queue_ids)
-            loss = QueueContrast.apply(torch.cat(queries[:rows]), torch.cat(teachers[:rows]), ids.repeat(rows), self.temp,
-                                       self.distill, self.cfg.queue_chunk, *blocks)
+            loss = QueueContrast.apply(torch.cat(queries[:rows]), torch.cat(teachers[:rows]),
+                                       ids.repeat(rows), self.temp, self.distill, self.cfg.queue_chunk, *blocks)
             cross, same = ("i", "t") if name == "2t" else ("t", "i")
             for letter, part in zip((cross, same), loss.split(b)):
                 losses[letter + name] = part.mean()
@@ -815,14 +853,15 @@ class Codis(nn.Module):
 
     @full_precision
     def code_losses(self, image_emb, text_emb, all_image, all_text):
-        """Eq. (3): L_ot of both modalities, L_tp and L_ip. The plan is that of the global batch; this process's rows count."""
+        """Eq. (3): L_ot of both modalities, L_tp and L_ip. The plan is that of the global batch;
+        this process's rows count."""
         c = self.codebook
         features = torch.stack([all_image, all_text]).float()                        # (2, N, d)
         plan = ipot(1 - features @ c.detach().T, self.cfg.ot_eps, self.cfg.ot_iters, self.cfg.ot_inner)   # (2, N, K)
         b = len(image_emb)
         mine = slice(rank() * b, rank() * b + b)
         plan, features = plan[:, mine], features[:, mine]
-        ot = ot_loss(plan, 1 - features @ c.T) * world()                             # DDP's mean is then the global <T, D>
+        ot = ot_loss(plan, 1 - features @ c.T) * world()                        # DDP's mean is then the global <T, D>
         for_text, for_image = plan if self.cfg.codebook_target == "cross" else plan.flip(0)
         return {"ot": ot.sum(), "tp": codebook_loss(text_emb, c, for_text, self.temp),
                 "ip": codebook_loss(image_emb, c, for_image, self.temp)}
@@ -848,7 +887,7 @@ class Codis(nn.Module):
     def negatives(self, image_emb, text_emb, ids):
         with torch.no_grad():
             sim = image_emb @ text_emb.T / self.temp                                  # (B, B), this process's batch
-        return hard_negatives(sim.T, ids), hard_negatives(sim, ids)                   # an image per text, a text per image
+        return hard_negatives(sim.T, ids), hard_negatives(sim, ids)             # an image per text, a text per image
 
     def loss_pretrain(self, batch):
         """Eq. (9): L = L_mlm + L_itm + L_ica + L_code, as Algorithm 1 goes."""
@@ -862,10 +901,12 @@ class Codis(nn.Module):
         align = self.contrast(image_emb, text_emb, *mine_m, ids, *all_m)              # Eq. 5
         code = {}
         if cfg.codebook:                                                              # Eq. 3
-            features = all_m[:2] if cfg.codebook_features == "teacher" else gather(torch.stack([image_emb, text_emb], 1)).unbind(1)
+            features = (all_m[:2] if cfg.codebook_features == "teacher"
+                        else gather(torch.stack([image_emb, text_emb], 1)).unbind(1))
             code = self.code_losses(image_emb, text_emb, *features)
         (neg_image, image_ok), (neg_text, text_ok) = self.negatives(image_emb, text_emb, ids)
-        cls, words = self.fuse_pretrain(clean, masked_tokens, text_mask, positions, self.image_keys(image_tokens), neg_image, neg_text)
+        cls, words = self.fuse_pretrain(clean, masked_tokens, text_mask, positions, self.image_keys(image_tokens),
+                                        neg_image, neg_text)
         itm = self.match_loss(cls, image_ok, text_ok)                                 # Eq. 7
         logits = self.mlm_head(words, self.text.embeddings.word_embeddings.weight)    # (B, M, V)
         mlm = mlm_loss(logits, labels)                                                # Eq. 8
@@ -910,9 +951,11 @@ class Codis(nn.Module):
     loss_nlvr2 = loss_ve
 
     def loss_assign(self, batch):
-        """ALBEF's text assignment, before NLVR2: of two images, does the text belong to the first, the second, or neither?
+        """ALBEF's text assignment, before NLVR2: of two images, does the text belong to the first,
+        the second, or neither?
 
-        The other images are drawn as hard negatives by the similarity of image [CLS] tokens. A row without one does not count.
+        The other images are drawn as hard negatives by the similarity of image [CLS] tokens.
+        A row without one does not count.
         """
         b, ids, pixels = len(batch["image"]), batch["image_id"], batch["image"]
         with torch.no_grad():
@@ -926,7 +969,8 @@ class Codis(nn.Module):
         return {"loss": loss, "logs": {"assign": loss.detach()}}
 
     def decode(self, answer, keys, context_mask):
-        """Answer tokens (R, L) -> word logits (R, L, V) of what follows each. keys: per decoder layer those of the R contexts."""
+        """Answer tokens (R, L) -> word logits (R, L, V) of what follows each.
+        keys: per decoder layer those of the R contexts."""
         length = answer.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=answer.device).tril()[None, None]
         x = self.text.embeddings(answer)
@@ -936,12 +980,15 @@ class Codis(nn.Module):
 
     def question_keys(self, batch):
         context = self.fused(batch, cls_only=False)                                  # (B, T, D)
-        return [layer.crossattention.keys(context) for layer in self.decoder.layer], batch["text_mask"][:, None, None].bool()
+        return ([layer.crossattention.keys(context) for layer in self.decoder.layer],
+                batch["text_mask"][:, None, None].bool())
 
     def loss_vqa(self, batch):
-        """Section 4.2: the answer is generated from the fused question. Mean over questions of the answer's -log likelihood.
+        """Section 4.2: the answer is generated from the fused question.
+        Mean over questions of the answer's -log likelihood.
 
-        `answer` is drawn from the annotators' ten by data.py, so that in expectation each weighs as often as it was given.
+        `answer` is drawn from the annotators' ten by data.py, so that in expectation each weighs as often as it was
+        given.
         """
         answer, mask = batch["answer"][:, :self.cfg.max_answer], batch["answer_mask"][:, :self.cfg.max_answer]
         logits = self.decode(answer[:, :-1], *self.question_keys(batch)).float()      # (B, L-1, V)
@@ -951,7 +998,8 @@ class Codis(nn.Module):
         return {"loss": loss, "logs": {"answer": loss.detach()}}
 
     def rank_answers(self, batch, answer_ids, answer_mask, k):
-        """The best of A candidate answers for each question: the k of likeliest first token, then by the whole answer's likelihood.
+        """The best of A candidate answers for each question: the k of likeliest first token,
+        then by the whole answer's likelihood.
 
         answer_ids, answer_mask: (A, L), [CLS] first -> (B,) int64 indices.
         """
@@ -967,11 +1015,13 @@ class Codis(nn.Module):
         return top.gather(1, logp.sum(-1).view(b, k).argmax(-1, keepdim=True)).squeeze(1)
 
     def gradcam(self, batch, block=None):
-        """Section 4.6: cross-attention of one fusion layer, weighted by the gradient of what the model says of the pair.
+        """Section 4.6: cross-attention of one fusion layer, weighted by the gradient of what the model says of the
+        pair.
 
-        block: fusion layer from 0 (default: the third; of fewer, the last but one). Its attention maps times their positive
-        gradient, averaged over heads, [CLS] patch dropped -> {"word": (B, T, h, w) a map per token, "sentence": (B, h, w) their
-        mean over [CLS] and words}. In the last layer only [CLS] is heard: there the words' maps are zero.
+        block: fusion layer from 0 (default: the third; of fewer, the last but one). Its attention maps times their
+        positive gradient, averaged over heads, [CLS] patch dropped -> {"word": (B, T, h, w) a map per token,
+        "sentence": (B, h, w) their mean over [CLS] and words}. In the last layer only [CLS] is heard: there the words'
+        maps are zero.
         """
         layers = self.fusion.layer
         block = min(2, max(len(layers) - 2, 0)) if block is None else block
@@ -995,11 +1045,14 @@ class Codis(nn.Module):
         return mask_tokens(text, maskable, cfg.mask_id, cfg.first_word, cfg.vocab_size, cfg.mlm_prob, cfg.mlm_mask_only)
 
     def mlm_teacher(self, batch, masked, positions, labels, logits):
-        """ALBEF's soft MLM loss: cross-entropy against the momentum fusion encoder's word distribution, at masked places."""
+        """ALBEF's soft MLM loss: cross-entropy against the momentum fusion encoder's word distribution,
+        at masked places."""
         with torch.no_grad():
             x = self.text_m(masked, batch["text_mask"])
-            x = self.fuse(x, batch["text_mask"], self.image_keys(self.vision_m(batch["image"]), self.fusion_m), self.fusion_m)
-            target = self.mlm_head_m(pick(x, positions), self.text_m.embeddings.word_embeddings.weight).float().softmax(-1)
+            x = self.fuse(x, batch["text_mask"],
+                          self.image_keys(self.vision_m(batch["image"]), self.fusion_m), self.fusion_m)
+            target = (self.mlm_head_m(pick(x, positions), self.text_m.embeddings.word_embeddings.weight)
+                      .float().softmax(-1))
         live = labels != -100
         return -((target * logits.float().log_softmax(-1)).sum(-1) * live).sum() / live.sum().clamp(min=1)
 
@@ -1015,11 +1068,13 @@ class Codis(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step, total_steps, epoch_steps=None):
-        """Eq. (6), codewords back to unit norm, the temperature's clamp, the ramp of the teacher's weight over one epoch."""
+        """Eq. (6), codewords back to unit norm, the temperature's clamp, the ramp of the teacher's weight over one
+        epoch."""
         if not self.students:
             return
         for name in self.students:
-            ema_(list(getattr(self, name + "_m").parameters()), list(getattr(self, name).parameters()), self.cfg.momentum)
+            ema_(list(getattr(self, name + "_m").parameters()), list(getattr(self, name).parameters()),
+                 self.cfg.momentum)
         self.log_temp.clamp_(math.log(0.001), math.log(0.5))
         if hasattr(self, "codebook"):
             self.codebook.div_(self.codebook.norm(dim=-1, keepdim=True))
@@ -1028,7 +1083,8 @@ class Codis(nn.Module):
 
     @torch.no_grad()
     def reset_memory(self):
-        """The start of a training: teachers equal to their students, queues of random unit vectors that are no image's."""
+        """The start of a training: teachers equal to their students, queues of random unit vectors that are no
+        image's."""
         for name in self.students:
             getattr(self, name + "_m").load_state_dict(getattr(self, name).state_dict())
         if self.students:
@@ -1039,10 +1095,12 @@ class Codis(nn.Module):
                 value.zero_()
 
     def param_groups(self, cfg):
-        """Weight decay on matrices only: not on biases, norms, the temperature, or the codebook, whose length is fixed."""
+        """Weight decay on matrices only: not on biases, norms, the temperature, or the codebook,
+        whose length is fixed."""
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         plain = [p for n, p in named if p.ndim < 2 or n == "codebook"]
-        return [{"params": [p for n, p in named if not (p.ndim < 2 or n == "codebook")], "lr": cfg.lr, "weight_decay": cfg.weight_decay},
+        return [{"params": [p for n, p in named if not (p.ndim < 2 or n == "codebook")],
+                 "lr": cfg.lr, "weight_decay": cfg.weight_decay},
                 {"params": plain, "lr": cfg.lr, "weight_decay": 0.0}]
 
 
@@ -1050,21 +1108,24 @@ class Codis(nn.Module):
 # Foreign weights
 
 def read_foreign(path, where):
-    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin
+    -> ({key: tensor}, the folder's config.json or {}).
 
-    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
-    `where` begins each error, which is a SystemExit of one line.
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or
+    "state_dict". `where` begins each error, which is a SystemExit of one line.
     """
     path, config = Path(path), {}
     if path.is_dir():
         if (path / "config.json").exists():
             config = json.loads((path / "config.json").read_text())
-        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin")
+                               if (path / name).exists()]
         if not found:
             raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
         path = found[0]
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
         raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
     for key in ("model", "state_dict"):
@@ -1076,7 +1137,8 @@ def read_foreign(path, where):
 
 
 def short(names):
-    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    """Names of tensors for people, layer numbers as ranges, weight and bias together:
+    ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
     number, layers = r"(?<=\.)\d+(?=\.)", {}
     for name in sorted(names):
         layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
@@ -1084,29 +1146,37 @@ def short(names):
     for name, numbers in layers.items():
         for column in zip(*numbers):
             low, high, some = min(column), max(column), sorted(set(column))
-            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1
+                                else ",".join(map(str, some)), 1)
         out.append(name)
-    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    both = [name.removesuffix(".bias") for name in out
+            if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
     out = [name for name in out if name.removesuffix(".bias") not in both]
     return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
                      for name in out) or "none"
 
 
 def fill(model, state, where, rename, required, reads, ignored=()):
-    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for,
+    or it raises before anything is changed.
 
-    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
-    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
-    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
-    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it).
+    required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the
+    tower says.
+    ignored: keys to leave out without a word.
+    -> (our names that are filled, the report's line). SystemExit of one line, beginning with `where`: a tensor of
+    another shape, two that claim one place and differ, one left out that counts, one left unfilled.
     """
     mine, source, unexpected = model.state_dict(), {}, []
     for key, value in state.items():
         names = [name for name in rename(key) if name in mine]
         for name in names:
             if value.shape != mine[name].shape:
-                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
-                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+                hint = (", another vocabulary: see --vocab"
+                        if value.shape[1:] == mine[name].shape[1:] and "word" in name else "")
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, "
+                                 f"{name} is {tuple(mine[name].shape)} here{hint}")
             if not torch.equal(state[source.setdefault(name, key)], value):
                 raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
         if not names and key not in ignored:
@@ -1116,20 +1186,23 @@ def fill(model, state, where, rename, required, reads, ignored=()):
     if len(missing) == len(required):
         raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
     if missing:
-        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: "
+                         f"{short(missing)}")
     if counts:
         raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
     with torch.no_grad():
         for name, key in source.items():
-            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+            mine[name].copy_(state[key])                                    # state_dict() shares the parameters' memory
     left = [key for key in state if key in ignored]
     matched = len(state) - len(unexpected) - len(left)
-    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
-                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; "
+                         f"missing 0; unexpected {len(unexpected)}: {short(unexpected)}"
+                         + f"; ignored: {short(left)}" * bool(left))
 
 
 def timm_vit(state):
-    """Hugging Face's ViT and DeiT -> timm's names, queries, keys and values as one matrix; timm's own state comes back as it is."""
+    """Hugging Face's ViT and DeiT -> timm's names, queries, keys and values as one matrix;
+    timm's own state comes back as it is."""
     if not any("encoder.layer." in key for key in state):
         return state
     out = {}
@@ -1138,7 +1211,8 @@ def timm_vit(state):
         for theirs, timm in (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
                              ("embeddings.distillation_token", "dist_token"),
                              ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-                             ("encoder.layer.", "blocks."), (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
+                             ("encoder.layer.", "blocks."), (".layernorm_before.", ".norm1."),
+                             (".layernorm_after.", ".norm2."),
                              (".attention.output.dense.", ".attn.proj."), (".intermediate.dense.", ".mlp.fc1."),
                              (".output.dense.", ".mlp.fc2."), ("layernorm.", "norm."), ("classifier.", "head.")):
             name = name.replace(theirs, timm)
@@ -1152,7 +1226,8 @@ def timm_vit(state):
 
 
 def load_vision(model, path):
-    """DeiT, timm or Hugging Face ViT weights -> `vision.`, whose keys are timm's. Position embeddings follow the image size."""
+    """DeiT, timm or Hugging Face ViT weights -> `vision.`, whose keys are timm's.
+    Position embeddings follow the image size."""
     cfg, where = model.cfg, f"--init_vision {path}"
     if cfg.stem != "patch" or cfg.act != "gelu":
         raise SystemExit(f"{where}: a ViT has one patch projection and GELU: it needs --stem patch --act gelu,"
@@ -1168,7 +1243,8 @@ def load_vision(model, path):
         state["pos_embed"] = resize_pos_embed(pos, grid, grid)
 
     def reads(key):
-        return key.startswith(("norm_pre.", "reg_token", "patch_embed.")) or layer_of(key, "blocks.") < cfg.vision_layers
+        return (key.startswith(("norm_pre.", "reg_token", "patch_embed."))
+                or layer_of(key, "blocks.") < cfg.vision_layers)
     filled, line = fill(model, state, where, lambda key: ["vision." + key],
                         required=["vision." + key for key in model.vision.state_dict()], reads=reads)
     if pos.shape != state["pos_embed"].shape:
@@ -1198,8 +1274,9 @@ def told(config, heads):
 def bert_names(key, text_layers, fusion_copies, decoder):
     """Where a tensor of Hugging Face's BERT goes -> list of our names.
 
-    The first `text_layers` layers are the text encoder, those above are the fusion encoder, each `fusion_copies` times in a row
-    (twice for NLVR2) and once more as the answer decoder where there is one. Their cross-attention has no counterpart in BERT.
+    The first `text_layers` layers are the text encoder, those above are the fusion encoder, each `fusion_copies` times
+    in a row (twice for NLVR2) and once more as the answer decoder where there is one. Their cross-attention has no
+    counterpart in BERT.
     """
     n = layer_of(key, "encoder.layer.")
     if n < text_layers or key.startswith("embeddings."):
@@ -1214,16 +1291,18 @@ def bert_names(key, text_layers, fusion_copies, decoder):
 
 
 def load_text(model, path):
-    """Hugging Face BERT weights -> `text.`, self-attention and feed-forward of `fusion.` (and of the decoder), the MLM head.
+    """Hugging Face BERT weights -> `text.`, self-attention and feed-forward of `fusion.` (and of the decoder),
+    the MLM head.
 
-    Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta. What must be filled: the text encoder, and of the
-    fusion encoder and the head all that the file has a layer or a head for.
+    Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta. What must be filled: the text encoder,
+    and of the fusion encoder and the head all that the file has a layer or a head for.
     """
     cfg, where = model.cfg, f"--init_text {path}"
     state, config = read_foreign(path, where)
-    agree(where, {"hidden_act": "gelu", **config}, {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
-    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
-             for k, v in state.items()}
+    agree(where, {"hidden_act": "gelu", **config},
+          {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
+    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight")
+             .replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in state.items()}
     depth = 1 + max((n for n in (layer_of(k, "encoder.layer.") for k in state) if n < math.inf), default=-1)
     copies, decoder = len(model.fusion.layer) // cfg.fusion_layers, hasattr(model, "decoder")
     has_head = hasattr(model, "mlm_head") and any(k.startswith("cls.predictions.transform.") for k in state)
@@ -1232,7 +1311,7 @@ def load_text(model, path):
         return [] if key.startswith("cls.") and not has_head else bert_names(key, cfg.text_layers, copies, decoder)
 
     def expected(name):
-        above = depth - cfg.text_layers                                              # layers that the file has for fusion
+        above = depth - cfg.text_layers                                         # layers that the file has for fusion
         return (name.startswith("text.") or name.startswith("mlm_head.") and has_head or ".crossattention." not in name
                 and (layer_of(name, "fusion.layer.") < copies * above or layer_of(name, "decoder.layer.") < above))
 
@@ -1244,7 +1323,8 @@ def load_text(model, path):
 
 
 def load_pretrained(model, vision=None, text=None):
-    """Fills the towers from foreign weight files; paths, or None -> the report: a line per file, what is new, what was copied.
+    """Fills the towers from foreign weight files; paths, or None -> the report: a line per file, what is new,
+    what was copied.
 
     Teachers become copies of the loaded students and the queues start anew: what they held was another encoder's.
     """
@@ -1256,9 +1336,11 @@ def load_pretrained(model, vision=None, text=None):
     teachers = [name + "_m" for name in model.students]
     new = [name for name, _ in model.named_parameters(remove_duplicate=False)
            if name not in filled and name.split(".")[0] not in teachers]
-    whole = [part for part, m in model.named_children() if all(f"{part}.{name}" in new for name, _ in m.named_parameters())]
+    whole = [part for part, m in model.named_children()
+             if all(f"{part}.{name}" in new for name, _ in m.named_parameters())]
     rest = [name for name in new if name.split(".")[0] not in whole]
-    lines.append(f"new, in none of these files, {len(new)}: " + ", ".join([part + ".*" for part in whole] + [short(rest)] * bool(rest)))
+    lines.append(f"new, in none of these files, {len(new)}: "
+                 + ", ".join([part + ".*" for part in whole] + [short(rest)] * bool(rest)))
     if model.students:
         model.reset_memory()
         lines.append(f"teachers copied from their students: {', '.join(teachers)}; queues emptied")
@@ -1280,4 +1362,5 @@ if __name__ == "__main__":
         model = Codis(cfg, task, num_labels=3).train()
         out = model(batch)
         out["loss"].backward()
-        print(f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters;", {k: round(v.item(), 3) for k, v in out["logs"].items()})
+        print(f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters;",
+              {k: round(v.item(), 3) for k, v in out["logs"].items()})

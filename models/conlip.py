@@ -1,11 +1,12 @@
 """ConLIP: two towers for retrieval, taught by masked modelling that must go through their [CLS] states.
 
-Luo, Xi, Zhang, Li, Zeng, Zhao, Jing Ma, "Conditioned Masked Language and Image Modeling for Image-Text Dense Retrieval",
-Findings of EMNLP 2022.
+Luo, Xi, Zhang, Li, Zeng, Zhao, Jing Ma, "Conditioned Masked Language and Image Modeling for Image-Text Dense
+Retrieval", Findings of EMNLP 2022.
 
-An image and a sentence are compared by the cosine of their final [CLS] states. Ordinary masked modelling across modalities (the
-vanilla of Table 1) lets a masked word look at every complete patch, and so never needs the [CLS] state. Here both inputs are
-masked, and the *other* modality's [CLS] state of the complete input, h_cls, is the only place where the answer can be found.
+An image and a sentence are compared by the cosine of their final [CLS] states. Ordinary masked modelling across
+modalities (the vanilla of Table 1) lets a masked word look at every complete patch, and so never needs the [CLS] state.
+Here both inputs are masked, and the *other* modality's [CLS] state of the complete input, h_cls, is the only place
+where the answer can be found.
 
     image --------> ViT ---> h_cls image ----+---- Eq. 9-12 cosine, queues ----+---- h_cls text <--- BERT <-------- text
       |              : EMA                   |                                 |                  : EMA              |
@@ -16,7 +17,8 @@ masked, and the *other* modality's [CLS] state of the complete input, h_cls, is 
                                |             +-- Eq. 5 ConMLM head <--------------|-------+ queries
                                +---------------- Eq. 6 ConMIM head ---------------+
 
-Shapes: B images, T text tokens, P patches, D width, M masked places, Q queue, R rows of a contrast, p pixels a side of a patch.
+Shapes: B images, T text tokens, P patches, D width, M masked places, Q queue, R rows of a contrast,
+p pixels a side of a patch.
 
 Equations
     Eq. 1  -> ConLIP.image_passes(), ConLIP.text_passes()      Eq. 2  -> sim()
@@ -26,29 +28,34 @@ Equations
     Eq. 9  -> infonce_loss()      Eq. 10, 11 -> dcl_loss()     Eq. 12 -> ConLIP.inst_losses(), QueueLogSum
 
 Deviations from the paper
-     1. Eq. 5 lacks its minus sign, and Eq. 5, 6 are plain sums: here the mean over masked words, and over masked pixels and
-        channels as in SimMIM, which the paper follows. With sums, one image's 75,264 masked values drown every other loss.
-     2. The targets of Eq. 6 are pixels normalised as the encoder's input is, as in SimMIM; the paper says "true RGB values".
-     3. Eq. 9-11 print h without the mark of a momentum encoder for the positive too. MoCo, which they follow, takes the momentum
-        encoder's key: `positive="momentum"` (default); `positive="online"` is the print, with gradient to both sides.
-     4. A key in a queue that stems from the query's own image (another caption of it, or an earlier epoch) is no negative: it is
-        left out of the sum by its image id. The paper does not speak of them. Queues start with random unit vectors, which count
-        as negatives (MoCo); a row left without any negative has loss 0.
-     5. Exactly max(1, round(0.15 n)) of a sentence's n words and round(0.5 n) of an image's n units are masked, which keeps
-        shapes static. Words: 80 % [MASK], 10 % a random word, 10 % unchanged, as in BERT. A unit is one patch; SimMIM's 32 pixels
-        are `mask_unit=2`.
-     6. "One-layer transformer with cross-attention" is BERT's layer: self-attention over the masked side, cross-attention to
-        the other, feed-forward. Words are predicted by BERT's head with its word embeddings as output matrix, pixels by one
-        linear layer. In the last layer only masked places are computed: nothing else is read. Table 4's row with shared
-        parameters is read as the layers of one head sharing theirs (`head_shared`), not as one head for both modalities.
-     7. h_cls of the masked input is among the queries of its head but not among the keys of the other (section 3.2: "[h_cls;
-        h_1*, h_2*, ...]"). In `vanilla` the keys are all states of the complete input, h_cls included.
-     8. Dropout 0.1 (Table 6) is BERT's, in the text tower and both heads; the ViT has none, as its published weights were
-        trained and configured. Teachers run without dropout. Weight decay spares biases and norms.
-     9. Fine-tuning drops the heads and uses Eq. 12 alone with pre-training's settings (Table 6 heads its column "Pretraining &
-        Fine-tuning"); the paper does not name the loss. Its queues start anew, for the image ids are those of other data.
-    10. `stem="conv"` (three convolutions instead of one 16x16 patch projection) and `act="relu"` exist for `tiny`. Pixels under a
-        mask are blanked before the stem, so that no convolution carries them to a neighbour.
+     1. Eq. 5 lacks its minus sign, and Eq. 5, 6 are plain sums: here the mean over masked words, and over masked pixels
+        and channels as in SimMIM, which the paper follows. With sums, one image's 75,264 masked values drown every
+        other loss.
+     2. The targets of Eq. 6 are pixels normalised as the encoder's input is, as in SimMIM;
+        the paper says "true RGB values".
+     3. Eq. 9-11 print h without the mark of a momentum encoder for the positive too. MoCo, which they follow, takes the
+        momentum encoder's key: `positive="momentum"` (default); `positive="online"` is the print, with gradient to both
+        sides.
+     4. A key in a queue that stems from the query's own image (another caption of it, or an earlier epoch) is no
+        negative: it is left out of the sum by its image id. The paper does not speak of them. Queues start with random
+        unit vectors, which count as negatives (MoCo); a row left without any negative has loss 0.
+     5. Exactly max(1, round(0.15 n)) of a sentence's n words and round(0.5 n) of an image's n units are masked, which
+        keeps shapes static. Words: 80 % [MASK], 10 % a random word, 10 % unchanged, as in BERT. A unit is one patch;
+        SimMIM's 32 pixels are `mask_unit=2`.
+     6. "One-layer transformer with cross-attention" is BERT's layer: self-attention over the masked side,
+        cross-attention to the other, feed-forward. Words are predicted by BERT's head with its word embeddings as
+        output matrix, pixels by one linear layer. In the last layer only masked places are computed: nothing else is
+        read. Table 4's row with shared parameters is read as the layers of one head sharing theirs (`head_shared`),
+        not as one head for both modalities.
+     7. h_cls of the masked input is among the queries of its head but not among the keys of the other (section 3.2:
+        "[h_cls; h_1*, h_2*, ...]"). In `vanilla` the keys are all states of the complete input, h_cls included.
+     8. Dropout 0.1 (Table 6) is BERT's, in the text tower and both heads; the ViT has none, as its published weights
+        were trained and configured. Teachers run without dropout. Weight decay spares biases and norms.
+     9. Fine-tuning drops the heads and uses Eq. 12 alone with pre-training's settings (Table 6 heads its column
+        "Pretraining & Fine-tuning"); the paper does not name the loss. Its queues start anew, for the image ids are
+        those of other data.
+    10. `stem="conv"` (three convolutions instead of one 16x16 patch projection) and `act="relu"` exist for `tiny`.
+        Pixels under a mask are blanked before the stem, so that no convolution carries them to a neighbour.
 
 Run: python models/conlip.py      (2 s: shapes, parameters and every loss on a random batch)
 """
@@ -121,23 +128,26 @@ class Config:
             if getattr(self, field) not in values:
                 raise SystemExit(f"--{field} {getattr(self, field)}: it is one of {', '.join(values)}")
         if self.image_size % (self.patch * self.mask_unit):
-            raise SystemExit(f"--image_size {self.image_size}: not a multiple of patch {self.patch} x mask_unit {self.mask_unit}")
+            raise SystemExit(f"--image_size {self.image_size}: not a multiple of patch {self.patch} "
+                             f"x mask_unit {self.mask_unit}")
 
 
-# Values are Table 6's and section 4.1's; AdamW's betas, no clipping and decay to zero, of which they are silent, train.py's.
+# Values are Table 6's and section 4.1's; AdamW's betas, no clipping and decay to zero,
+# of which they are silent, train.py's.
 # Data: CC3M + CC12M, "randomly collect 200k, 5.3M and 9.5M": --limit 200000 --seed 0.
 # Towers: --init_vision google/vit-base-patch16-224-in21k --init_text bert-base-uncased; the heads start at random.
-# Table 1  CL: --mlm none --mim none; Vanilla: --mlm vanilla --mim vanilla; ConLIP: the default; then eval.py on Flickr30K and
-#          COCO ("zs"), or --task retrieval --init RUN --data KARPATHY first. Table 2  eval.py RUN --task cross_attention
+# Table 1  CL: --mlm none --mim none; Vanilla: --mlm vanilla --mim vanilla; ConLIP: the default; then eval.py on
+#          Flickr30K and COCO ("zs"), or --task retrieval --init RUN --data KARPATHY first.
+# Table 2  eval.py RUN --task cross_attention
 # Table 3  rows from above, the first two and --mlm, --mim of each:
-#   1 InfoNCE            --contrast infonce --mlm none --mim none        2 DCL      --mlm none --mim none
-#   3 DCL + ConMLM       --mim none                                     4 DCL + ConMIM      --mlm none      5 both  the default
+#   1 InfoNCE        --contrast infonce --mlm none --mim none   2 DCL            --mlm none --mim none
+#   3 DCL + ConMLM   --mim none                                 4 DCL + ConMIM   --mlm none   5 both  the default
 # Table 4  --head_layers 3; --head_layers 2; --head_layers 2 --head_shared; the default
 # Table 5  --mim_prob 0.4 | 0.5 | 0.6 | 0.7, --mlm_prob 0.15 | 0.25 | 0.3 | 0.4
 # Figure 4  eval.py RUN --task speed --beside RUN_OF_A_SINGLE_STREAM_MODEL --data COCO --sizes 1000,5000
 # Figure 5  eval.py RUN --task gallery --text "..." --image FILE
-PAPER = dict(optimizer="adamw", lr=5e-5, weight_decay=0.01, schedule="linear", warmup_steps=0.1, epochs=30, batch_size=4096,
-             amp="fp16")
+PAPER = dict(optimizer="adamw", lr=5e-5, weight_decay=0.01, schedule="linear", warmup_steps=0.1,
+             epochs=30, batch_size=4096, amp="fp16")
 RECIPE = {
     "pretrain": PAPER,
     "retrieval": PAPER | dict(image_size=336),  # Karpathy's COCO (113,287 images) or Flickr30K (29,783)
@@ -145,10 +155,10 @@ RECIPE = {
 
 PRESETS = {
     "base": dict(),
-    # As in the paper, a queue of three batches. One of many batches is easily told from the new key by its age: with 1,024 keys,
-    # batch 32 and m 0.98 both losses fell below 3 (log 1024 = 6.9) while recall stayed at chance.
-    "tiny": dict(image_size=64, stem="conv", width=128, vision_layers=4, text_layers=2, heads=4, mlp_ratio=2, act="relu", dropout=0.0,
-                 max_text=22, queue_size=192, init_std=0.08,
+    # As in the paper, a queue of three batches. One of many batches is easily told from the new key by its age:
+    # with 1,024 keys, batch 32 and m 0.98 both losses fell below 3 (log 1024 = 6.9) while recall stayed at chance.
+    "tiny": dict(image_size=64, stem="conv", width=128, vision_layers=4, text_layers=2, heads=4, mlp_ratio=2,
+                 act="relu", dropout=0.0, max_text=22, queue_size=192, init_std=0.08,
                  pretrain=dict(batch_size=64, steps=1300, lr=1e-3, warmup_steps=100, amp="auto"),
                  retrieval=dict(image_size=64, batch_size=64, steps=500, lr=3e-4, warmup_steps=50, amp="auto")),
 }
@@ -242,15 +252,16 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv2d(3, w, p, p)
         else:  # the same stride p in three steps
             self.proj = nn.Sequential(nn.Conv2d(3, w // 2, p // 4, p // 4), activation(cfg.act),
-                                      nn.Conv2d(w // 2, w // 2, 3, 2, 1), activation(cfg.act), nn.Conv2d(w // 2, w, 3, 2, 1))
+                                      nn.Conv2d(w // 2, w // 2, 3, 2, 1), activation(cfg.act),
+                                      nn.Conv2d(w // 2, w, 3, 2, 1))
 
     def forward(self, image):
         return self.proj(image).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, P, D)
 
 
 class MaskedViT(nn.Module):
-    """(B, 3, H, W) -> (B, P+1, D), the class token first; of patches under a mask only the place is known. H and W: any multiples
-    of `patch`; position embeddings follow."""
+    """(B, 3, H, W) -> (B, P+1, D), the class token first; of patches under a mask only the place is known. H and W: any
+    multiples of `patch`; position embeddings follow."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -258,7 +269,8 @@ class MaskedViT(nn.Module):
         self.patch_embed = PatchEmbed(cfg)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, w))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (cfg.image_size // cfg.patch) ** 2, w))
-        self.blocks = nn.ModuleList(ViTBlock(w, cfg.vision_heads, cfg.mlp_ratio, cfg.act) for _ in range(cfg.vision_layers))
+        self.blocks = nn.ModuleList(ViTBlock(w, cfg.vision_heads, cfg.mlp_ratio, cfg.act)
+                                    for _ in range(cfg.vision_layers))
         self.norm = nn.LayerNorm(w, eps=1e-6)
 
     def forward(self, image, masked=None, mask_token=None):
@@ -279,7 +291,8 @@ class MaskedViT(nn.Module):
 
 # Copied from models/codis.py::resize_pos_embed
 def resize_pos_embed(pos, height, width):
-    """Interpolates ViT position embeddings (1, 1+h*h, D) bicubically to a grid of height x width; the class token's stays."""
+    """Interpolates ViT position embeddings (1, 1+h*h, D) bicubically to a grid of height x width;
+    the class token's stays."""
     if pos.shape[1] == 1 + height * width:
         return pos
     side = math.isqrt(pos.shape[1] - 1)
@@ -299,7 +312,8 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, text):
-        x = self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]] + self.token_type_embeddings.weight[0]
+        x = (self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]]
+             + self.token_type_embeddings.weight[0])
         return self.dropout(self.LayerNorm(x))                                       # (B, T, D)
 
 
@@ -326,7 +340,8 @@ class BertOutput(nn.Module):
 
 # Copied from models/codis.py::BertAttention
 class BertAttention(nn.Module):
-    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many queries."""
+    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many
+    queries."""
 
     def __init__(self, cfg, context_width):
         super().__init__()
@@ -366,7 +381,8 @@ class BertLayer(nn.Module):
         self.output = BertOutput(cfg, cfg.mlp_ratio * cfg.width)
 
     def self_attend(self, x, mask, at=None):
-        """x: (B, T, D); mask: bool (B, 1, 1 or T, T); at: (B, S) positions to compute, all where None -> (B, T or S, D)."""
+        """x: (B, T, D); mask: bool (B, 1, 1 or T, T); at: (B, S) positions to compute,
+        all where None -> (B, T or S, D)."""
         keys = self.attention.keys(x)
         return self.attention(x if at is None else pick(x, at), keys, mask)
 
@@ -406,7 +422,8 @@ class Bert(nn.Module):
     def forward(self, text, text_mask):
         x, mask = self.embeddings(text), text_mask[:, None, None].bool()             # (B, T, D), (B, 1, 1, T)
         for layer in self.encoder.layer:
-            x = checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training else layer(x, mask)
+            x = (checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training
+                 else layer(x, mask))
         return x
 
 
@@ -435,11 +452,13 @@ class TokenHead(nn.Module):
         self.layer = nn.ModuleList(BertLayer(cfg, cfg.width) for _ in range(1 if cfg.head_shared else cfg.head_layers))
 
     def forward(self, x, mask, context, context_mask, at=None, maps=None):
-        """x: (B, S, D); context: (B, L, D); masks: bool (B, 1, 1, S or L) or None; at: (B, M) places of x to compute, None: all
-        -> (B, M or S, D). A list given as `maps` receives each layer's attention to the context, (B, heads, S, L)."""
+        """x: (B, S, D); context: (B, L, D); masks: bool (B, 1, 1, S or L) or None; at: (B, M) places of x to compute,
+        None: all -> (B, M or S, D). A list given as `maps` receives each layer's attention to the context,
+        (B, heads, S, L)."""
         for n in range(self.depth):
             layer = self.layer[n % len(self.layer)]
-            x = layer(x, mask, layer.crossattention.keys(context), context_mask, at if n + 1 == self.depth else None, maps)
+            x = layer(x, mask, layer.crossattention.keys(context), context_mask,
+                      at if n + 1 == self.depth else None, maps)
         return x
 
 
@@ -470,7 +489,8 @@ def gather(x):
 # Copied from models/codis.py::enqueue_
 @torch.no_grad()
 def enqueue_(queue, queue_ids, ptr, keys, ids):
-    """Writes keys (N, d) and their image ids (N,) at `ptr` of a ring (Q, d), around its end; of more than Q keys, the last Q."""
+    """Writes keys (N, d) and their image ids (N,) at `ptr` of a ring (Q, d), around its end; of more than Q keys,
+    the last Q."""
     slots = ((ptr + torch.arange(len(keys), device=ptr.device)) % len(queue))[-len(queue):]
     keys, ids = keys[-len(queue):], ids[-len(queue):]
     queue.index_copy_(0, slots, keys.to(queue.dtype))
@@ -505,10 +525,12 @@ def sim(x, y):
 # Copied from models/codis.py::mask_tokens with Section 3.3.2->Eq. (3)
 @torch.no_grad()
 def mask_tokens(text, maskable, mask_id, first_word, vocab_size, prob=0.15, mask_only=False):
-    """Eq. (3): chooses max(1, round(prob n)) of a row's n maskable tokens; 80 % become [MASK], 10 % a random word, 10 % stay.
+    """Eq. (3): chooses max(1, round(prob n)) of a row's n maskable tokens; 80 % become [MASK],
+    10 % a random word, 10 % stay.
 
-    text: (B, T) int64; maskable: (B, T) bool -> masked text (B, T), positions (B, M), labels (B, M) with -100 where a row has
-    fewer than M = max(1, round(prob T)) chosen. Shapes depend on T alone. Random words come from first_word..vocab_size-1.
+    text: (B, T) int64; maskable: (B, T) bool -> masked text (B, T), positions (B, M), labels (B, M) with -100 where
+    a row has fewer than M = max(1, round(prob T)) chosen. Shapes depend on T alone. Random words come from
+    first_word..vocab_size-1.
     """
     n = maskable.sum(-1, keepdim=True)
     m = max(1, round(prob * text.shape[1]))
@@ -537,32 +559,38 @@ def mask_patches(b, height, width, prob=0.5, unit=1, device=None):
     units = torch.rand(b, rows * columns, device=device).topk(m, -1).indices         # (b, m)
     corner = units // columns * unit * width + units % columns * unit                # each unit's first patch
     inside = torch.arange(unit, device=device)
-    positions = (corner[..., None] + (inside[:, None] * width + inside).flatten()).flatten(1)    # (b, M), M = m * unit * unit
+    # (b, M), M = m * unit * unit
+    positions = (corner[..., None] + (inside[:, None] * width + inside).flatten()).flatten(1)
     return positions, torch.zeros(b, height * width, dtype=torch.bool, device=device).scatter_(1, positions, True)
 
 
 def patchify(image, patch):
-    """(B, 3, H, W) -> (B, P, patch * patch * 3), the pixels of each patch row by row, the channels of a pixel side by side."""
+    """(B, 3, H, W) -> (B, P, patch * patch * 3), the pixels of each patch row by row, the channels of a pixel
+    side by side."""
     x = image.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))                    # (B, 3, h, p, w, p)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def conmlm_loss(logits, labels):
-    """Eq. (5): L = -mean_i log P(x_i* | x*, y*, h_cls of the image).  logits: (B, M, V); labels: (B, M), -100 = none -> 0-d."""
+    """Eq. (5): L = -mean_i log P(x_i* | x*, y*, h_cls of the image).  logits: (B, M, V);
+    labels: (B, M), -100 = none -> 0-d."""
     log_p = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     return log_p / (labels != -100).sum().clamp(min=1)  # 0, not NaN, in a batch of empty sentences
 
 
 def conmim_loss(y, z):
-    """Eq. (6): L = mean_i |y_i - z_i|.  y, z: (B, M, p * p * 3), true and predicted pixels of the masked patches -> 0-d."""
+    """Eq. (6): L = mean_i |y_i - z_i|.  y, z: (B, M, p * p * 3), true and predicted pixels of the masked patches
+    -> 0-d."""
     return (y.float() - z.float()).abs().mean()
 
 
 @full_precision
 def infonce_loss(q, k, ids, queue, queue_ids, tau):
-    """Eq. (9): L = -log e^(q.k/tau) / (e^(q.k/tau) + sum_j e^(q.q_j/tau)), row by row; 0 for a row without any q_j. Plain form.
+    """Eq. (9): L = -log e^(q.k/tau) / (e^(q.k/tau) + sum_j e^(q.q_j/tau)), row by row;
+    0 for a row without any q_j. Plain form.
 
-    q, k: (R, D) unit norm, k the positive; ids: (R,); queue: (Q, D) unit norm, queue_ids (Q,): j runs over other ids -> (R,).
+    q, k: (R, D) unit norm, k the positive; ids: (R,); queue: (Q, D) unit norm, queue_ids (Q,): j runs over other ids
+    -> (R,).
     """
     pos = (q.float() * k.float()).sum(-1) / tau
     return torch.logaddexp(pos, queue_log_sum(q, ids, queue, queue_ids, tau)) - pos
@@ -570,7 +598,8 @@ def infonce_loss(q, k, ids, queue, queue_ids, tau):
 
 @full_precision
 def dcl_loss(q, k, ids, queue, queue_ids, tau):
-    """Eq. (10), (11): L = -q.k/tau + log sum_j e^(q.q_j/tau): the positive is not in the denominator. As infonce_loss()."""
+    """Eq. (10), (11): L = -q.k/tau + log sum_j e^(q.q_j/tau): the positive is not in the denominator.
+    As infonce_loss()."""
     return drop_empty(queue_log_sum(q, ids, queue, queue_ids, tau), (q.float() * k.float()).sum(-1) / tau)
 
 
@@ -582,7 +611,8 @@ def drop_empty(lse, pos):
 
 @full_precision
 def queue_log_sum(q, ids, queue, queue_ids, tau):
-    """log sum_j e^(q.q_j/tau) over the queue's keys of other images -> (R,) float32; -inf where there are none. Plain form."""
+    """log sum_j e^(q.q_j/tau) over the queue's keys of other images -> (R,) float32; -inf where there are none.
+    Plain form."""
     s = q.float() @ queue.float().T / tau                                            # (R, Q)
     return s.masked_fill(ids[:, None] == queue_ids, -torch.inf).logsumexp(-1)
 
@@ -612,7 +642,7 @@ class QueueLogSum(torch.autograd.Function):
     def backward(ctx, grad):
         q, ids, queue, queue_ids, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            lse = lse.masked_fill(lse == -torch.inf, 0)[:, None]                     # a row without terms: e^(-inf - 0) = 0
+            lse = lse.masked_fill(lse == -torch.inf, 0)[:, None]                # a row without terms: e^(-inf - 0) = 0
             out = torch.zeros_like(q)
             for k, s in QueueLogSum.scores(q, ids, queue, queue_ids, ctx.tau, ctx.chunk):
                 out = out + (s - lse).exp() @ k
@@ -659,7 +689,8 @@ class ConLIP(nn.Module):
         for token in (self.vision.pos_embed, self.vision.cls_token):
             nn.init.trunc_normal_(token, std=self.cfg.init_std)
         # 0.02 at all sizes: with tiny's 0.08 all patches ended in one guess, the median pixel
-        for weight in ([self.mask_token] if self.masks_image else []) + ([self.mim_head.weight] if self.mim != "none" else []):
+        for weight in (([self.mask_token] if self.masks_image else [])
+                       + ([self.mim_head.weight] if self.mim != "none" else [])):
             nn.init.trunc_normal_(weight, std=0.02)
 
     def train(self, mode=True):
@@ -679,8 +710,8 @@ class ConLIP(nn.Module):
         return unit_cls(self.text(batch["text"], batch["text_mask"]))
 
     def image_passes(self, image):
-        """Eq. (1), (3) in one call -> complete states (B, P+1, D), masked states (B, P+1, D), masked patches (B, M); None, None
-        where no loss masks images."""
+        """Eq. (1), (3) in one call -> complete states (B, P+1, D), masked states (B, P+1, D), masked patches (B, M);
+        None, None where no loss masks images."""
         if not self.masks_image:
             return self.vision(image), None, None
         height, width = image.shape[2] // self.cfg.patch, image.shape[3] // self.cfg.patch
@@ -705,7 +736,8 @@ class ConLIP(nn.Module):
 
     @torch.no_grad()
     def momentum_keys(self, batch):
-        """-> unit keys (B, D) of this process's images and texts, and what the queues will receive: everybody's keys and ids."""
+        """-> unit keys (B, D) of this process's images and texts, and what the queues will receive: everybody's
+        keys and ids."""
         mine = unit_cls(self.vision_m(batch["image"])), unit_cls(self.text_m(batch["text"], batch["text_mask"]))
         return mine, (*gather(torch.stack(mine, 1)).unbind(1), gather(batch["image_id"]))
 
@@ -721,10 +753,12 @@ class ConLIP(nn.Module):
         return losses
 
     def contexts(self, image_tokens, masked_image, text_tokens, masked_text):
-        """What the masked words and the masked patches look at: the complete input's h_cls and the masked input's other states
-        ("con"), or all states of the complete input ("vanilla"); h_cls is the first."""
-        return (torch.cat([image_tokens[:, :1], masked_image[:, 1:]], 1) if self.mlm == "con" else image_tokens,     # (B, P+1, D)
-                torch.cat([text_tokens[:, :1], masked_text[:, 1:]], 1) if self.mim == "con" else text_tokens)        # (B, T, D)
+        """What the masked words and the masked patches look at: the complete input's h_cls and the masked input's other
+        states ("con"), or all states of the complete input ("vanilla"); h_cls is the first."""
+        return (torch.cat([image_tokens[:, :1], masked_image[:, 1:]], 1)             # (B, P+1, D)
+                if self.mlm == "con" else image_tokens,
+                torch.cat([text_tokens[:, :1], masked_text[:, 1:]], 1)               # (B, T, D)
+                if self.mim == "con" else text_tokens)
 
     def token_losses(self, batch, image_tokens, masked_image, patches, text_tokens, masked_text, places, labels):
         """Eq. (7): L_token = L_ConMIM + L_ConMLM, or their vanilla forms, or what is left of them."""
@@ -734,7 +768,8 @@ class ConLIP(nn.Module):
             x = self.mlm_layers(masked_text, mask, for_words, None, places)           # (B, M, D)
             losses["mlm"] = conmlm_loss(self.mlm_head(x, self.text.embeddings.word_embeddings.weight), labels)
         if self.mim != "none":
-            x = self.mim_layers(masked_image, None, for_patches, mask, patches + 1)   # (B, M, D); + 1: the class token is first
+            # (B, M, D); + 1: the class token is first
+            x = self.mim_layers(masked_image, None, for_patches, mask, patches + 1)
             losses["mim"] = conmim_loss(pick(patchify(batch["image"], self.cfg.patch), patches), self.mim_head(x))
         return losses
 
@@ -744,16 +779,19 @@ class ConLIP(nn.Module):
         image_tokens, masked_image, patches = self.image_passes(batch["image"])
         text_tokens, masked_text, places, labels = self.text_passes(batch["text"], batch["text_mask"])
         losses = self.inst_losses(unit_cls(image_tokens), unit_cls(text_tokens), *mine, batch["image_id"])
-        losses |= self.token_losses(batch, image_tokens, masked_image, patches, text_tokens, masked_text, places, labels)
-        return {"loss": sum(losses.values()), "logs": {name: loss.detach() for name, loss in losses.items()}, "keys": keys}
+        losses |= self.token_losses(batch, image_tokens, masked_image, patches, text_tokens,
+                                    masked_text, places, labels)
+        return {"loss": sum(losses.values()),
+                "logs": {name: loss.detach() for name, loss in losses.items()}, "keys": keys}
 
     loss_retrieval = loss_pretrain  # without heads, L_inst is all there is
 
     # -- analysis
 
     def cross_attention(self, batch):
-        """Table 2: how much the tokens of each head look at h_cls of the other side, under fresh masks, mean over attention heads
-        and layers. -> {name: (scores (B, S), which of them count: bool (B, S), what uniform attention would give (B,))}."""
+        """Table 2: how much the tokens of each head look at h_cls of the other side, under fresh masks, mean over
+        attention heads and layers. -> {name: (scores (B, S), which of them count: bool (B, S), what uniform attention
+        would give (B,))}."""
         text, text_mask = batch["text"], batch["text_mask"]
         image_tokens, masked_image, patches = self.image_passes(batch["image"])
         text_tokens, masked_text, places, labels = self.text_passes(text, text_mask)
@@ -761,7 +799,7 @@ class ConLIP(nn.Module):
         out, mask, maps = {}, text_mask[:, None, None].bool(), []
         if self.mlm != "none":
             self.mlm_layers(masked_text, mask, for_words, None, maps=maps)
-            scores = torch.stack(maps).float().mean((0, 2))[..., 0]                   # (layers, B, heads, T, P+1) -> (B, T)
+            scores = torch.stack(maps).float().mean((0, 2))[..., 0]             # (layers, B, heads, T, P+1) -> (B, T)
             words = text_mask.bool() & (text != self.cfg.cls_id) & (text != self.cfg.sep_id)
             uniform = scores.new_full((len(scores),), 1 / for_words.shape[1])
             out["text -> h_cls of the image"] = scores, words, uniform
@@ -790,7 +828,8 @@ class ConLIP(nn.Module):
     def after_step(self, step, total_steps, epoch_steps=None):
         """Eq. (8)."""
         for name in self.students:
-            ema_(list(getattr(self, name + "_m").parameters()), list(getattr(self, name).parameters()), self.cfg.momentum)
+            ema_(list(getattr(self, name + "_m").parameters()), list(getattr(self, name).parameters()),
+                 self.cfg.momentum)
 
     def param_groups(self, cfg):
         """Weight decay on matrices only, not on biases and norms."""
@@ -799,8 +838,8 @@ class ConLIP(nn.Module):
                 {"params": [p for p in parameters if p.ndim <= 1], "lr": cfg.lr, "weight_decay": 0.0}]
 
     def adapt(self, state):
-        """Another run's weights made to fit: position embeddings at this image size; queues, whose image ids are those of
-        the other run's data, are left out."""
+        """Another run's weights made to fit: position embeddings at this image size; queues, whose image ids are those
+        of the other run's data, are left out."""
         side = self.cfg.image_size // self.cfg.patch
         return {k: resize_pos_embed(v, side, side) if k.endswith("pos_embed") else v for k, v in state.items()
                 if not k.startswith("queue_") and k != "ptr"}
@@ -816,21 +855,24 @@ def unit_cls(tokens):
 
 # Copied from models/codis.py::read_foreign
 def read_foreign(path, where):
-    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin
+    -> ({key: tensor}, the folder's config.json or {}).
 
-    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
-    `where` begins each error, which is a SystemExit of one line.
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or
+    "state_dict". `where` begins each error, which is a SystemExit of one line.
     """
     path, config = Path(path), {}
     if path.is_dir():
         if (path / "config.json").exists():
             config = json.loads((path / "config.json").read_text())
-        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin")
+                               if (path / name).exists()]
         if not found:
             raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
         path = found[0]
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
         raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
     for key in ("model", "state_dict"):
@@ -843,7 +885,8 @@ def read_foreign(path, where):
 
 # Copied from models/codis.py::short
 def short(names):
-    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    """Names of tensors for people, layer numbers as ranges, weight and bias together:
+    ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
     number, layers = r"(?<=\.)\d+(?=\.)", {}
     for name in sorted(names):
         layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
@@ -851,9 +894,11 @@ def short(names):
     for name, numbers in layers.items():
         for column in zip(*numbers):
             low, high, some = min(column), max(column), sorted(set(column))
-            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1
+                                else ",".join(map(str, some)), 1)
         out.append(name)
-    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    both = [name.removesuffix(".bias") for name in out
+            if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
     out = [name for name in out if name.removesuffix(".bias") not in both]
     return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
                      for name in out) or "none"
@@ -861,20 +906,26 @@ def short(names):
 
 # Copied from models/codis.py::fill
 def fill(model, state, where, rename, required, reads, ignored=()):
-    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for,
+    or it raises before anything is changed.
 
-    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
-    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
-    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
-    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it).
+    required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the
+    tower says.
+    ignored: keys to leave out without a word.
+    -> (our names that are filled, the report's line). SystemExit of one line, beginning with `where`: a tensor of
+    another shape, two that claim one place and differ, one left out that counts, one left unfilled.
     """
     mine, source, unexpected = model.state_dict(), {}, []
     for key, value in state.items():
         names = [name for name in rename(key) if name in mine]
         for name in names:
             if value.shape != mine[name].shape:
-                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
-                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+                hint = (", another vocabulary: see --vocab"
+                        if value.shape[1:] == mine[name].shape[1:] and "word" in name else "")
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, "
+                                 f"{name} is {tuple(mine[name].shape)} here{hint}")
             if not torch.equal(state[source.setdefault(name, key)], value):
                 raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
         if not names and key not in ignored:
@@ -884,21 +935,24 @@ def fill(model, state, where, rename, required, reads, ignored=()):
     if len(missing) == len(required):
         raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
     if missing:
-        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: "
+                         f"{short(missing)}")
     if counts:
         raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
     with torch.no_grad():
         for name, key in source.items():
-            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+            mine[name].copy_(state[key])                                    # state_dict() shares the parameters' memory
     left = [key for key in state if key in ignored]
     matched = len(state) - len(unexpected) - len(left)
-    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
-                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; "
+                         f"missing 0; unexpected {len(unexpected)}: {short(unexpected)}"
+                         + f"; ignored: {short(left)}" * bool(left))
 
 
 # Copied from models/codis.py::timm_vit
 def timm_vit(state):
-    """Hugging Face's ViT and DeiT -> timm's names, queries, keys and values as one matrix; timm's own state comes back as it is."""
+    """Hugging Face's ViT and DeiT -> timm's names, queries, keys and values as one matrix;
+    timm's own state comes back as it is."""
     if not any("encoder.layer." in key for key in state):
         return state
     out = {}
@@ -907,7 +961,8 @@ def timm_vit(state):
         for theirs, timm in (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
                              ("embeddings.distillation_token", "dist_token"),
                              ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-                             ("encoder.layer.", "blocks."), (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
+                             ("encoder.layer.", "blocks."), (".layernorm_before.", ".norm1."),
+                             (".layernorm_after.", ".norm2."),
                              (".attention.output.dense.", ".attn.proj."), (".intermediate.dense.", ".mlp.fc1."),
                              (".output.dense.", ".mlp.fc2."), ("layernorm.", "norm."), ("classifier.", "head.")):
             name = name.replace(theirs, timm)
@@ -922,7 +977,8 @@ def timm_vit(state):
 
 # Copied from models/codis.py::load_vision
 def load_vision(model, path):
-    """DeiT, timm or Hugging Face ViT weights -> `vision.`, whose keys are timm's. Position embeddings follow the image size."""
+    """DeiT, timm or Hugging Face ViT weights -> `vision.`, whose keys are timm's.
+    Position embeddings follow the image size."""
     cfg, where = model.cfg, f"--init_vision {path}"
     if cfg.stem != "patch" or cfg.act != "gelu":
         raise SystemExit(f"{where}: a ViT has one patch projection and GELU: it needs --stem patch --act gelu,"
@@ -938,7 +994,8 @@ def load_vision(model, path):
         state["pos_embed"] = resize_pos_embed(pos, grid, grid)
 
     def reads(key):
-        return key.startswith(("norm_pre.", "reg_token", "patch_embed.")) or layer_of(key, "blocks.") < cfg.vision_layers
+        return (key.startswith(("norm_pre.", "reg_token", "patch_embed."))
+                or layer_of(key, "blocks.") < cfg.vision_layers)
     filled, line = fill(model, state, where, lambda key: ["vision." + key],
                         required=["vision." + key for key in model.vision.state_dict()], reads=reads)
     if pos.shape != state["pos_embed"].shape:
@@ -971,21 +1028,25 @@ def told(config, heads):
 def load_text(model, path):
     """Hugging Face BERT weights -> `text.`. Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta.
 
-    Its pooler and its prediction heads are left out: nothing is pooled here, and the token-level heads start at random (4.1).
+    Its pooler and its prediction heads are left out: nothing is pooled here, and the token-level heads start at random
+    (4.1).
     """
     cfg, where = model.cfg, f"--init_text {path}"
     state, config = read_foreign(path, where)
     agree(where, {"hidden_act": "gelu", **config},
           {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
-    state = {re.sub(r"^bert\.", "", k).replace(".gamma", ".weight").replace(".beta", ".bias"): v for k, v in state.items()}
+    state = {re.sub(r"^bert\.", "", k).replace(".gamma", ".weight").replace(".beta", ".bias"): v
+             for k, v in state.items()}
     required = ["text." + name for name in model.text.state_dict()]
-    filled, line = fill(model, state, where, lambda key: ["text." + key], required, ignored=("embeddings.position_ids",),
+    filled, line = fill(model, state, where, lambda key: ["text." + key], required,
+                        ignored=("embeddings.position_ids",),
                         reads=lambda key: key.startswith(("embeddings.", "encoder.")))
     return filled, line + told(config, cfg.heads)
 
 
 def load_pretrained(model, vision=None, text=None):
-    """Fills the towers from foreign weight files; paths, or None -> the report, a line per file. Momentum copies follow."""
+    """Fills the towers from foreign weight files; paths, or None -> the report, a line per file.
+    Momentum copies follow."""
     lines = [load(model, path)[1] for load, path in ((load_vision, vision), (load_text, text)) if path]
     for name in model.students:
         getattr(model, name + "_m").load_state_dict(getattr(model, name).state_dict())
@@ -997,13 +1058,14 @@ Model = ConLIP
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if not isinstance(v, dict)}, vocab_size=200, mask_id=4, cls_id=2,
-                 sep_id=3, first_word=5)
+    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if not isinstance(v, dict)},
+                 vocab_size=200, mask_id=4, cls_id=2, sep_id=3, first_word=5)
     batch = {"image": torch.randn(4, 3, 64, 64), "text": torch.randint(5, 200, (4, cfg.max_text)),
              "text_mask": torch.ones(4, cfg.max_text, dtype=torch.long), "image_id": torch.arange(4)}
     for task in TASKS:
         model = ConLIP(cfg, task).train()
         out = model(batch)
         out["loss"].backward()
-        print(task, f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters,", "embeddings",
-              tuple(model.encode_image(batch).shape), {k: round(v.item(), 3) for k, v in out["logs"].items()})
+        print(task, f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters,",
+              "embeddings", tuple(model.encode_image(batch).shape),
+              {k: round(v.item(), 3) for k, v in out["logs"].items()})

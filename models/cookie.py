@@ -3,17 +3,18 @@
 Wen, Xia, Huang, Li, Xu, Shao, "COOKIE: Contrastive Cross-Modal Knowledge Sharing Pre-training for Vision-Language
 Representation", ICCV 2021.
 
-A picture and a sentence never meet inside the network, so that a gallery is embedded once and searched by a dot product. What
-brings them together is the weight-sharing transformer (WS-TE): the same layers end both paths. Contrast across modalities (CCL)
-aligns the two; contrast within images (VCL) and within sentences (TCL) keeps what each encoder knew of its own.
+A picture and a sentence never meet inside the network, so that a gallery is embedded once and searched by a dot
+product. What brings them together is the weight-sharing transformer (WS-TE): the same layers end both paths. Contrast
+across modalities (CCL) aligns the two; contrast within images (VCL) and within sentences (TCL) keeps what each encoder
+knew of its own.
 
     image --> ResNet --> FC + p --> TAV-TE --> + s_V --+                  +--> pooling --> I
-              (grid)     Eq. 1      Eq. 3              +--> WS-TE (same --+                      CCL: I <-> T    Eq. 5-7
-    text ---> BERT ----> FC + s_T ---------------------+    for both)     +--> pooling --> T     VCL: I_1 -> I_2 Eq. 8, 9
-              (words)    Eq. 2                                   Eq. 4                           TCL: T_1 -> T_2 Eq. 10, 11
+              (grid)     Eq. 1      Eq. 3              +--> WS-TE (same --+                   CCL: I <-> T    Eq. 5-7
+    text ---> BERT ----> FC + s_T ---------------------+    for both)     +--> pooling --> T  VCL: I_1 -> I_2 Eq. 8, 9
+              (words)    Eq. 2                                   Eq. 4                        TCL: T_1 -> T_2 Eq. 10, 11
 
-Shapes: B images, n patches, T text tokens, F frames, D = 1024 joint width, D_V, D_T widths of CNN and BERT, N global batch,
-C labels, K bits.
+Shapes: B images, n patches, T text tokens, F frames, D = 1024 joint width, D_V, D_T widths of CNN and BERT, N global
+batch, C labels, K bits.
 
 Equations
     Eq. 1  -> patch_features()      Eq. 2  -> word_features()      Eq. 3  -> visual_features()
@@ -22,25 +23,25 @@ Equations
     Eq. 10 -> augment_tokens()      Eq. 11 -> textual_contrast()   Eq. 12 -> Cookie.loss_pretrain()
 
 Deviations from the paper
-     1. Eq. 5 prints k^- without index: it runs over the other samples of the *global* batch. Other captions of one image are no
-        negatives; a row left without negatives has loss 0.
-     2. tau is not given: 0.05 (SimCSE's). Neither are the rates of Eq. 10: a fifth of the words; of these half are masked, a
-        tenth substituted, the rest deleted (VSE-infinity's code). [CLS] and [SEP] stay, and at least one word. Nor are the
-        strengths of Eq. 8: SimCLR's, crops of 0.2 to 1 of the area (MoCo v2's); nor AdamW's weight decay: 0.01, BERT's, on
-        matrices only.
-     3. "ResNeXt101" cites the weakly supervised weights; 32x8d is our guess of the width. `--init_vision` takes torchvision's
-        keys.
-     4. Embeddings have unit norm; pooling is the mean, or GPO as VSE-infinity has it (`pooling="gpo"`, one for each modality).
-        Transformers are post-norm with ReLU ("the standard definition"); their dropout is BERT's.
+     1. Eq. 5 prints k^- without index: it runs over the other samples of the *global* batch. Other captions of one
+        image are no negatives; a row left without negatives has loss 0.
+     2. tau is not given: 0.05 (SimCSE's). Neither are the rates of Eq. 10: a fifth of the words; of these half are
+        masked, a tenth substituted, the rest deleted (VSE-infinity's code). [CLS] and [SEP] stay, and at least one
+        word. Nor are the strengths of Eq. 8: SimCLR's, crops of 0.2 to 1 of the area (MoCo v2's); nor AdamW's weight
+        decay: 0.01, BERT's, on matrices only.
+     3. "ResNeXt101" cites the weakly supervised weights; 32x8d is our guess of the width. `--init_vision` takes
+        torchvision's keys.
+     4. Embeddings have unit norm; pooling is the mean, or GPO as VSE-infinity has it (`pooling="gpo"`, one for each
+        modality). Transformers are post-norm with ReLU ("the standard definition"); their dropout is BERT's.
      5. The batch of stage 2 is one call per modality: raw, view 1 and view 2 stacked. Batch norm sees them together.
         `ccl_on="view1"` drops the raw ones. With `chunk`, batch norm's statistics are those of a chunk.
      6. Batch norm's statistics are each process's own; the saved ones are the first process's.
-     7. Hinge margin, warm-up, learning rates and epochs of fine-tuning stood in an appendix that we lack: see RECIPE. Of
-        VSE-infinity's recipe its CNN frozen for an epoch and its dropping of regions and words are left out; the hinge is a mean
-        over rows (a sum there).
-     8. Hashing adds CSQ's three-layer hash head and quantization weight 0.05, its pairwise loss is left out (weight 0 in its
-        commands). What is evaluated is the last checkpoint (there: the best on the test list), test pictures are the middle
-        square (there: of 255 pixels the middle 224).
+     7. Hinge margin, warm-up, learning rates and epochs of fine-tuning stood in an appendix that we lack: see RECIPE.
+        Of VSE-infinity's recipe its CNN frozen for an epoch and its dropping of regions and words are left out;
+        the hinge is a mean over rows (a sum there).
+     8. Hashing adds CSQ's three-layer hash head and quantization weight 0.05, its pairwise loss is left out (weight 0
+        in its commands). What is evaluated is the last checkpoint (there: the best on the test list), test pictures are
+        the middle square (there: of 255 pixels the middle 224).
      9. Table 5b's "FC layers" are the WS-TE's feed-forward blocks without their attention (`ws="fc"`).
     10. `backbone="tiny"` (a ResNet of three basic blocks, 16 pixels a patch) exists for the CPU.
 
@@ -83,7 +84,7 @@ class Config:
     ws: str = "te"                  # "te": transformer layers; "fc": feed-forward blocks only (Table 5b)
     ws_shared: bool = True          # the same WS-TE for images and texts (Table 5b)
     pooling: str = "mean"           # of tokens: "mean" or "gpo"
-    embed: str = "joint"            # "bert": the sentence vector is the mean of BERT's last layer, no image tower (Table 4a)
+    embed: str = "joint"    # "bert": the sentence vector is the mean of BERT's last layer, no image tower (Table 4a)
     temp: float = 0.05              # tau of Eq. 5
     vcl: bool = True                # visual contrast in stage 2 (Table 5a)
     tcl: bool = True                # textual contrast in stage 2 (Table 5a)
@@ -100,7 +101,7 @@ class Config:
     hash_dropout: float = 0.5       # in the hash head
     vision_lr: float = 0.0          # learning rate of the CNN over the global one; 0 = 0.1 for a ResNeXt, 1 for others
     text_lr: float = 1.0            # the same for BERT
-    chunk: int = 0                  # encode so many rows at a time, recomputed in backward; 0 = all at once (not with --compile)
+    chunk: int = 0      # encode so many rows at a time, recomputed in backward; 0 = all at once (not with --compile)
     max_text: int = 50              # m, tokens of a caption, [CLS] and [SEP] included
     positions: int = 512            # position embeddings of the text encoder, as BERT
     vocab_size: int = 30522         # taken from the vocabulary file
@@ -114,20 +115,24 @@ class Config:
 
 PRESETS = {
     "base": dict(),
-    "tiny": dict(image_size=64, backbone="tiny", width=128, text_layers=2, heads=4, act="relu", dropout=0.0, embed_dim=128, te_heads=4,
-                 te_ratio=2, max_text=22, vision_lr=1.0, text_lr=1.0, hash_dropout=0.0,
-                 pretrain=[dict(batch_size=64, steps=1000, lr=1e-3, warmup_steps=50, weight_decay=0.02, schedule="cosine", min_lr=1e-4),
-                           dict(batch_size=32, steps=250, lr=2e-4, weight_decay=0.02, schedule="step", crop_scale=(0.6, 1.0))],
-                 retrieval=dict(image_view="plain", batch_size=64, steps=300, lr=2e-4, vision_lr=1.0, text_lr=1.0, warmup_epochs=0.2),
+    "tiny": dict(image_size=64, backbone="tiny", width=128, text_layers=2, heads=4, act="relu", dropout=0.0,
+                 embed_dim=128, te_heads=4, te_ratio=2, max_text=22, vision_lr=1.0, text_lr=1.0, hash_dropout=0.0,
+                 pretrain=[dict(batch_size=64, steps=1000, lr=1e-3, warmup_steps=50, weight_decay=0.02,
+                                schedule="cosine", min_lr=1e-4),
+                           dict(batch_size=32, steps=250, lr=2e-4, weight_decay=0.02, schedule="step",
+                                crop_scale=(0.6, 1.0))],
+                 retrieval=dict(image_view="plain", batch_size=64, steps=300, lr=2e-4, vision_lr=1.0,
+                                text_lr=1.0, warmup_epochs=0.2),
                  vtm=dict(batch_size=40, steps=300, lr=5e-4, text_lr=0.2),
-                 hashing=dict(image_size=64, backbone="tiny", batch_size=64, steps=400, lr=1e-3, vision_lr=1.0, hash_dropout=0.0,
-                              image_view="plain")),
+                 hashing=dict(image_size=64, backbone="tiny", batch_size=64, steps=400, lr=1e-3,
+                              vision_lr=1.0, hash_dropout=0.0, image_view="plain")),
 }
 
-# Section 4.1 gives pre-training, all but the decay [B], BERT's; of Config, temp is SimCSE's and tcl_* are VSE-infinity's.
-# Fine-tuning stood in an appendix that our copy lacks: [V] = VSE++ / VSE-infinity (GPO), also margin and warmup_epochs of Config;
-# [C] = CSQ, also quantization and hash_dropout. Data (section 4.1): Conceptual Captions, SBU, COCO, Flickr30K, and the questions
-# of VQA v2 and GQA as captions. Ablations (section 4.3): ITM with ResNeXt-101, image retrieval with ResNet-50, text with ResNet-101.
+# Section 4.1 gives pre-training, all but the decay [B], BERT's; of Config, temp is SimCSE's and tcl_* are
+# VSE-infinity's. Fine-tuning stood in an appendix that our copy lacks: [V] = VSE++ / VSE-infinity (GPO), also margin
+# and warmup_epochs of Config; [C] = CSQ, also quantization and hash_dropout. Data (section 4.1): Conceptual Captions,
+# SBU, COCO, Flickr30K, and the questions of VQA v2 and GQA as captions. Ablations (section 4.3): ITM with ResNeXt-101,
+# image retrieval with ResNet-50, text with ResNet-101.
 # Table 5b, rows from above (flags at pre-training and again at fine-tuning):
 #   baseline  --ws_layers 0 --tav_layers 0        FC, shared   --ws fc --tav_layers 0
 #   WS-TE, not shared  --ws_shared false --tav_layers 0        WS-TE, shared  --tav_layers 0
@@ -135,22 +140,24 @@ PRESETS = {
 # Table 5c, 0 layers, prints the baseline of 5b: without the TAV-TE, too.
 RECIPE = {
     "pretrain": [
-        dict(task="ccl", optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1, epochs=30, batch_size=576,
-             weight_decay=0.01),                                                                                           # [B]
+        dict(task="ccl", optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1, epochs=30,
+             batch_size=576, weight_decay=0.01),                                                                # [B]
         dict(optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1, epochs=10, batch_size=288,
-             weight_decay=0.01),                                                                                           # [B]
+             weight_decay=0.01),                                                                                # [B]
     ],
-    "retrieval": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1, epochs=25, batch_size=128, clip=2.0,
-                      weight_decay=1e-4, vision_lr=0.01, text_lr=0.1, crop_scale=(0.6, 1.0)),                              # [V]
-    "vtm": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1, epochs=25, batch_size=128, clip=2.0,
-                weight_decay=1e-4, text_lr=0.1),                                                                           # [V]
-    "hashing": dict(image_size=224, backbone="resnet50", optimizer="adam", lr=1e-3, vision_lr=0.05, schedule="step", gamma=0.7,
-                    milestones=",".join(f"{10 * i / 90:.4f}" for i in range(1, 9)), epochs=90, batch_size=64,
-                    crop_scale=(0.08, 1.0)),                                                                               # [C]
+    "retrieval": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1, epochs=25,
+                      batch_size=128, clip=2.0, weight_decay=1e-4, vision_lr=0.01, text_lr=0.1,
+                      crop_scale=(0.6, 1.0)),                                                                   # [V]
+    "vtm": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1, epochs=25,
+                batch_size=128, clip=2.0, weight_decay=1e-4, text_lr=0.1),                                      # [V]
+    "hashing": dict(image_size=224, backbone="resnet50", optimizer="adam", lr=1e-3, vision_lr=0.05, schedule="step",
+                    gamma=0.7, milestones=",".join(f"{10 * i / 90:.4f}" for i in range(1, 9)), epochs=90, batch_size=64,
+                    crop_scale=(0.08, 1.0)),                                                                    # [C]
 }
 
 TASKS = ("pretrain", "retrieval", "vtm", "hashing")
-EVALS = {"ccl": ("retrieval",), "pretrain": ("retrieval",), "retrieval": ("retrieval",), "vtm": ("vtm",), "hashing": ("hashing",)}
+EVALS = {"ccl": ("retrieval",), "pretrain": ("retrieval",), "retrieval": ("retrieval",), "vtm": ("vtm",),
+         "hashing": ("hashing",)}
 INITS = ("vision", "text")
 VIEWS = {
     "ccl": dict(source="pairs", image="resize", norm="imagenet", text="caption"),                       # stage 1
@@ -179,7 +186,8 @@ NETS = {  # name: block, blocks per stage, their planes, groups, width per group
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without its head: (B, 3, H, W) -> the features before pooling, (B, D_V, H/stride, W/stride)."""
+    """torchvision's ResNet without its head: (B, 3, H, W) -> the features before pooling,
+    (B, D_V, H/stride, W/stride)."""
 
     def __init__(self, name):
         super().__init__()
@@ -235,7 +243,8 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, text):
-        x = self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]] + self.token_type_embeddings.weight[0]
+        x = (self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]]
+             + self.token_type_embeddings.weight[0])
         return self.dropout(self.LayerNorm(x))                                       # (B, T, D)
 
 
@@ -312,7 +321,8 @@ class Encoder(nn.Module):
     def forward(self, x, mask=None):
         mask = None if mask is None else mask[:, None, None].bool()                  # (B, 1, 1, S)
         for layer in self.layer:
-            x = checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training else layer(x, mask)
+            x = (checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training
+                 else layer(x, mask))
         return x
 
 
@@ -331,9 +341,10 @@ class TextEncoder(nn.Module):
 class GPO(nn.Module):
     """Generalized pooling operator: a learnt weight for the largest, second largest, ... value of each dimension.
 
-    The weights w of a set of l tokens follow from l alone: sinusoid positions (l, 32) -> BiGRU, mean of both directions -> one score a
-    position -> softmax(score / 0.1). The forward GRU's run is a prefix of the longest set's; the backward GRU starts at each set's own
-    end, so every set's positions are turned around first. No packing, no lengths on the host.
+    The weights w of a set of l tokens follow from l alone: sinusoid positions (l, 32) -> BiGRU, mean of both directions
+    -> one score a position -> softmax(score / 0.1). The forward GRU's run is a prefix of the longest set's; the
+    backward GRU starts at each set's own end, so every set's positions are turned around first. No packing, no lengths
+    on the host.
     """
 
     def __init__(self, width=32, temp=0.1):
@@ -346,13 +357,16 @@ class GPO(nn.Module):
     def positions(self, length, like):
         """(length, width): sin and cos, interleaved, of p / 10000^(2i / width)."""
         p = torch.arange(length, device=like.device, dtype=like.dtype)
-        rate = torch.exp(torch.arange(0, self.width, 2, device=like.device, dtype=like.dtype) * (-math.log(10000.0) / self.width))
+        rate = torch.exp(torch.arange(0, self.width, 2, device=like.device, dtype=like.dtype)
+                         * (-math.log(10000.0) / self.width))
         return torch.stack([(p[:, None] * rate).sin(), (p[:, None] * rate).cos()], -1).flatten(1)
 
     def weights(self, mask):
-        """mask: bool (B, S), the tokens first -> (B, S) weights that sum to 1 over each row's l tokens, 0 behind them."""
+        """mask: bool (B, S), the tokens first -> (B, S) weights that sum to 1 over each row's l tokens,
+        0 behind them."""
         pe = self.positions(mask.shape[1], self.score.weight)
-        behind = mask.sum(1, keepdim=True) - 1 - torch.arange(mask.shape[1], device=mask.device)   # (B, S): l-1, ..., 0, then < 0
+        # (B, S): l-1, ..., 0, then < 0
+        behind = mask.sum(1, keepdim=True) - 1 - torch.arange(mask.shape[1], device=mask.device)
         turn = behind.clamp(min=0)
         ahead = self.ahead(pe[None])[0]                                              # (1, S, 32)
         back = self.back(pe[turn])[0]                                                # (B, S, 32), its own end first
@@ -363,8 +377,9 @@ class GPO(nn.Module):
     def forward(self, x, mask=None):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.score.weight.dtype)
-            if mask is None:                                                         # all sets are full: one row of weights
-                return (x.sort(1, descending=True)[0] * self.weights(x.new_ones(1, x.shape[1], dtype=torch.bool))[..., None]).sum(1)
+            if mask is None:                                                    # all sets are full: one row of weights
+                return (x.sort(1, descending=True)[0]
+                        * self.weights(x.new_ones(1, x.shape[1], dtype=torch.bool))[..., None]).sum(1)
             mask = mask.bool()
             x = x.masked_fill(~mask[..., None], torch.finfo(x.dtype).min).sort(1, descending=True)[0]
             ranked = torch.arange(x.shape[1], device=x.device) < mask.sum(1, keepdim=True)    # the tokens are first now
@@ -398,8 +413,8 @@ def gather(x):
 class GatherGrad(torch.autograd.Function):
     """gather() with gradient: a process's rows receive the sum of what every process's loss says of them.
 
-    With a loss that is the mean over a process's own B rows, and DDP's mean over processes, the gradient is then that of the mean over
-    all N rows, as one process would compute it.
+    With a loss that is the mean over a process's own B rows, and DDP's mean over processes, the gradient is then that
+    of the mean over all N rows, as one process would compute it.
     """
 
     @staticmethod
@@ -433,12 +448,14 @@ def frozen_statistics(norms):
 
 
 def in_chunks(fn, chunk, norms, *inputs):
-    """fn(*inputs) row by row the same, `chunk` rows at a time: only inputs and outputs are kept, backward runs fn again, and that
-    second time updates no running statistics. norms: the batch norm layers inside fn. inputs, output: (B, ...)."""
+    """fn(*inputs) row by row the same, `chunk` rows at a time: only inputs and outputs are kept, backward runs fn
+    again, and that second time updates no running statistics. norms: the batch norm layers inside fn.
+    inputs, output: (B, ...)."""
     if not chunk or chunk >= len(inputs[0]) or not torch.is_grad_enabled():
         return fn(*inputs)
     contexts = lambda: (contextlib.nullcontext(), frozen_statistics(norms))
-    return torch.cat([checkpoint(fn, *part, use_reentrant=False, context_fn=contexts) for part in zip(*(x.split(chunk) for x in inputs))])
+    return torch.cat([checkpoint(fn, *part, use_reentrant=False, context_fn=contexts)
+                      for part in zip(*(x.split(chunk) for x in inputs))])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -465,8 +482,8 @@ def full(x):
 
 
 def pool(x, mask=None, gpo=None):
-    """Eq. (4): Pooling(TE_WS(F)), to unit norm. x: (B, S, D); mask: (B, S) 1 = token, or None; gpo: a GPO, or None for the mean
-    -> (B, D) float32."""
+    """Eq. (4): Pooling(TE_WS(F)), to unit norm. x: (B, S, D); mask: (B, S) 1 = token, or None; gpo: a GPO, or None for
+    the mean -> (B, D) float32."""
     x = full(x)
     if gpo is not None:
         x = gpo(x, mask)
@@ -485,23 +502,27 @@ def similarity(q, k):
 
 
 def other_views(ids, key_ids, own):
-    """Keys that are neither a row's positive nor its negatives: those of the same image. ids: (B,); key_ids: (N,); own: (B,), the
-    positive's column -> bool (B, N)."""
+    """Keys that are neither a row's positive nor its negatives: those of the same image. ids: (B,); key_ids: (N,);
+    own: (B,), the positive's column -> bool (B, N)."""
     return (ids[:, None] == key_ids).scatter(1, own[:, None], False)
 
 
 def info_nce(q, k, ids, key_ids, own, temp):
-    """Eq. (5): -1/N sum_i log [ exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_j exp(q.k_j- / tau)) ], j over the other images' keys.
+    """Eq. (5): -1/N sum_i log [ exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_j exp(q.k_j- / tau)) ],
+    j over the other images' keys.
 
-    q: (B, d); k: (N, d), unit norm; ids, key_ids: image ids (B,), (N,); own: (B,) the column of k+ -> 0-d, the mean over B rows.
+    q: (B, d); k: (N, d), unit norm; ids, key_ids: image ids (B,), (N,); own: (B,) the column of k+ -> 0-d,
+    the mean over B rows.
     """
     logits = (similarity(q, k) / temp).masked_fill(other_views(ids, key_ids, own), -torch.inf)    # (B, N)
     return F.cross_entropy(logits, own)
 
 
 def cross_modal(image_emb, text_emb, all_image, all_text, ids, all_ids, own, temp):
-    """Eq. (6), (7): L_i2t = L_InfoNCE(I, T), L_t2i = L_InfoNCE(T, I). (B, d) of this process, (N, d) of all -> two 0-d."""
-    return info_nce(image_emb, all_text, ids, all_ids, own, temp), info_nce(text_emb, all_image, ids, all_ids, own, temp)
+    """Eq. (6), (7): L_i2t = L_InfoNCE(I, T), L_t2i = L_InfoNCE(T, I). (B, d) of this process,
+    (N, d) of all -> two 0-d."""
+    return (info_nce(image_emb, all_text, ids, all_ids, own, temp),
+            info_nce(text_emb, all_image, ids, all_ids, own, temp))
 
 
 def visual_contrast(view1, all_view2, ids, all_ids, own, temp):
@@ -516,22 +537,26 @@ def textual_contrast(view1, all_view2, ids, all_ids, own, temp):
 
 @torch.no_grad()
 def augment_tokens(text, text_mask, words, pad_id, mask_id, first_word, vocab_size, prob=0.2, mask=0.5, substitute=0.1):
-    """Eq. (10), aug_t: each word is changed with probability `prob`: masked, substituted by a random word, or else deleted.
+    """Eq. (10), aug_t: each word is changed with probability `prob`: masked, substituted by a random word,
+    or else deleted.
 
-    text, text_mask: (B, T) int64; words: bool (B, T), the tokens that may change -> new text and mask, same shapes, what remains moved
-    to the front. A row that would lose every word keeps one. Shares: mask, substitute, 1 - mask - substitute.
+    text, text_mask: (B, T) int64; words: bool (B, T), the tokens that may change -> new text and mask, same shapes,
+    what remains moved to the front. A row that would lose every word keeps one. Shares: mask, substitute,
+    1 - mask - substitute.
     """
     noise = torch.rand(text.shape, device=text.device)
     changed = words & (noise < prob)
     dice = torch.rand(text.shape, device=text.device)
     deleted = changed & (dice >= mask + substitute)
-    last = noise.masked_fill(~words, -1.0).argmax(1, keepdim=True)                   # of the words, the one least inclined to change
-    bare = words.any(1, keepdim=True) & ~(words & ~deleted).any(1, keepdim=True)     # (B, 1): nothing but [CLS] and [SEP] would remain
+    last = noise.masked_fill(~words, -1.0).argmax(1, keepdim=True)      # of the words, the one least inclined to change
+    # (B, 1): nothing but [CLS] and [SEP] would remain
+    bare = words.any(1, keepdim=True) & ~(words & ~deleted).any(1, keepdim=True)
     deleted = deleted & ~(bare & (torch.arange(text.shape[1], device=text.device) == last))
     random = torch.randint(first_word, vocab_size, text.shape, device=text.device)
-    text = torch.where(changed & (dice < mask), mask_id, torch.where(changed & (dice >= mask) & (dice < mask + substitute), random, text))
+    text = torch.where(changed & (dice < mask), mask_id,
+                       torch.where(changed & (dice >= mask) & (dice < mask + substitute), random, text))
     keep = text_mask.bool() & ~deleted
-    order = (~keep).to(torch.int8).argsort(dim=1, stable=True)                       # what stays, in order, then the rest
+    order = (~keep).to(torch.int8).argsort(dim=1, stable=True)                  # what stays, in order, then the rest
     keep = keep.gather(1, order)
     return text.gather(1, order).masked_fill(~keep, pad_id), keep.to(text_mask.dtype)
 
@@ -540,10 +565,11 @@ def augment_tokens(text, text_mask, words, pad_id, mask_id, first_word, vocab_si
 # Fine-tuning's losses: VSE++ and CSQ
 
 def hinge_triplet(q, k, ids, key_ids, own, margin, hard):
-    """VSE++'s hinge, one direction: [margin - q.k+ + q.k-]_+, of the hardest negative (hard = 1) or the mean over negatives (0).
+    """VSE++'s hinge, one direction: [margin - q.k+ + q.k-]_+, of the hardest negative (hard = 1) or the mean over
+    negatives (0).
 
-    q: (B, d); k: (N, d); own: (B,) the column of k+; hard: 0-d in [0, 1] -> 0-d, the mean over rows. Of N rows that all have the
-    same vector each direction is exactly `margin`: 2 margin in all is what a collapsed model shows.
+    q: (B, d); k: (N, d); own: (B,) the column of k+; hard: 0-d in [0, 1] -> 0-d, the mean over rows. Of N rows that all
+    have the same vector each direction is exactly `margin`: 2 margin in all is what a collapsed model shows.
     """
     sim = similarity(q, k)                                                           # (B, N)
     cost = (margin - sim.gather(1, own[:, None]) + sim).clamp(min=0)
@@ -556,8 +582,9 @@ def hinge_triplet(q, k, ids, key_ids, own, margin, hard):
 def hash_centers(labels, bits, seed=0):
     """CSQ's hash centers (labels, bits), +1 or -1, as far apart as we find, and a vector (bits,) that breaks ties.
 
-    Where bits is a power of two and labels <= 2 bits: rows of [H; -H], H the Hadamard matrix, bits/2 or bits apart. Otherwise balanced
-    random rows: each new one must lie at least d from all before it, d sinking by 2 after 2,000 draws in vain.
+    Where bits is a power of two and labels <= 2 bits: rows of [H; -H], H the Hadamard matrix, bits/2 or bits apart.
+    Otherwise balanced random rows: each new one must lie at least d from all before it, d sinking by 2 after 2,000
+    draws in vain.
     """
     g = torch.Generator().manual_seed(seed)
     tie = torch.randint(0, 2, (bits,), generator=g) * 2.0 - 1
@@ -569,22 +596,24 @@ def hash_centers(labels, bits, seed=0):
     rows, distance = torch.empty(0, bits), bits // 2
     while len(rows) < labels:
         drawn = (torch.rand(2000, bits, generator=g).argsort(1) < bits // 2) * 2.0 - 1            # as many +1 as -1
-        far = drawn[((bits - drawn @ rows.T) / 2 >= distance).all(1)]                # Hamming distance to each row there is
+        far = drawn[((bits - drawn @ rows.T) / 2 >= distance).all(1)]           # Hamming distance to each row there is
         rows, distance = torch.cat([rows, far[:1]]), distance - 2 * (len(far) == 0)
     return rows, tie
 
 
 def target_centers(labels, centers, tie):
-    """The center of each image: sign of the mean of its labels' centers, ties by `tie`. (B, C), (C, K), (K,) -> (B, K)."""
+    """The center of each image: sign of the mean of its labels' centers, ties by `tie`.
+    (B, C), (C, K), (K,) -> (B, K)."""
     s = labels @ centers
     return torch.where(s == 0, tie, s.sign())
 
 
 def csq_loss(a, target, weight, quantization):
-    """CSQ: L_C + quantization L_Q. L_C = BCE((y + 1) / 2, (c + 1) / 2), L_Q = (|y| - 1)^2, y = tanh(a), means over bits.
+    """CSQ: L_C + quantization L_Q. L_C = BCE((y + 1) / 2, (c + 1) / 2), L_Q = (|y| - 1)^2, y = tanh(a),
+    means over bits.
 
-    a: (B, K) before tanh; target: (B, K) +-1; weight: (B,) 1, or 0 for an image without labels -> L_C, L_Q, 0-d. (tanh(a) + 1) / 2 is
-    sigmoid(2 a), so that the logarithms are safe.
+    a: (B, K) before tanh; target: (B, K) +-1; weight: (B,) 1, or 0 for an image without labels -> L_C, L_Q, 0-d.
+    (tanh(a) + 1) / 2 is sigmoid(2 a), so that the logarithms are safe.
     """
     a = full(a)
     share = weight.to(a.dtype) / weight.sum().clamp(min=1)
@@ -596,15 +625,18 @@ def csq_loss(a, target, weight, quantization):
 # The model
 
 class Cookie(nn.Module):
-    """All tasks of the paper. A batch is a dict: image (B, 3, H, W), text, text_mask (B, T), image_id (B,) and what the task adds.
+    """All tasks of the paper. A batch is a dict: image (B, 3, H, W), text, text_mask (B, T), image_id (B,) and what
+    the task adds.
 
-    Tasks "ccl" (stage 1), "pretrain" (stage 2), "retrieval": the whole model. "vtm": frame features and text. "hashing": the CNN.
+    Tasks "ccl" (stage 1), "pretrain" (stage 2), "retrieval": the whole model. "vtm": frame features and text.
+    "hashing": the CNN.
     """
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
         self.cfg, self.task = cfg, task
-        choices = {"pooling": ("mean", "gpo"), "ws": ("te", "fc"), "ccl_on": ("raw", "view1"), "embed": ("joint", "bert")}
+        choices = {"pooling": ("mean", "gpo"), "ws": ("te", "fc"), "ccl_on": ("raw", "view1"),
+                   "embed": ("joint", "bert")}
         for field, values in choices.items():
             if getattr(cfg, field) not in values:
                 raise SystemExit(f"--{field} {getattr(cfg, field)}: it is one of {', '.join(values)}")
@@ -631,8 +663,8 @@ class Cookie(nn.Module):
         self.init_weights()
         if codes:
             w = self.vision.width
-            self.hash_layer = nn.Sequential(nn.Linear(w, w), nn.ReLU(), nn.Dropout(cfg.hash_dropout), nn.Linear(w, w), nn.ReLU(),
-                                            nn.Linear(w, cfg.bits))
+            self.hash_layer = nn.Sequential(nn.Linear(w, w), nn.ReLU(), nn.Dropout(cfg.hash_dropout),
+                                            nn.Linear(w, w), nn.ReLU(), nn.Linear(w, cfg.bits))
             centers, tie = hash_centers(num_labels, cfg.bits)
             self.register_buffer("centers", centers)
             self.register_buffer("tie", tie)
@@ -658,7 +690,8 @@ class Cookie(nn.Module):
         """Another run's state, its position embeddings interpolated to this one's grid. Of it, clips take the text
         encoder alone, with vtm_te all but the FC of images."""
         if self.task == "vtm" and "image_pos" in state:
-            return {k: v for k, v in state.items() if k.startswith("text.") or self.cfg.vtm_te and not k.startswith("image_fc.")}
+            return {k: v for k, v in state.items()
+                    if k.startswith("text.") or self.cfg.vtm_te and not k.startswith("image_fc.")}
         pos = state.get("image_pos")
         if pos is not None and hasattr(self, "image_pos"):
             side = math.isqrt(self.image_pos.shape[1])
@@ -714,7 +747,8 @@ class Cookie(nn.Module):
         cfg = self.cfg
         if cfg.embed == "bert":
             return f"{cfg.pooling} of the last of BERT's {cfg.text_layers} layers over all tokens"
-        return f"{cfg.pooling} of layer {cfg.ws_layers} of the {'WS-TE' if cfg.ws == 'te' else 'shared FC'} over all tokens"
+        return (f"{cfg.pooling} of layer {cfg.ws_layers} of the {'WS-TE' if cfg.ws == 'te' else 'shared FC'} "
+                "over all tokens")
 
     def token_scores(self, batch):
         """Figure 3: cosine of the final vector with each token after the WS-TE -> image (B, h, w), text (B, T)."""
@@ -741,7 +775,8 @@ class Cookie(nn.Module):
         return in_chunks(fn, self.cfg.chunk, self.norms, *inputs)
 
     def everyone(self, keys, ids):
-        """Keys (B, D) of this process -> the same of all processes (N, D), with gradient, their ids (N,), own columns (B,)."""
+        """Keys (B, D) of this process -> the same of all processes (N, D), with gradient, their ids (N,),
+        own columns (B,)."""
         own = rank() * len(ids) + torch.arange(len(ids), device=ids.device)
         return gather_grad(torch.stack(keys, 1)).unbind(1), gather(ids), own
 
@@ -755,7 +790,8 @@ class Cookie(nn.Module):
     def loss_ccl(self, batch):
         """Stage 1: L_i2t + L_t2i, Eq. (6), (7)."""
         self.trainable()
-        image_emb, text_emb = self.encode(self.embed_image, batch["image"]), self.encode(self.embed_text, batch["text"], batch["text_mask"])
+        image_emb, text_emb = (self.encode(self.embed_image, batch["image"]),
+                               self.encode(self.embed_text, batch["text"], batch["text_mask"]))
         return self.total(self.contrast(image_emb, text_emb, batch["image_id"]))
 
     def contrast(self, image_emb, text_emb, ids):
@@ -771,11 +807,13 @@ class Cookie(nn.Module):
         images = torch.cat([batch["image" if name == "raw" else name] for name in names])                # Eq. 8
         image = dict(zip(names, self.encode(self.embed_image, images).chunk(len(names))))
         names = ["raw"] * (cfg.ccl_on == "raw") + ["view1"] * (cfg.tcl or cfg.ccl_on == "view1") + ["view2"] * cfg.tcl
-        texts = [(batch["text"], batch["text_mask"]) if name == "raw" else self.text_view(batch) for name in names]    # Eq. 10
+        texts = [(batch["text"], batch["text_mask"]) if name == "raw" else self.text_view(batch)           # Eq. 10
+                 for name in names]
         text = dict(zip(names, self.encode(self.embed_text, *map(torch.cat, zip(*texts))).chunk(len(names))))
 
         queries = {"i2t": image[cfg.ccl_on], "t2i": text[cfg.ccl_on]}
-        keys = [image[cfg.ccl_on], text[cfg.ccl_on]] + ([image["view2"]] if cfg.vcl else []) + ([text["view2"]] if cfg.tcl else [])
+        keys = ([image[cfg.ccl_on], text[cfg.ccl_on]] + ([image["view2"]] if cfg.vcl else [])
+                + ([text["view2"]] if cfg.tcl else []))
         (all_image, all_text, *views), all_ids, own = self.everyone(keys, ids)
         losses = dict(zip(queries, cross_modal(*queries.values(), all_image, all_text, ids, all_ids, own, temp)))
         if cfg.vcl:
@@ -793,7 +831,8 @@ class Cookie(nn.Module):
     def loss_retrieval(self, batch):
         """The hinge of VSE++ both ways (section 4.2)."""
         self.trainable()
-        image_emb, text_emb = self.encode(self.embed_image, batch["image"]), self.encode(self.embed_text, batch["text"], batch["text_mask"])
+        image_emb, text_emb = (self.encode(self.embed_image, batch["image"]),
+                               self.encode(self.embed_text, batch["text"], batch["text_mask"]))
         ids = batch["image_id"]
         (all_image, all_text), all_ids, own = self.everyone((image_emb, text_emb), ids)
         hinge = lambda q, k: hinge_triplet(q, k, ids, all_ids, own, self.cfg.margin, self.hard)
@@ -809,7 +848,8 @@ class Cookie(nn.Module):
         """CSQ on the CNN alone (section 4.2)."""
         labels = batch["labels"]
         a = self.encode(self.hash_logits, batch["image"])
-        central, quantization = csq_loss(a, target_centers(labels, self.centers, self.tie), labels.any(1), self.cfg.quantization)
+        central, quantization = csq_loss(a, target_centers(labels, self.centers, self.tie), labels.any(1),
+                                         self.cfg.quantization)
         logs = {"central": central.detach(), "quantization": quantization.detach()}
         return {"loss": central + self.cfg.quantization * quantization, "logs": logs}
 
@@ -846,21 +886,24 @@ def resize_grid(pos, height, width):
 
 # Copied from models/codis.py::read_foreign
 def read_foreign(path, where):
-    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin
+    -> ({key: tensor}, the folder's config.json or {}).
 
-    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
-    `where` begins each error, which is a SystemExit of one line.
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or
+    "state_dict". `where` begins each error, which is a SystemExit of one line.
     """
     path, config = Path(path), {}
     if path.is_dir():
         if (path / "config.json").exists():
             config = json.loads((path / "config.json").read_text())
-        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin")
+                               if (path / name).exists()]
         if not found:
             raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
         path = found[0]
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
         raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
     for key in ("model", "state_dict"):
@@ -873,7 +916,8 @@ def read_foreign(path, where):
 
 # Copied from models/codis.py::short
 def short(names):
-    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    """Names of tensors for people, layer numbers as ranges, weight and bias together:
+    ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
     number, layers = r"(?<=\.)\d+(?=\.)", {}
     for name in sorted(names):
         layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
@@ -881,9 +925,11 @@ def short(names):
     for name, numbers in layers.items():
         for column in zip(*numbers):
             low, high, some = min(column), max(column), sorted(set(column))
-            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1
+                                else ",".join(map(str, some)), 1)
         out.append(name)
-    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    both = [name.removesuffix(".bias") for name in out
+            if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
     out = [name for name in out if name.removesuffix(".bias") not in both]
     return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
                      for name in out) or "none"
@@ -891,20 +937,26 @@ def short(names):
 
 # Copied from models/codis.py::fill
 def fill(model, state, where, rename, required, reads, ignored=()):
-    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for,
+    or it raises before anything is changed.
 
-    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
-    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
-    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
-    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it).
+    required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the
+    tower says.
+    ignored: keys to leave out without a word.
+    -> (our names that are filled, the report's line). SystemExit of one line, beginning with `where`: a tensor of
+    another shape, two that claim one place and differ, one left out that counts, one left unfilled.
     """
     mine, source, unexpected = model.state_dict(), {}, []
     for key, value in state.items():
         names = [name for name in rename(key) if name in mine]
         for name in names:
             if value.shape != mine[name].shape:
-                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
-                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+                hint = (", another vocabulary: see --vocab"
+                        if value.shape[1:] == mine[name].shape[1:] and "word" in name else "")
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, "
+                                 f"{name} is {tuple(mine[name].shape)} here{hint}")
             if not torch.equal(state[source.setdefault(name, key)], value):
                 raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
         if not names and key not in ignored:
@@ -914,16 +966,18 @@ def fill(model, state, where, rename, required, reads, ignored=()):
     if len(missing) == len(required):
         raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
     if missing:
-        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: "
+                         f"{short(missing)}")
     if counts:
         raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
     with torch.no_grad():
         for name, key in source.items():
-            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+            mine[name].copy_(state[key])                                    # state_dict() shares the parameters' memory
     left = [key for key in state if key in ignored]
     matched = len(state) - len(unexpected) - len(left)
-    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
-                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; "
+                         f"missing 0; unexpected {len(unexpected)}: {short(unexpected)}"
+                         + f"; ignored: {short(left)}" * bool(left))
 
 
 # Copied from models/codis.py::agree
@@ -946,29 +1000,32 @@ def load_vision(model, path):
     if not hasattr(model, "vision"):
         raise SystemExit(f"{where}: a model for {model.task} has no image tower")
     state, _ = read_foreign(path, where)
-    required = [k for k in model.state_dict() if k.startswith("vision.") and not k.endswith("num_batches_tracked")]  # WSL lacks it
-    return fill(model, state, where, lambda key: ["vision." + key], required, reads=lambda key: not key.startswith("fc."))[1]
+    # WSL lacks it
+    required = [k for k in model.state_dict() if k.startswith("vision.") and not k.endswith("num_batches_tracked")]
+    return fill(model, state, where, lambda key: ["vision." + key], required,
+                reads=lambda key: not key.startswith("fc."))[1]
 
 
 def load_text(model, path):
-    """Hugging Face's BERT -> `text.`. Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta. Its pooler and
-    heads come after the last layer and are left out."""
+    """Hugging Face's BERT -> `text.`. Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta. Its
+    pooler and heads come after the last layer and are left out."""
     cfg, where = model.cfg, f"--init_text {path}"
     if not hasattr(model, "text"):
         raise SystemExit(f"{where}: a model for {model.task} has no text tower")
     state, config = read_foreign(path, where)
     agree(where, {"hidden_act": "gelu", **config},
           {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
-    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"):
-             v for k, v in state.items()}
+    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight")
+             .replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in state.items()}
     required = [k for k in model.state_dict() if k.startswith("text.")]
     return fill(model, state, where, lambda key: ["text." + key], required, ignored=("embeddings.position_ids",),
                 reads=lambda key: key.startswith(("embeddings.", "encoder.")))[1] + told(config, cfg.heads)
 
 
 def load_pretrained(model, vision=None, text=None):
-    """Fills the towers from foreign weight files or folders; paths, or None -> the report, a line per tower. SystemExit, one
-    line, unless every tensor of the tower is filled and every tensor that the tower would need is taken."""
+    """Fills the towers from foreign weight files or folders; paths, or None -> the report, a line per tower.
+    SystemExit, one line, unless every tensor of the tower is filled and every tensor that the tower would need is
+    taken."""
     return "\n  ".join(load(model, path) for load, path in ((load_vision, vision), (load_text, text)) if path)
 
 
@@ -977,15 +1034,17 @@ Model = Cookie
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if k not in TASKS}, vocab_size=200, mask_id=4, cls_id=2, sep_id=3,
-                 first_word=5)
+    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if k not in TASKS},
+                 vocab_size=200, mask_id=4, cls_id=2, sep_id=3, first_word=5)
     cfg.frame_width = 240
     image, text = torch.randn(4, 3, 64, 64), torch.randint(5, 200, (4, cfg.max_text))
-    batch = {"image": image, "view1": image.flip(3), "view2": image + 0.1, "text": text, "text_mask": torch.ones_like(text),
-             "image_id": torch.arange(4), "frames": torch.randn(4, 9, 240), "frames_mask": torch.ones(4, 9, dtype=torch.long),
+    batch = {"image": image, "view1": image.flip(3), "view2": image + 0.1,
+             "text": text, "text_mask": torch.ones_like(text), "image_id": torch.arange(4),
+             "frames": torch.randn(4, 9, 240), "frames_mask": torch.ones(4, 9, dtype=torch.long),
              "labels": torch.eye(4)}
     for task in ("ccl",) + TASKS:
         model = Cookie(cfg, task, num_labels=4).train()
         out = model(batch)
         out["loss"].backward()
-        print(task, f"{sum(p.numel() for p in model.parameters()):,} parameters", {k: round(v.item(), 3) for k, v in out["logs"].items()})
+        print(task, f"{sum(p.numel() for p in model.parameters()):,} parameters",
+              {k: round(v.item(), 3) for k, v in out["logs"].items()})

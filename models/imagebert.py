@@ -1,18 +1,22 @@
 """ImageBERT: one transformer over the words of a sentence and the regions of an image.
 
-Qi, Su, Song, Cui, Bharti, Sacheti, "ImageBERT: Cross-modal Pre-training with Large-scale Weak-supervised Image-Text Data", 2020.
+Qi, Su, Song, Cui, Bharti, Sacheti, "ImageBERT: Cross-modal Pre-training with Large-scale Weak-supervised Image-Text
+Data", 2020.
 
-A detector has turned the image into regions: feature, box and label. BERT reads sentence and regions as one sequence. Pre-training
-hides words (MLM) and regions (label: MOC, feature: MRFR) and asks whether the two belong together (ITM), first on much noisy web
-data, then on less and cleaner data: stages. Fine-tuning keeps the matching score alone and trains it against negatives. There is
-no embedding of one side: retrieval scores every pair of an image and a sentence.
+A detector has turned the image into regions: feature, box and label. BERT reads sentence and regions as one sequence.
+Pre-training hides words (MLM) and regions (label: MOC, feature: MRFR) and asks whether the two belong together (ITM),
+first on much noisy web data, then on less and cleaner data: stages. Fine-tuning keeps the matching score alone and
+trains it against negatives. There is no embedding of one side: retrieval scores every pair of an image and a sentence.
 
     words ---> word + segment + position, LN --------------+
-                                                           +--> [CLS] w .. w [SEP] v .. v --> BERT --> [CLS]    --> Eq. 5-9 match?
-    regions -> feature + box + segment + dummy pos., LN ---+                                      +--> hidden w --> Eq. 2 word
-    (image --> one more token, with global_feature) -------+                                      +--> hidden v --> Eq. 3 label, Eq. 4 feature
+                                                           +--> [CLS] w .. w [SEP] v .. v --> BERT
+                                                           |        +--------------------------+
+                                                           |        +--> [CLS]    --> Eq. 5-9 match?
+    regions -> feature + box + segment + dummy pos., LN ---+        +--> hidden w --> Eq. 2 word
+    (image --> one more token, with global_feature) -------+        +--> hidden v --> Eq. 3 label, Eq. 4 feature
 
-Shapes: B pairs, T text tokens, R regions, F feature of a region, D width, S = T + R (+ 1), M hidden places, P candidates, K labels.
+Shapes: B pairs, T text tokens, R regions, F feature of a region, D width, S = T + R (+ 1), M hidden places,
+P candidates, K labels.
 
 Equations (the paper numbers none; ours, in its order)
     Eq. 1 -> box_code(), embed_region()     Eq. 2 -> mlm_loss(), mask_tokens()      Eq. 3 -> moc_loss(), mask_regions()
@@ -20,25 +24,28 @@ Equations (the paper numbers none; ours, in its order)
     Eq. 7 -> ce_loss()                      Eq. 8 -> hardest_negative()             Eq. 9 -> triplet_loss()
 
 Deviations from the paper
-     1. Signs: MOC, MRFR, CE and triplet are printed with a leading minus, which would maximise them: left out. The triplet lacks
-        minus and margin: max(0, 0.2 - s+ + s_h-), once (its sum over N is idle).
+     1. Signs: MOC, MRFR, CE and triplet are printed with a leading minus, which would maximise them: left out. The
+        triplet lacks minus and margin: max(0, 0.2 - s+ + s_h-), once (its sum over N is idle).
      2. p_img = PositionEmbed(c), the 5-d box; the paper prints PositionEmbed(e), the sum that p_img is a part of.
-     3. MRFR is printed as a sum over a feature's F numbers; with F in the thousands it drowns the other losses. Here it is their
-        mean; `--mrfr F` gives the print. Losses over hidden places are means over the places, not sums.
-     4. s and c are sigmoids of one logit; all losses but the triplet compute with logits. CE is a softmax over the P logits.
-     5. Of a sentence's n words exactly max(1, round(0.15 n)) are chosen, as BERT's own code does; of regions each with probability
-        0.15 as printed, up to a count that one image of 24,000 exceeds (100 regions; one of 9,600 with 36), so that shapes do
-        not depend on data.
-     6. A region whose twin stays visible would give nothing to learn: every region that overlaps a zeroed one with IoU above
-        `twin_iou` is zeroed too, without a loss of its own. `twin_iou=1` is the print.
+     3. MRFR is printed as a sum over a feature's F numbers; with F in the thousands it drowns the other losses. Here it
+        is their mean; `--mrfr F` gives the print. Losses over hidden places are means over the places, not sums.
+     4. s and c are sigmoids of one logit; all losses but the triplet compute with logits. CE is a softmax over the P
+        logits.
+     5. Of a sentence's n words exactly max(1, round(0.15 n)) are chosen, as BERT's own code does; of regions each with
+        probability 0.15 as printed, up to a count that one image of 24,000 exceeds (100 regions; one of 9,600 with 36),
+        so that shapes do not depend on data.
+     6. A region whose twin stays visible would give nothing to learn: every region that overlaps a zeroed one with IoU
+        above `twin_iou` is zeroed too, without a loss of its own. `twin_iou=1` is the print.
      7. The global feature comes from a CNN that saw the whole image, hidden regions included.
-     8. Half of a batch are mismatched pairs: another sentence or another image, at random, of another image id, from the same batch.
-        They are masked as well, without the masked losses. Fine-tuning's P - 1 negatives a direction come from the batch too.
-        P is not printed: 4.
-     9. Adam without schedule, warm-up, decay or clipping, as nothing else is printed. The dummy position is the last row of BERT's
-        position table. The MLM head is BERT's ("the same with the MLM task in BERT"); the other heads are one linear layer.
-    10. The paper's detector knows 1,600 Visual Genome classes; `data.py regions` uses torchvision's with 91 COCO ids, up to
-        100 regions over score 0.05, or converts bottom-up-attention files. Boxes without label have no part in MOC.
+     8. Half of a batch are mismatched pairs: another sentence or another image, at random, of another image id, from
+        the same batch. They are masked as well, without the masked losses. Fine-tuning's P - 1 negatives a direction
+        come from the batch too. P is not printed: 4.
+     9. Adam without schedule, warm-up, decay or clipping, as nothing else is printed. The dummy position is the last
+        row of BERT's position table. The MLM head is BERT's ("the same with the MLM task in BERT"); the other heads are
+        one linear layer.
+    10. The paper's detector knows 1,600 Visual Genome classes; `data.py regions` uses torchvision's with 91 COCO ids,
+        up to 100 regions over score 0.05, or converts bottom-up-attention files. Boxes without label have no part in
+        MOC.
     11. `act="relu"` exists for `tiny`.
 
 Run: python models/imagebert.py      (2 s: shapes, parameters and every loss on a random batch)
@@ -101,15 +108,18 @@ class Config:
 PRESETS = {
     "base": dict(),
     "tiny": dict(width=128, layers=3, heads=4, mlp_ratio=4, act="relu", dropout=0.0, max_text=24, max_regions=3,
-                 init_std=0.05, itm=3.0,                            # matching is learnt last: so it starts after 600 steps, not 1,400
-                 pretrain=[dict(optimizer="adamw", batch_size=64, steps=3000, lr=1e-3, warmup_steps=100, schedule="cosine",
-                                min_lr=1e-5, eval_limit=100)],
-                 retrieval=dict(optimizer="adamw", batch_size=24, steps=400, lr=2e-4, schedule="cosine", eval_limit=100)),
+                 init_std=0.05, itm=3.0,            # matching is learnt last: so it starts after 600 steps, not 1,400
+                 pretrain=[dict(optimizer="adamw", batch_size=64, steps=3000, lr=1e-3,
+                                warmup_steps=100, schedule="cosine", min_lr=1e-5, eval_limit=100)],
+                 retrieval=dict(optimizer="adamw", batch_size=24, steps=400, lr=2e-4,
+                                schedule="cosine", eval_limit=100)),
 }
 
-# Sections 5.1 (pre-training, both stages alike, from BERT's weights: --init_text bert-base-uncased) and 5.2 (fine-tuning).
+# Sections 5.1 (pre-training, both stages alike, from BERT's weights: --init_text bert-base-uncased)
+# and 5.2 (fine-tuning).
 # Stage 1 is LAIT, stage 2 CC + SBU: --stage_data LAIT CC,SBU.
-# Table 1: pre-trained only; Table 2: `--task retrieval --init RUN --data FLICKR|COCO`. COCO is evaluated on 5,000 images and 5 x 1,000.
+# Table 1: pre-trained only; Table 2: `--task retrieval --init RUN --data FLICKR|COCO`.
+#   COCO is evaluated on 5,000 images and 5 x 1,000.
 # Table 3, all on `--task pretrain`, evaluated on Flickr30K without fine-tuning:
 #   LAIT                                --stage_data LAIT
 #   CC; CC+SBU                          --stage_data CC --limit 0; --stage_data CC,SBU --limit 0
@@ -145,11 +155,13 @@ def setup(cfg, task, stats):
     if not any((cfg.mlm, cfg.moc, cfg.mrfr, cfg.itm) if task == "pretrain" else (cfg.bce, cfg.ce, cfg.triplet)):
         raise SystemExit("every loss has weight 0: nothing to train")
     if task == "pretrain" and cfg.moc and not cfg.region_classes:
-        raise SystemExit("the regions carry no labels, which MOC learns from: use --moc 0, or regions of a detector with labels")
+        raise SystemExit("the regions carry no labels, which MOC learns from: use --moc 0, "
+                         "or regions of a detector with labels")
     if cfg.global_feature:
         cfg.global_dim = stats["global_dim"]
         if not cfg.global_dim:
-            raise SystemExit("--global_feature: the regions file has none: make it with data.py regions --global_feature NAME")
+            raise SystemExit("--global_feature: the regions file has none: "
+                             "make it with data.py regions --global_feature NAME")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,7 +204,8 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, text):
-        x = self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]] + self.token_type_embeddings.weight[0]
+        x = (self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]]
+             + self.token_type_embeddings.weight[0])
         return self.dropout(self.LayerNorm(x))                                       # (B, T, D)
 
 
@@ -219,7 +232,8 @@ class BertOutput(nn.Module):
 
 # Copied from models/codis.py::BertAttention
 class BertAttention(nn.Module):
-    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many queries."""
+    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many
+    queries."""
 
     def __init__(self, cfg, context_width):
         super().__init__()
@@ -269,7 +283,8 @@ class MLMHead(nn.Module):
 
 
 class Layer(nn.Module):
-    """A post-norm BERT layer. `at`: (B, A) places to compute, all where None: keys and values still come from everywhere."""
+    """A post-norm BERT layer. `at`: (B, A) places to compute, all where None: keys and values still come from
+    everywhere."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -289,7 +304,8 @@ class Encoder(nn.Module):
         self.checkpointing = cfg.checkpointing
 
     def forward(self, x, mask, at):
-        """x: (B, S, D); mask: (B, S), 1 = a token; at: (B, A) -> (B, A, D): the last layer computes only what somebody reads."""
+        """x: (B, S, D); mask: (B, S), 1 = a token; at: (B, A) -> (B, A, D): the last layer computes only what somebody
+        reads."""
         mask = mask[:, None, None].bool()                                            # (B, 1, 1, S)
         for n, layer in enumerate(self.layer):
             places = at if n + 1 == len(self.layer) else None
@@ -306,7 +322,8 @@ class Bert(nn.Module):
 
 
 class RegionEmbeddings(nn.Module):
-    """Section 4.1, image embedding: regions (B, R, F), their boxes and the image's size -> tokens (B, R, D), one more with `image`."""
+    """Section 4.1, image embedding: regions (B, R, F), their boxes and the image's size -> tokens (B, R, D),
+    one more with `image`."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -331,23 +348,27 @@ class RegionEmbeddings(nn.Module):
 def box_code(boxes, size):
     """Section 4.1: c = (x_tl/W, y_tl/H, x_br/W, y_br/H, (x_br - x_tl)(y_br - y_tl) / (W H)).
 
-    boxes: (..., R, 4) xyxy in pixels; size: (..., 2) width and height of the image in pixels -> (..., R, 5) in [0, 1]."""
+    boxes: (..., R, 4) xyxy in pixels; size: (..., 2) width and height of the image in pixels
+    -> (..., R, 5) in [0, 1]."""
     c = boxes / size.repeat(*[1] * (size.ndim - 1), 2).unsqueeze(-2)
     return torch.cat([c, (c[..., 2:3] - c[..., 0:1]) * (c[..., 3:4] - c[..., 1:2])], -1)
 
 
 def embed_region(v, s, p_img, p_seq, norm):
-    """Eq. (1): e^(i) = LN(v^(i) + s^(i) + p_img^(i) + p_seq^(i)).  v, p_img: (B, R, D); s, p_seq: (D,); norm: LN -> (B, R, D)."""
+    """Eq. (1): e^(i) = LN(v^(i) + s^(i) + p_img^(i) + p_seq^(i)).  v, p_img: (B, R, D); s, p_seq: (D,);
+    norm: LN -> (B, R, D)."""
     return norm(v + s + p_img + p_seq)
 
 
 def mlm_loss(logits, labels):
-    """Eq. (2): L_MLM = -E log P(w_m | w_\\m, v). logits: (B, M, V); labels: (B, M), -100 = no hidden word here -> 0-d."""
+    """Eq. (2): L_MLM = -E log P(w_m | w_\\m, v). logits: (B, M, V);
+    labels: (B, M), -100 = no hidden word here -> 0-d."""
     return masked_cross_entropy(logits, labels)
 
 
 def moc_loss(logits, labels):
-    """Eq. (3): L_MOC = E sum_i CE(l(v_m^(i)), f(v_m^(i))), as a mean. logits: (B, M, K); labels: (B, M), -100 = none -> 0-d."""
+    """Eq. (3): L_MOC = E sum_i CE(l(v_m^(i)), f(v_m^(i))), as a mean. logits: (B, M, K);
+    labels: (B, M), -100 = none -> 0-d."""
     return masked_cross_entropy(logits, labels)
 
 
@@ -358,7 +379,8 @@ def masked_cross_entropy(logits, labels):
 
 
 def mrfr_loss(h, r, live):
-    """Eq. (4): L_MRFR = E sum_i ||h(v_m^(i)) - r(v_m^(i))||^2, as a mean over i. h, r: (B, M, F); live: (B, M) bool -> 0-d."""
+    """Eq. (4): L_MRFR = E sum_i ||h(v_m^(i)) - r(v_m^(i))||^2, as a mean over i. h, r: (B, M, F);
+    live: (B, M) bool -> 0-d."""
     return ((h.float() - r.float()).square().sum(-1) * live).sum() / live.sum().clamp(min=1)
 
 
@@ -368,7 +390,8 @@ def itm_loss(s, y):
 
 
 def bce_loss(c, y, live):
-    """Eq. (6): L_BCE = -E [y log c + (1 - y) log(1 - c)].  c: (R,) logits; y: (R,); live: (R,) bool, 1 = counts -> 0-d."""
+    """Eq. (6): L_BCE = -E [y log c + (1 - y) log(1 - c)].  c: (R,) logits; y: (R,);
+    live: (R,) bool, 1 = counts -> 0-d."""
     loss = F.binary_cross_entropy_with_logits(c.float(), y.float(), reduction="none")
     return (loss * live).sum() / live.sum().clamp(min=1)
 
@@ -383,22 +406,26 @@ def ce_loss(s, live):
 
 
 def hardest_negative(s, live):
-    """Eq. (8): n_h = arg max over the negatives of s. s: (..., P-1); live: (..., P-1) bool -> (...,) index; any where none lives."""
+    """Eq. (8): n_h = arg max over the negatives of s. s: (..., P-1); live: (..., P-1) bool -> (...,) index;
+    any where none lives."""
     return s.masked_fill(~live, -torch.inf).argmax(-1)
 
 
 def triplet_loss(s_pos, s_neg, live, margin=0.2):
-    """Eq. (9): L_Triplet = E max[0, margin - s(+) + s(n_h)].  s_pos, s_neg: (...,) in [0, 1]; live: (...,) bool -> 0-d."""
+    """Eq. (9): L_Triplet = E max[0, margin - s(+) + s(n_h)].  s_pos, s_neg: (...,) in [0, 1];
+    live: (...,) bool -> 0-d."""
     return ((margin - s_pos + s_neg).clamp(min=0) * live).sum() / live.sum().clamp(min=1)
 
 
 # Copied from models/codis.py::mask_tokens with 3.3.2->4.3
 @torch.no_grad()
 def mask_tokens(text, maskable, mask_id, first_word, vocab_size, prob=0.15, mask_only=False):
-    """Section 4.3: chooses max(1, round(prob n)) of a row's n maskable tokens; 80 % become [MASK], 10 % a random word, 10 % stay.
+    """Section 4.3: chooses max(1, round(prob n)) of a row's n maskable tokens; 80 % become [MASK],
+    10 % a random word, 10 % stay.
 
-    text: (B, T) int64; maskable: (B, T) bool -> masked text (B, T), positions (B, M), labels (B, M) with -100 where a row has
-    fewer than M = max(1, round(prob T)) chosen. Shapes depend on T alone. Random words come from first_word..vocab_size-1.
+    text: (B, T) int64; maskable: (B, T) bool -> masked text (B, T), positions (B, M), labels (B, M) with -100 where
+    a row has fewer than M = max(1, round(prob T)) chosen. Shapes depend on T alone. Random words come from
+    first_word..vocab_size-1.
     """
     n = maskable.sum(-1, keepdim=True)
     m = max(1, round(prob * text.shape[1]))
@@ -427,11 +454,12 @@ def box_iou(boxes):
 
 @torch.no_grad()
 def mask_regions(regions, boxes, region_mask, prob=0.15, zero=0.9, twin_iou=0.4):
-    """Section 4.3, task 2: each region is chosen with probability prob; of the chosen, `zero` get the feature 0, the others keep it.
-    Regions that overlap a zeroed one by more than twin_iou are zeroed too: they show what is to be guessed.
+    """Section 4.3, task 2: each region is chosen with probability prob; of the chosen, `zero` get the feature 0, the
+    others keep it. Regions that overlap a zeroed one by more than twin_iou are zeroed too: they show what is to be
+    guessed.
 
-    regions: (B, R, F); boxes: (B, R, 4); region_mask: (B, R), 1 = a region -> regions (B, R, F), positions (B, M), live (B, M) bool.
-    M, the most that can be chosen, depends on R alone: the mean and four standard deviations."""
+    regions: (B, R, F); boxes: (B, R, 4); region_mask: (B, R), 1 = a region -> regions (B, R, F), positions (B, M),
+    live (B, M) bool. M, the most that can be chosen, depends on R alone: the mean and four standard deviations."""
     r = regions.shape[1]
     m = min(r, math.ceil(prob * r + 4 * math.sqrt(prob * (1 - prob) * r)))
     dice = torch.rand(region_mask.shape, device=regions.device).masked_fill(region_mask == 0, 1.0)
@@ -453,7 +481,8 @@ def others(ids, n):
 
 @torch.no_grad()
 def mismatch(ids, n):
-    """Pairs for Eq. (5): the last n of the batch (its order is random) get another sentence or another image, where it has one.
+    """Pairs for Eq. (5): the last n of the batch (its order is random) get another sentence or another image,
+    where it has one.
     ids: (B,) -> (B,) index of the image, (B,) index of the sentence, (B,) y: 1 = they belong together."""
     own = torch.arange(len(ids), device=ids.device)
     index, found = (x.squeeze(-1) for x in others(ids, 1))
@@ -466,8 +495,9 @@ def mismatch(ids, n):
 # The model
 
 class ImageBert(nn.Module):
-    """A batch is a dict: text, text_mask (B, T); regions (B, R, F), regions_box (B, R, 4) xyxy pixels, regions_size (B, 2) width
-    and height, regions_mask (B, R), regions_label (B, R) with -1 = none; regions_global (B, G) with global_feature; image_id (B,)."""
+    """A batch is a dict: text, text_mask (B, T); regions (B, R, F), regions_box (B, R, 4) xyxy pixels,
+    regions_size (B, 2) width and height, regions_mask (B, R), regions_label (B, R) with -1 = none;
+    regions_global (B, G) with global_feature; image_id (B,)."""
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
@@ -495,21 +525,24 @@ class ImageBert(nn.Module):
     # -- the sequence
 
     def embed_images(self, regions, boxes, size, region_mask, image=None):
-        """Eq. (1) -> image tokens (B, R, D), with the global feature (B, R+1, D), and their mask. Regions share one position."""
+        """Eq. (1) -> image tokens (B, R, D), with the global feature (B, R+1, D), and their mask.
+        Regions share one position."""
         tables = self.bert.embeddings
-        x = self.regions(regions, boxes, size, tables.token_type_embeddings.weight[1], tables.position_embeddings.weight[-1], image)
+        x = self.regions(regions, boxes, size, tables.token_type_embeddings.weight[1],
+                         tables.position_embeddings.weight[-1], image)
         return x, F.pad(region_mask, (0, x.shape[1] - region_mask.shape[1]), value=1)
 
     def images_of(self, batch, index=None, regions=None):
-        """embed_images() of a batch's images, or of those at `index`; `regions` in place of their features, where masked."""
+        """embed_images() of a batch's images, or of those at `index`; `regions` in place of their features,
+        where masked."""
         keys = ["regions_box", "regions_size", "regions_mask"] + ["regions_global"] * self.cfg.global_feature
         box, size, mask, *image = [batch[k] if index is None else batch[k][index] for k in keys]
         regions = batch["regions"] if regions is None else regions
         return self.embed_images(regions.float(), box.float(), size.float(), mask, *[x.float() for x in image])
 
     def encode(self, words, text_mask, image_tokens, image_mask, *places):
-        """[CLS] text [SEP] regions through the transformer. words: (R, T, D), image_tokens: (R, S-T, D), both embedded, with masks
-        -> [CLS] (R, D) and, for each (R, M) of places in the sequence, (R, M, D)."""
+        """[CLS] text [SEP] regions through the transformer. words: (R, T, D), image_tokens: (R, S-T, D), both embedded,
+        with masks -> [CLS] (R, D) and, for each (R, M) of places in the sequence, (R, M, D)."""
         at = torch.cat([torch.zeros_like(text_mask[:, :1]), *places], 1)             # (R, 1 + M + ..)
         x = self.bert.encoder(torch.cat([words, image_tokens], 1), torch.cat([text_mask, image_mask], 1), at)
         cls, *rest = x.split([1] + [p.shape[1] for p in places], 1)
@@ -528,10 +561,12 @@ class ImageBert(nn.Module):
         return {"text": batch["text"], "text_mask": batch["text_mask"]}
 
     def match(self, batch):
-        """(B,) logits of "matched". Takes image_states() and text_states(), or a raw batch. Rows do not depend on each other."""
+        """(B,) logits of "matched". Takes image_states() and text_states(), or a raw batch.
+        Rows do not depend on each other."""
         if "image_tokens" not in batch:
             batch = {**batch, **self.image_states(batch)}
-        return self.score(self.bert.embeddings(batch["text"]), batch["text_mask"], batch["image_tokens"], batch["image_mask"])
+        return self.score(self.bert.embeddings(batch["text"]), batch["text_mask"], batch["image_tokens"],
+                          batch["image_mask"])
 
     # -- losses
 
@@ -539,20 +574,24 @@ class ImageBert(nn.Module):
         return getattr(self, "loss_" + self.task)(batch)
 
     def hidden(self, batch, image, sentence, m):
-        """Masks pairs (image, sentence), both (B,) indices into the batch, and runs them -> [CLS] (B, D), and of the first m pairs
-        {task: (what its head says, what is true)}: logits (m, M, V or K) and labels (m, M); for mrfr also which count."""
+        """Masks pairs (image, sentence), both (B,) indices into the batch, and runs them -> [CLS] (B, D), and of the
+        first m pairs {task: (what its head says, what is true)}: logits (m, M, V or K) and labels (m, M);
+        for mrfr also which count."""
         cfg = self.cfg
         text, text_mask = batch["text"][sentence], batch["text_mask"][sentence]
-        box, mask, regions = batch["regions_box"][image].float(), batch["regions_mask"][image], batch["regions"][image].float()
+        box, mask, regions = (batch["regions_box"][image].float(), batch["regions_mask"][image],
+                              batch["regions"][image].float())
         masked, words, word_labels = text, text[:, :0], None
         if cfg.mlm:
             maskable = text_mask.bool() & (text != cfg.cls_id) & (text != cfg.sep_id)
-            masked, words, word_labels = mask_tokens(text, maskable, cfg.mask_id, cfg.first_word, cfg.vocab_size, cfg.mlm_prob)
+            masked, words, word_labels = mask_tokens(text, maskable, cfg.mask_id, cfg.first_word,
+                                                     cfg.vocab_size, cfg.mlm_prob)
         zeroed, places = regions, text[:, :0]
         if cfg.moc or cfg.mrfr:
             zeroed, places, live = mask_regions(regions, box, mask, cfg.region_prob, cfg.region_zero, cfg.twin_iou)
-        cls, word_tokens, region_tokens = self.encode(self.bert.embeddings(masked), text_mask, *self.images_of(batch, image, zeroed),
-                                                      words, text.shape[1] + places)
+        cls, word_tokens, region_tokens = self.encode(self.bert.embeddings(masked), text_mask,
+                                                      *self.images_of(batch, image, zeroed), words,
+                                                      text.shape[1] + places)
         found, region_tokens = {}, region_tokens[:m]
         if cfg.mlm:
             found["mlm"] = self.mlm_head(word_tokens[:m], self.bert.embeddings.word_embeddings.weight), word_labels[:m]
@@ -583,21 +622,23 @@ class ImageBert(nn.Module):
         return {"loss": loss, "logs": {k: v.detach() for k, v in losses.items()} | logs}
 
     def loss_retrieval(self, batch):
-        """Section 4.4: any weighted sum of Eq. 6, 7 and 9, against P - 1 negatives in one or both directions, without masks."""
+        """Section 4.4: any weighted sum of Eq. 6, 7 and 9, against P - 1 negatives in one or both directions,
+        without masks."""
         cfg, ids = self.cfg, batch["image_id"]
         b, n = len(ids), max(1, min(cfg.pool, len(ids)) - 1)         # others() says which are none
         ways = ("text", "image") if cfg.negatives == "both" else (cfg.negatives,)
         own = torch.arange(b, device=ids.device)
         image, sentence, live = [own], [own], []
-        for way in ways:                                             # other sentences for each image, other images for each sentence
+        for way in ways:                                # other sentences for each image, other images for each sentence
             index, found = others(ids, n)                            # (B, P-1)
             same = own.repeat_interleave(n)
             image.append(same if way == "text" else index.flatten())
             sentence.append(index.flatten() if way == "text" else same)
             live.append(found)
-        image, sentence, live = torch.cat(image), torch.cat(sentence), torch.stack(live)             # live: (ways, B, P-1)
-        words, (tokens, mask) = self.bert.embeddings(batch["text"]), self.images_of(batch)           # each embedded once
-        s = self.score(words[sentence], batch["text_mask"][sentence], tokens[image], mask[image])    # (B + ways * B * (P-1),)
+        image, sentence, live = torch.cat(image), torch.cat(sentence), torch.stack(live)    # live: (ways, B, P-1)
+        words, (tokens, mask) = self.bert.embeddings(batch["text"]), self.images_of(batch)  # each embedded once
+        s = self.score(words[sentence], batch["text_mask"][sentence],
+                       tokens[image], mask[image])                                          # (B + ways * B * (P-1),)
         positive, negative = s[:b], s[b:].view(len(ways), b, n)
 
         losses = {}
@@ -615,7 +656,8 @@ class ImageBert(nn.Module):
         return {"loss": loss, "logs": {k: v.detach() for k, v in losses.items()} | {"first": right}}
 
     def masked_predictions(self, batch):
-        """Matched pairs, masked as in training -> {"mlm": (guess, truth), "moc": ...}, both (B, M) int64, truth -100 = none there."""
+        """Matched pairs, masked as in training -> {"mlm": (guess, truth), "moc": ...}, both (B, M) int64,
+        truth -100 = none there."""
         own = torch.arange(len(batch["image_id"]), device=batch["text"].device)
         _, found = self.hidden(batch, own, own, len(own))
         return {name: (found[name][0].argmax(-1), found[name][1]) for name in ("mlm", "moc") if name in found}
@@ -631,21 +673,24 @@ class ImageBert(nn.Module):
 
 # Copied from models/codis.py::read_foreign
 def read_foreign(path, where):
-    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin
+    -> ({key: tensor}, the folder's config.json or {}).
 
-    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
-    `where` begins each error, which is a SystemExit of one line.
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or
+    "state_dict". `where` begins each error, which is a SystemExit of one line.
     """
     path, config = Path(path), {}
     if path.is_dir():
         if (path / "config.json").exists():
             config = json.loads((path / "config.json").read_text())
-        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin")
+                               if (path / name).exists()]
         if not found:
             raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
         path = found[0]
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
         raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
     for key in ("model", "state_dict"):
@@ -658,7 +703,8 @@ def read_foreign(path, where):
 
 # Copied from models/codis.py::short
 def short(names):
-    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    """Names of tensors for people, layer numbers as ranges, weight and bias together:
+    ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
     number, layers = r"(?<=\.)\d+(?=\.)", {}
     for name in sorted(names):
         layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
@@ -666,9 +712,11 @@ def short(names):
     for name, numbers in layers.items():
         for column in zip(*numbers):
             low, high, some = min(column), max(column), sorted(set(column))
-            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1
+                                else ",".join(map(str, some)), 1)
         out.append(name)
-    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    both = [name.removesuffix(".bias") for name in out
+            if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
     out = [name for name in out if name.removesuffix(".bias") not in both]
     return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
                      for name in out) or "none"
@@ -676,20 +724,26 @@ def short(names):
 
 # Copied from models/codis.py::fill
 def fill(model, state, where, rename, required, reads, ignored=()):
-    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for,
+    or it raises before anything is changed.
 
-    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
-    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
-    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
-    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it).
+    required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the
+    tower says.
+    ignored: keys to leave out without a word.
+    -> (our names that are filled, the report's line). SystemExit of one line, beginning with `where`: a tensor of
+    another shape, two that claim one place and differ, one left out that counts, one left unfilled.
     """
     mine, source, unexpected = model.state_dict(), {}, []
     for key, value in state.items():
         names = [name for name in rename(key) if name in mine]
         for name in names:
             if value.shape != mine[name].shape:
-                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
-                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+                hint = (", another vocabulary: see --vocab"
+                        if value.shape[1:] == mine[name].shape[1:] and "word" in name else "")
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, "
+                                 f"{name} is {tuple(mine[name].shape)} here{hint}")
             if not torch.equal(state[source.setdefault(name, key)], value):
                 raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
         if not names and key not in ignored:
@@ -699,16 +753,18 @@ def fill(model, state, where, rename, required, reads, ignored=()):
     if len(missing) == len(required):
         raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
     if missing:
-        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: "
+                         f"{short(missing)}")
     if counts:
         raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
     with torch.no_grad():
         for name, key in source.items():
-            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+            mine[name].copy_(state[key])                                    # state_dict() shares the parameters' memory
     left = [key for key in state if key in ignored]
     matched = len(state) - len(unexpected) - len(left)
-    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
-                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; "
+                         f"missing 0; unexpected {len(unexpected)}: {short(unexpected)}"
+                         + f"; ignored: {short(left)}" * bool(left))
 
 
 # Copied from models/codis.py::layer_of
@@ -733,16 +789,18 @@ def told(config, heads):
 
 
 def load_pretrained(model, text):
-    """Hugging Face BERT weights -> all of `bert.`, and the MLM head where both have one -> the report: what matched, what is new.
+    """Hugging Face BERT weights -> all of `bert.`, and the MLM head where both have one -> the report: what matched,
+    what is new.
 
-    Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta. SystemExit if a tensor of `bert.` stays unfilled,
-    has another shape, or the file has a layer that this model has not.
+    Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta. SystemExit if a tensor of `bert.` stays
+    unfilled, has another shape, or the file has a layer that this model has not.
     """
     cfg, where = model.cfg, f"--init_text {text}"
     state, config = read_foreign(text, where)
-    agree(where, {"hidden_act": "gelu", **config}, {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
-    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
-             for k, v in state.items()}
+    agree(where, {"hidden_act": "gelu", **config},
+          {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.heads})
+    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight")
+             .replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in state.items()}
     has_head = hasattr(model, "mlm_head") and any(k.startswith("cls.predictions.transform.") for k in state)
     head = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",                  # tied
             "cls.predictions.decoder.bias": "mlm_head.bias"}
@@ -754,7 +812,8 @@ def load_pretrained(model, text):
 
     def reads(key):
         return key.startswith("embeddings.") or layer_of(key, "encoder.layer.") < math.inf
-    required = [name for name in model.state_dict() if name.startswith("bert.") or name.startswith("mlm_head.") and has_head]
+    required = [name for name in model.state_dict()
+                if name.startswith("bert.") or name.startswith("mlm_head.") and has_head]
     filled, line = fill(model, state, where, rename, required, reads, ignored=("embeddings.position_ids",))
     new = sorted({name.split(".")[0] for name in model.state_dict() if name not in filled})
     return line + told(config, cfg.heads) + f"\n  new, not in this file: {', '.join(new)}"
@@ -765,15 +824,18 @@ Model = ImageBert
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if k not in TASKS}, vocab_size=200, mask_id=4, cls_id=2, sep_id=3, first_word=5,
-                 region_dim=32, region_classes=8)
+    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if k not in TASKS},
+                 vocab_size=200, mask_id=4, cls_id=2, sep_id=3, first_word=5, region_dim=32, region_classes=8)
     corner = 30 * torch.rand(4, 3, 2)
-    batch = {"text": torch.randint(5, 200, (4, cfg.max_text)), "text_mask": torch.ones(4, cfg.max_text, dtype=torch.long),
-             "regions": torch.randn(4, 3, 32), "regions_box": torch.cat([corner, corner + 20], -1), "regions_size": torch.full((4, 2), 64.0),
-             "regions_mask": torch.ones(4, 3, dtype=torch.long), "regions_label": torch.randint(8, (4, 3)), "image_id": torch.arange(4)}
+    batch = {"text": torch.randint(5, 200, (4, cfg.max_text)),
+             "text_mask": torch.ones(4, cfg.max_text, dtype=torch.long),
+             "regions": torch.randn(4, 3, 32), "regions_box": torch.cat([corner, corner + 20], -1),
+             "regions_size": torch.full((4, 2), 64.0), "regions_mask": torch.ones(4, 3, dtype=torch.long),
+             "regions_label": torch.randint(8, (4, 3)), "image_id": torch.arange(4)}
     for task in TASKS:
         cfg.ce = cfg.triplet = 1.0
         model = ImageBert(cfg, task).train()
         out = model(batch)
         out["loss"].backward()
-        print(task, f"{sum(p.numel() for p in model.parameters()):,} parameters", {k: round(v.item(), 3) for k, v in out["logs"].items()})
+        print(task, f"{sum(p.numel() for p in model.parameters()):,} parameters",
+              {k: round(v.item(), 3) for k, v in out["logs"].items()})

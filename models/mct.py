@@ -3,21 +3,22 @@
 Yuan, Lin, Kuen, Zhang, Wang, Maire, Kale, Faieta, "Multimodal Contrastive Training for Visual Representation Learning",
 CVPR 2021.
 
-Every image and caption is seen twice, as a query and as a key; keys come from slow copies of the encoders and live on in queues.
-Each encoder ends in two heads: an intra-modal one (MoCo-v2 within a modality, and supervised contrast where images share tags)
-and an inter-modal one (a margin between an image's own caption and all captions in the queue, and the reverse).
+Every image and caption is seen twice, as a query and as a key; keys come from slow copies of the encoders and live on
+in queues. Each encoder ends in two heads: an intra-modal one (MoCo-v2 within a modality, and supervised contrast where
+images share tags) and an inter-modal one (a margin between an image's own caption and all captions in the queue,
+and the reverse).
 
-    image view 1 ---> ResNet ----+--> intra head --> q_ii --- Eq. 3 J_ii, Eq. 5 J_tag ---> queue of image keys, with tags
-                        : EMA    +--> inter head --> q_ic ------------- Eq. 11 J_ic -----> queue of caption keys
+    image view 1 ---> ResNet ----+--> intra head --> q_ii --- Eq. 3 J_ii, Eq. 5 J_tag --> queue of image keys, with tags
+                        : EMA    +--> inter head --> q_ic ------------- Eq. 11 J_ic ----> queue of caption keys
     image view 2 ---> ResNet_m --+--> k_ii, k_ci  = tomorrow's image queues
-    caption --------> BERT ------+--> intra head --> q_cc ------------- Eq. 8 J_cc ------> queue of caption keys
-                        : EMA    +--> inter head --> q_ci ------------- Eq. 14 J_ci -----> queue of image keys
+    caption --------> BERT ------+--> intra head --> q_cc ------------- Eq. 8 J_cc -----> queue of caption keys
+                        : EMA    +--> inter head --> q_ci ------------- Eq. 14 J_ci ----> queue of image keys
     back-translation -> BERT_m --+--> k_cc, k_ic  = tomorrow's caption queues
 
 What is wanted is the ResNet: `linear`, `detection`, `segmentation`, `retrieval_gru` and `tagging` start from it alone.
 
-Shapes: B images, T text tokens, D width of an encoder, d of an embedding, K keys in a queue, N global batch, L tags of a record,
-V tag vocabulary.
+Shapes: B images, T text tokens, D width of an encoder, d of an embedding, K keys in a queue, N global batch, L tags
+of a record, V tag vocabulary.
 
 Equations
     Eq. 1, 2, 6, 7, 9, 10, 12, 13 -> Mct.queries(), Mct.keys(), Mct.project()
@@ -26,34 +27,38 @@ Equations
     Section 4.2: VSE++ loss -> vse_loss()     Section 4.3: PMI embedding -> pmi_vectors()
 
 Deviations from the paper
-     1. Eq. 6 prints c^+, Eq. 7 and 10 the same head: read as the query view and as two heads (the line after Eq. 10 says so).
-     2. A picture is never its own negative: queue entries with its id leave every sum, in Eq. 3, 5, 8 too. The own key is always
-        in P (the text; by Eq. 4 alone an image with two tags would have none). Queues start with random unit vectors: negatives.
-     3. J_ii and J_tag are both summed, as Eq. 15 stands. A record's J holds the losses it can take part in; J is the mean over
-        all records of the batch, so that a record without caption or tags adds nothing there.
-     4. Keys are shuffled over processes before their batch norm, and put back (MoCo; not in the paper). One process splits
-        its batch norm into `bn_groups` virtual groups and shuffles too. BN buffers of the momentum copy are its own running
-        averages, not an EMA; all are averaged over processes after each step. The text copy runs without dropout.
-     5. tau is 0.07 as printed (MoCo-v2 has 0.2). Captions are cut at 30 tokens. Key and query sides of a caption are the caption
-        and its back-translation, made offline (`paraphrase`); where there is none, the caption twice.
+     1. Eq. 6 prints c^+, Eq. 7 and 10 the same head: read as the query view and as two heads
+        (the line after Eq. 10 says so).
+     2. A picture is never its own negative: queue entries with its id leave every sum, in Eq. 3, 5, 8 too. The own key
+        is always in P (the text; by Eq. 4 alone an image with two tags would have none). Queues start with random unit
+        vectors: negatives.
+     3. J_ii and J_tag are both summed, as Eq. 15 stands. A record's J holds the losses it can take part in; J is
+        the mean over all records of the batch, so that a record without caption or tags adds nothing there.
+     4. Keys are shuffled over processes before their batch norm, and put back (MoCo; not in the paper). One process
+        splits its batch norm into `bn_groups` virtual groups and shuffles too. BN buffers of the momentum copy are its
+        own running averages, not an EMA; all are averaged over processes after each step.
+        The text copy runs without dropout.
+     5. tau is 0.07 as printed (MoCo-v2 has 0.2). Captions are cut at 30 tokens. Key and query sides of a caption are
+        the caption and its back-translation, made offline (`paraphrase`); where there is none, the caption twice.
      6. lambda_ic and lambda_ci go with K, for their losses are sums over the queue: `tiny` keeps lambda K = 3.3.
-     7. Detection: torchvision's Faster R-CNN (R50-C4 of its parts: conv4 features, RoIAlign 14x14, conv5 and MoCo's extra
-        norm as box head) where the paper has Detectron2. Other than there: torchvision's anchors, RoIAlign without the shift of
-        half a pixel, smooth L1 with beta 1/9 (not 0) for boxes, no precise BN, images without objects are kept; weight decay 0
-        on norms as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm in FPN. Batch norm is synchronised over
-        processes on CUDA, plain on a CPU.
-     8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of the paper), reads word pieces,
-        clips gradients at 2 and takes the hardest negative of its own process' batch (VSE++).
-     9. Tagging: PMI is clipped at 0, tags count as co-occurring with themselves, SVD vectors U sqrt(S) of at most V dimensions.
-        The paper names neither optimizer nor length (here Adam 1e-3, 30 epochs), nor Stock-sup's loss (here BCE, SGD).
-    10. Frozen features and evaluations see the middle square of the picture, its short side resized to `image_size` (MoCo: 256,
-        then the middle 224; the paper is silent).
-    11. For `tiny` alone: `block`, `layers`, `vision_width`, `stem` (3x3 with stride 2; torchvision's max pool follows it as it
-        does the 7x7), `act`, `init_std` (BERT's 0.02 is for 768 channels: 128 of it make all captions one point, cosine 0.9999),
-        `fpn_width`, smaller anchors and fewer RoIs; its pre-training has AdamW.
+     7. Detection: torchvision's Faster R-CNN (R50-C4 of its parts: conv4 features, RoIAlign 14x14, conv5 and MoCo's
+        extra norm as box head) where the paper has Detectron2. Other than there: torchvision's anchors, RoIAlign
+        without the shift of half a pixel, smooth L1 with beta 1/9 (not 0) for boxes, no precise BN, images without
+        objects are kept; weight decay 0 on norms as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm
+        in FPN. Batch norm is synchronised over processes on CUDA, plain on a CPU.
+     8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of the paper), reads
+        word pieces, clips gradients at 2 and takes the hardest negative of its own process' batch (VSE++).
+     9. Tagging: PMI is clipped at 0, tags count as co-occurring with themselves, SVD vectors U sqrt(S) of at most V
+        dimensions. The paper names neither optimizer nor length (here Adam 1e-3, 30 epochs), nor Stock-sup's loss
+        (here BCE, SGD).
+    10. Frozen features and evaluations see the middle square of the picture, its short side resized to `image_size`
+        (MoCo: 256, then the middle 224; the paper is silent).
+    11. For `tiny` alone: `block`, `layers`, `vision_width`, `stem` (3x3 with stride 2; torchvision's max pool follows
+        it as it does the 7x7), `act`, `init_std` (BERT's 0.02 is for 768 channels: 128 of it make all captions one
+        point, cosine 0.9999), `fpn_width`, smaller anchors and fewer RoIs; its pre-training has AdamW.
 
 Run: python models/mct.py      (5 s: parameters and every loss of every task on a random batch)
-     python models/mct.py export out/mct-pretrain/model.safetensors resnet50.pth      (the backbone for other people's code)
+     python models/mct.py export out/mct-pretrain/model.safetensors resnet50.pth  (the backbone for other people's code)
 """
 
 import json
@@ -97,7 +102,7 @@ class Config:
     mlp_ratio: int = 4              # hidden width of a feed-forward block over D
     act: str = "gelu"               # "gelu" or "relu", of the text encoder
     dropout: float = 0.1            # in the text encoder, as BERT
-    init_std: float = 0.02          # standard deviation of the text encoder's initial weights, where it starts from scratch
+    init_std: float = 0.02      # standard deviation of the text encoder's initial weights, where it starts from scratch
     max_text: int = 30              # tokens of a caption, [CLS] and [SEP] included
     positions: int = 512            # position embeddings of the text encoder, as BERT
     vocab_size: int = 30522         # taken from the vocabulary file
@@ -126,7 +131,8 @@ class Config:
     joint_dim: int = 1024           # retrieval_gru: d of the joint space
     tag_dim: int = 4096             # tagging: d of the PMI embeddings, at most V
     tag_hidden: int = 2048          # tagging: hidden width of the MLP
-    detect_sizes: tuple = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short sides: drawn; the last in evaluation
+    detect_sizes: tuple = (480, 512, 544, 576, 608, 640,  # short sides: drawn; the last in evaluation
+                           672, 704, 736, 768, 800)
     detect_max: int = 1333          # longest side
     anchors: tuple = (32, 64, 128, 256, 512)  # anchor sides in pixels; with FPN one per level
     fpn_width: int = 256            # segmentation: channels of the feature pyramid and of the mask head
@@ -137,11 +143,13 @@ class Config:
 PRESETS = {
     "base": dict(),                                                # COCO
     "stock": dict(queue_size=65536, pretrain=dict(epochs=60)),
-    "tiny": dict(image_size=64, block="basic", layers=(1, 1, 1, 1), stem="small", vision_width=32, width=128, text_layers=2,
-                 text_heads=4, act="relu", dropout=0.0, init_std=0.08, max_text=24, head_hidden=256, intra_dim=64, inter_dim=128,
+    "tiny": dict(image_size=64, block="basic", layers=(1, 1, 1, 1), stem="small", vision_width=32, width=128,
+                 text_layers=2, text_heads=4, act="relu", dropout=0.0, init_std=0.08, max_text=24,
+                 head_hidden=256, intra_dim=64, inter_dim=128,
                  queue_size=128, momentum=0.99, lambda_ic=0.0256, lambda_ci=0.0256, bn_groups=2,
                  joint_dim=256, word_dim=64, tag_hidden=256,
-                 detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=16, proposals=(50, 20), fpn_width=64,
+                 detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=16, proposals=(50, 20),
+                 fpn_width=64,
                  # AdamW: in minutes, SGD does not bring a BERT of random weights off the ground
                  pretrain=dict(optimizer="adamw", batch_size=64, steps=1000, lr=1e-3, text_lr=1e-3, warmup_steps=50,
                                crop_scale=(0.4, 1.0), workers=1),
@@ -151,35 +159,41 @@ PRESETS = {
                  retrieval_gru=dict(epochs=6), tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),
 }
 
-# Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults, [V] = VSE++'s code, [-] = ours.
-# Data: COCO 2017, --data captions_train2017.json,instances_train2017.json (tags: its 80 objects), or Stock with --preset stock
-# (caption = title). Below, pre-training is `train.py --model mct --preset base --init_text bert.safetensors`, R = its directory.
+# Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults, [V] = VSE++'s code,
+# [-] = ours.
+# Data: COCO 2017, --data captions_train2017.json,instances_train2017.json (tags: its 80 objects), or Stock with
+# --preset stock (caption = title). Below, pre-training is
+# `train.py --model mct --preset base --init_text bert.safetensors`, R = its directory.
 # Table 1: `--task linear --init R --data imagenet`. Its rows, of the pre-training:
-#   Ours                --lambda_tag 0                              Ours (scratch)    --lambda_tag 0, without --init_text
+#   Ours                --lambda_tag 0                             Ours (scratch)    --lambda_tag 0, without --init_text
 #   MoCo-v2             --lambda_tag 0 --lambda_cc 0 --lambda_ic 0 --lambda_ci 0      Ours (with tag)   (the default)
 # Table 2: `--task detection --init R --data VOCdevkit`; Random Init: without --init. 1,000 epochs: --epochs 1000.
 # Table 3: `--task segmentation --init R --data instances_train2017.json --eval_data instances_val2017.json`
-# Table 4: `--task retrieval_gru --init R --data dataset_coco.json`. Table 6: on Stock; Stock-sup: --init out/mct-tag_supervised
+# Table 4: `--task retrieval_gru --init R --data dataset_coco.json`. Table 6: on Stock;
+#   Stock-sup: --init out/mct-tag_supervised
 # Table 5: `--task tagging --init R`, beside `--task tag_supervised` (Stock-sup).
 # Table 7: `eval.py R --task retrieval`; RS = its row "chance"; Inter-modal: --lambda_ii 0 --lambda_tag 0 --lambda_cc 0.
 # IN-Sup of Tables 1 to 4: --init_vision resnet50.pth (torchvision's, IMAGENET1K_V1: 76.1) where --init R stands.
-# Section 4.4: --heads unified|distinct with --intra_dim and --inter_dim both 128, 1024 or 1152; J_ii alone is MoCo-v2 above;
-#   J_ii + J_tag: --lambda_cc 0 --lambda_ic 0 --lambda_ci 0; tags from captions: --tag_words nouns.txt.
+# Section 4.4: --heads unified|distinct with --intra_dim and --inter_dim both 128, 1024 or 1152;
+#   J_ii alone is MoCo-v2 above; J_ii + J_tag: --lambda_cc 0 --lambda_ic 0 --lambda_ci 0;
+#   tags from captions: --tag_words nouns.txt.
 RECIPE = {
     "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200, batch_size=512),
-    "linear": dict(optimizer="sgd", lr=30.0, weight_decay=0.0, schedule="step", milestones="0.5,0.6666666,0.8333333", gamma=0.2,
-                   epochs=60, batch_size=256),
+    "linear": dict(optimizer="sgd", lr=30.0, weight_decay=0.0, schedule="step",
+                   milestones="0.5,0.6666666,0.8333333", gamma=0.2, epochs=60, batch_size=256),
     "detection": dict(optimizer="sgd", lr=0.02, weight_decay=1e-4,                 # weight decay [D]
                       warmup_steps=100, warmup_lr=2e-5, schedule="step",           # warm-up from lr/1000 [D]
                       milestones="0.75,0.9166666", steps=24000, batch_size=16),
-    "segmentation": dict(optimizer="sgd", lr=0.02, weight_decay=1e-4, warmup_steps=1000, warmup_lr=2e-5, schedule="step",   # [D]
+    "segmentation": dict(optimizer="sgd", lr=0.02, weight_decay=1e-4, warmup_steps=1000, warmup_lr=2e-5,
+                         schedule="step",                                          # [D]
                          milestones="0.6666666,0.8888888", steps=180000, batch_size=16,
                          proposals=(1000, 1000),                                   # [D]
                          detect_sizes=(640, 672, 704, 736, 768, 800)),             # [M]
-    "retrieval_gru": dict(optimizer="adam", lr=2e-4, schedule="step", milestones="0.5", gamma=0.1, clip=2.0,     # clip [V]
+    "retrieval_gru": dict(optimizer="adam", lr=2e-4, schedule="step", milestones="0.5", gamma=0.1, clip=2.0,  # clip [V]
                           epochs=150, batch_size=128),                             # 30 epochs of 5 captions an image
     "tagging": dict(optimizer="adam", lr=1e-3, schedule="cosine", epochs=30, batch_size=256),                   # [-]
-    "tag_supervised": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=60, batch_size=512),   # [-]
+    "tag_supervised": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=60,
+                           batch_size=512),                                                                     # [-]
 }
 
 TASKS = tuple(RECIPE)
@@ -189,19 +203,22 @@ EVALS = {"pretrain": ("retrieval", "probe"), "linear": ("linear",), "detection":
 INITS = ("vision", "text")
 FEATURES = dict(features="features", features_eval="center", norm="imagenet")      # of the frozen ResNet, computed once
 VIEWS = {
-    "pretrain": dict(source="pairs", image="moco", image_eval="center", image_key="moco", image_key_eval=None, norm="imagenet",
-                     text="any_caption", text_eval="caption", text_key="any_paraphrase", text_key_eval=None,
-                     tags="any_tags", tags_eval=None),
+    "pretrain": dict(source="pairs", image="moco", image_eval="center", image_key="moco", image_key_eval=None,
+                     norm="imagenet", text="any_caption", text_eval="caption", text_key="any_paraphrase",
+                     text_key_eval=None, tags="any_tags", tags_eval=None),
     "linear": dict(source="classes", label="label", **FEATURES),
     "detection": dict(source="detection", image="objects", norm="none"),
     "segmentation": dict(source="detection", image="masks", image_eval="objects", norm="none"),
     "retrieval_gru": dict(source="pairs", text="caption", **FEATURES),
     "tagging": dict(source="pairs", tags="tags", tags_eval=None, **FEATURES),
-    "tag_supervised": dict(source="pairs", image="flip", image_eval="center", tags="tags", tags_eval=None, norm="imagenet"),
+    "tag_supervised": dict(source="pairs", image="flip", image_eval="center", tags="tags", tags_eval=None,
+                           norm="imagenet"),
 }
-BACKBONE = ("vision.", "detector.backbone.conv1", "detector.backbone.bn1", "detector.backbone.layer", "detector.backbone.body.",
+BACKBONE = ("vision.", "detector.backbone.conv1", "detector.backbone.bn1",
+            "detector.backbone.layer", "detector.backbone.body.",
             "detector.roi_heads.box_head.layer4.")  # `--init` must fill every key that starts so
-PIXELS = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))   # what the detectors subtract and divide by
+# what the detectors subtract and divide by
+PIXELS = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 
 
 def setup(cfg, task, stats):
@@ -251,7 +268,8 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, text):
-        x = self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]] + self.token_type_embeddings.weight[0]
+        x = (self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]]
+             + self.token_type_embeddings.weight[0])
         return self.dropout(self.LayerNorm(x))                                       # (B, T, D)
 
 
@@ -278,7 +296,8 @@ class BertOutput(nn.Module):
 
 # Copied from models/codis.py::BertAttention with cfg.heads->cfg.text_heads
 class BertAttention(nn.Module):
-    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many queries."""
+    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many
+    queries."""
 
     def __init__(self, cfg, context_width):
         super().__init__()
@@ -318,7 +337,8 @@ class BertLayer(nn.Module):
         self.output = BertOutput(cfg, cfg.mlp_ratio * cfg.width)
 
     def self_attend(self, x, mask, at=None):
-        """x: (B, T, D); mask: bool (B, 1, 1 or T, T); at: (B, S) positions to compute, all where None -> (B, T or S, D)."""
+        """x: (B, T, D); mask: bool (B, 1, 1 or T, T); at: (B, S) positions to compute,
+        all where None -> (B, T or S, D)."""
         keys = self.attention.keys(x)
         return self.attention(x if at is None else pick(x, at), keys, mask)
 
@@ -358,7 +378,8 @@ class Bert(nn.Module):
     def forward(self, text, text_mask):
         x, mask = self.embeddings(text), text_mask[:, None, None].bool()             # (B, T, D), (B, 1, 1, T)
         for layer in self.encoder.layer:
-            x = checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training else layer(x, mask)
+            x = (checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training
+                 else layer(x, mask))
         return x
 
 
@@ -388,7 +409,8 @@ def bert_init(module, std):
 class SplitBatchNorm(nn.BatchNorm2d):
     """Batch norm over `groups` virtual batches: with statistics of the whole batch a query could tell its key by them.
 
-    Samples n, n + groups, n + 2 groups, ... form a group. Running averages take the mean over groups; evaluation is plain.
+    Samples n, n + groups, n + 2 groups, ... form a group. Running averages take the mean over groups;
+    evaluation is plain.
     """
 
     def __init__(self, channels, groups=1):
@@ -411,7 +433,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 def resnet(cfg, norm=nn.BatchNorm2d):
     """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, D), the average of the last layer."""
-    block = {"bottleneck": torchvision.models.resnet.Bottleneck, "basic": torchvision.models.resnet.BasicBlock}[cfg.block]
+    block = {"bottleneck": torchvision.models.resnet.Bottleneck,
+             "basic": torchvision.models.resnet.BasicBlock}[cfg.block]
     net = torchvision.models.ResNet(block, list(cfg.layers), norm_layer=norm)
     if cfg.stem == "small":
         w = net.inplanes = cfg.vision_width
@@ -467,7 +490,8 @@ def ema_(teacher, student, alpha):
 
 @torch.no_grad()
 def shuffle(x):
-    """(B, ...) of every process -> (B, ...) drawn from all of them, and the order (N,) that unshuffles: MoCo's shuffling BN."""
+    """(B, ...) of every process -> (B, ...) drawn from all of them, and the order (N,) that unshuffles:
+    MoCo's shuffling BN."""
     everyone = gather(x)
     order = torch.randperm(len(everyone), device=x.device)
     if world() > 1:
@@ -483,7 +507,8 @@ def unshuffle(x, restore):
 
 @torch.no_grad()
 def push_(rings, ptr, rows):
-    """Writes rows (N, ...) at `ptr` of rings (K, ...), two lists of tensors, around their end (of more, the last K); moves ptr."""
+    """Writes rows (N, ...) at `ptr` of rings (K, ...), two lists of tensors, around their end (of more, the last K);
+    moves ptr."""
     size = len(rings[0])
     count = len(rows[0])
     slots = (ptr + count - min(count, size) + torch.arange(min(count, size), device=ptr.device)) % size
@@ -493,7 +518,8 @@ def push_(rings, ptr, rows):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The paper's equations. `hidden` (B, K) bool marks queue entries that do not count: the own image, and keys that are not there.
+# The paper's equations. `hidden` (B, K) bool marks queue entries that do not count: the own image, and keys that
+# are not there.
 
 def info_nce(q, k, queue, tau, hidden=None):
     """Eq. (3), (8): J = -log exp(q.k+/tau) / sum_{j=0..K} exp(q.k_j/tau), k_0 = k+. Plain form.
@@ -507,7 +533,8 @@ def info_nce(q, k, queue, tau, hidden=None):
 
 
 def tag_positives(tags, queue_tags, eps):
-    """Eq. (4): P = {k_p : t_p . t_j > eps}. Plain form. tags: (B, L), queue_tags: (K, L') ids padded with -1 -> (B, K) bool."""
+    """Eq. (4): P = {k_p : t_p . t_j > eps}. Plain form. tags: (B, L), queue_tags: (K, L') ids padded with -1
+    -> (B, K) bool."""
     same = (tags[:, None, :, None] == queue_tags[None, :, None, :]) & (tags >= 0)[:, None, :, None]
     return same.flatten(2).sum(-1) > eps
 
@@ -524,7 +551,8 @@ def tag_nce(q, k, queue, positives, tau, hidden=None):
 
 
 def hinge(q, k, queue, alpha, hidden=None):
-    """Eq. (11), (14): J = sum_{j=1..K} [alpha - q.k+ + q.k_j]_+. Plain form. q, k: (B, d); queue: (K, d) -> (B,) float32."""
+    """Eq. (11), (14): J = sum_{j=1..K} [alpha - q.k+ + q.k_j]_+. Plain form. q, k: (B, d);
+    queue: (K, d) -> (B,) float32."""
     x = (alpha - (q * k).sum(-1, keepdim=True) + q @ queue.T).float().clamp(min=0)    # (B, K)
     return (x if hidden is None else x.masked_fill(hidden, 0)).sum(-1)
 
@@ -538,7 +566,8 @@ def blocks(queue, ids, queue_ids, present, chunk):
 
 
 class QueueLSE(torch.autograd.Function):
-    """log sum_j exp(q.k_j/tau) over a queue, streamed: nothing of size (B, K) is kept. info_nce() = logaddexp(this, s_0) - s_0.
+    """log sum_j exp(q.k_j/tau) over a queue, streamed: nothing of size (B, K) is kept.
+    info_nce() = logaddexp(this, s_0) - s_0.
 
     Its gradient is the softmax mean of the keys over tau, which the forward pass sums up as attention does its values.
     q: (B, d) float32; queue: (K, d); ids: (B,), queue_ids: (K,) int64 -> (B,); -inf where no key counts.
@@ -565,7 +594,8 @@ class QueueLSE(torch.autograd.Function):
 
 
 class QueueHinge(torch.autograd.Function):
-    """hinge() over a queue, streamed. Its gradient: the sum of the keys inside the margin (to q), minus their number (to pos).
+    """hinge() over a queue, streamed. Its gradient: the sum of the keys inside the margin (to q),
+    minus their number (to pos).
 
     q: (B, d) float32; pos: (B,) = q.k+; queue: (K, d); ids: (B,), queue_ids: (K,) int64 -> (B,).
     """
@@ -591,7 +621,8 @@ class QueueHinge(torch.autograd.Function):
 def tag_sums(queue, ids, queue_ids, tags, queue_tags, vocab, eps, chunk):
     """Eq. (4), streamed: the sum (B, d) of the queue's keys in P, and their number (B,).
 
-    t_p . t_j of all pairs is a bag of rows of the batch's tag table: exact, and without a (K, V) matrix, 4.8 GB for Stock.
+    t_p . t_j of all pairs is a bag of rows of the batch's tag table: exact, and without a (K, V) matrix,
+    4.8 GB for Stock.
     queue: (K, d); tags: (B, L), queue_tags: (K, L) ids below `vocab`, each at most once in a row, padded with -1.
     """
     table = queue.new_zeros(vocab + 1, len(tags))
@@ -607,7 +638,8 @@ def tag_sums(queue, ids, queue_ids, tags, queue_tags, vocab, eps, chunk):
 
 
 def vse_loss(image_emb, text_emb, ids, margin):
-    """VSE++: sum over pairs of [margin - s_ii + max_j s_ij]_+ both ways, j over other images. *_emb: (B, d) unit norm -> 0-d."""
+    """VSE++: sum over pairs of [margin - s_ii + max_j s_ij]_+ both ways, j over other images. *_emb: (B, d) unit norm
+    -> 0-d."""
     s = image_emb.float() @ text_emb.float().T                                       # (B, B)
     other = s.masked_fill(ids[:, None] == ids, -torch.inf)
     own = s.diagonal()
@@ -618,7 +650,8 @@ def vse_loss(image_emb, text_emb, ids, margin):
 def pmi_vectors(rows, vocab, dim):
     """Tag embeddings from co-occurrence: M = log(n_ij N / (n_i n_j)), clipped at 0, SVD U S V', unit rows of U sqrt(S).
 
-    rows: (N, L) ids below `vocab`, each at most once in a row, padded with -1 -> (vocab, dim) float32; a tag nobody has: 0.
+    rows: (N, L) ids below `vocab`, each at most once in a row, padded with -1 -> (vocab, dim) float32;
+    a tag nobody has: 0.
     """
     counts = torch.zeros(vocab * vocab)
     for part in rows.split(4096):
@@ -714,7 +747,8 @@ class Mct(nn.Module):
         if cfg.heads not in ("distinct", "unified"):
             raise SystemExit(f"models/mct.py: --heads {cfg.heads}: distinct or unified")
         if cfg.heads == "unified" and cfg.intra_dim != cfg.inter_dim:
-            raise SystemExit(f"models/mct.py: --heads unified: --intra_dim ({cfg.intra_dim}) and --inter_dim ({cfg.inter_dim}) differ")
+            raise SystemExit(f"models/mct.py: --heads unified: --intra_dim ({cfg.intra_dim}) "
+                             f"and --inter_dim ({cfg.inter_dim}) differ")
         groups = cfg.bn_groups if world() == 1 else 1
         self.vision = resnet(cfg, partial(SplitBatchNorm, groups=groups))
         self.vision_heads = self.make_heads(width, self.spaces["vision"])
@@ -741,13 +775,14 @@ class Mct(nn.Module):
 
     def make_heads(self, width, spaces):
         cfg = self.cfg
-        dims = {"both": cfg.inter_dim} if cfg.heads == "unified" else {space: getattr(cfg, f"{space}_dim") for space in spaces}
+        dims = ({"both": cfg.inter_dim} if cfg.heads == "unified"
+                else {space: getattr(cfg, f"{space}_dim") for space in spaces})
         return nn.ModuleDict({name: mlp(width, cfg.head_hidden, dim) for name, dim in dims.items()})
 
     def build_detector(self, classes):
         cfg = self.cfg
         common = dict(min_size=tuple(cfg.detect_sizes), max_size=cfg.detect_max, box_batch_size_per_image=cfg.rois,
-                      rpn_pre_nms_top_n_train=12000 if self.task == "detection" else 2000,         # Detectron2's C4 and FPN
+                      rpn_pre_nms_top_n_train=12000 if self.task == "detection" else 2000,  # Detectron2's C4 and FPN
                       rpn_pre_nms_top_n_test=6000 if self.task == "detection" else 1000,
                       rpn_post_nms_top_n_train=cfg.proposals[0], rpn_post_nms_top_n_test=cfg.proposals[1], **PIXELS)
         self.detector = (c4_detector if self.task == "detection" else fpn_detector)(cfg, classes, common)
@@ -782,8 +817,10 @@ class Mct(nn.Module):
         return batch["features"] if "features" in batch else self.vision(batch["image"])
 
     def project(self, side, features, m=""):
-        """Pooled features (B, D) of side "vision" or "text" -> {"intra", "inter": (B, d) unit norm}. m="_m": by the copy's heads."""
-        out = {name: F.normalize(head(features).float(), dim=-1) for name, head in getattr(self, f"{side}_heads{m}").items()}
+        """Pooled features (B, D) of side "vision" or "text" -> {"intra", "inter": (B, d) unit norm}.
+        m="_m": by the copy's heads."""
+        out = {name: F.normalize(head(features).float(), dim=-1)
+               for name, head in getattr(self, f"{side}_heads{m}").items()}
         return {space: out.get(space, out.get("both")) for space in self.spaces[side]}
 
     def encode_image(self, batch):
@@ -814,9 +851,11 @@ class Mct(nn.Module):
         return F.normalize(self.tag_mlp(features).float(), dim=-1) @ self.tag_vectors.T
 
     def detect(self, batch):
-        """A list of B dicts: boxes (n, 4) xyxy in pixels of `image`, labels (n,) from 0, scores (n,) [, masks (n, H, W) bool]."""
+        """A list of B dicts: boxes (n, 4) xyxy in pixels of `image`, labels (n,) from 0,
+        scores (n,) [, masks (n, H, W) bool]."""
         found = self.detector(batch["image"])
-        return [{**d, "labels": d["labels"] - 1, **({"masks": d["masks"][:, 0] >= 0.5} if "masks" in d else {})} for d in found]
+        return [{**d, "labels": d["labels"] - 1, **({"masks": d["masks"][:, 0] >= 0.5} if "masks" in d else {})}
+                for d in found]
 
     # -- losses
 
@@ -835,7 +874,8 @@ class Mct(nn.Module):
     @torch.no_grad()
     def keys(self, batch):
         """Eq. (2), (13): k_ii = f_ik(I*; theta_k, phi_ik), and k_ci with the head phi_ck.
-        Eq. (7), (10): k_cc = f_ck(c*; Theta_k, Phi_ck), and k_ic with Phi_ik. -> those of all processes, {side: {space: (N, d)}}.
+        Eq. (7), (10): k_cc = f_ck(c*; Theta_k, Phi_ck), and k_ic with Phi_ik. -> those of all processes,
+        {side: {space: (N, d)}}.
         """
         image, restore = shuffle(batch["image_key"])
         z = self.project("vision", self.vision_m(image), "_m")
@@ -846,11 +886,13 @@ class Mct(nn.Module):
         return k
 
     def nce(self, q, k, side, ids):
-        """Eq. (3), (8): log-sum-exp (B,) over own key and queue, and the own key's score (B,); the loss is their difference."""
+        """Eq. (3), (8): log-sum-exp (B,) over own key and queue, and the own key's score (B,);
+        the loss is their difference."""
         cfg = self.cfg
         present = self.queue_captioned if side == "text" else None
         own = (q * k).sum(-1) / cfg.tau
-        lse = QueueLSE.apply(q, getattr(self, f"queue_{side}_intra"), ids, self.queue_ids, present, cfg.tau, cfg.queue_chunk)
+        lse = QueueLSE.apply(q, getattr(self, f"queue_{side}_intra"), ids, self.queue_ids, present,
+                             cfg.tau, cfg.queue_chunk)
         return torch.logaddexp(lse, own), own
 
     def cross(self, q, k, side, ids):
@@ -865,18 +907,20 @@ class Mct(nn.Module):
         cfg, ids = self.cfg, batch["image_id"]
         b = len(ids)
         if self.training and world() == 1 and (b % cfg.bn_groups or b == cfg.bn_groups):
-            raise SystemExit(f"models/mct.py: a batch of {b} is not {cfg.bn_groups} virtual groups of 2 or more: set --bn_groups")
+            raise SystemExit(f"models/mct.py: a batch of {b} is not {cfg.bn_groups} virtual groups of 2 or more: "
+                             "set --bn_groups")
         captioned = batch.get("text_valid", torch.ones_like(ids)).bool()
         q, all_keys = self.queries(batch), self.keys(batch)
-        k = {side: {space: z[rank() * b:rank() * b + b] for space, z in keys.items()} for side, keys in all_keys.items()}
-        rows, logs = {}, {}                                                           # losses (B,), 0 where a record has no part
+        k = {side: {space: z[rank() * b:rank() * b + b] for space, z in keys.items()}
+             for side, keys in all_keys.items()}
+        rows, logs = {}, {}                                                 # losses (B,), 0 where a record has no part
         if "intra" in self.spaces["vision"]:
             lse, own = self.nce(q["vision"]["intra"], k["vision"]["intra"], "vision", ids)
             rows["ii"] = lse - own                                                    # Eq. 3
             if self.tagged:                                                           # Eq. 4, 5
                 tags = batch["tags"]
-                total, count = tag_sums(self.queue_vision_intra, ids, self.queue_ids, tags, self.queue_tags, self.num_tags,
-                                        cfg.tag_eps, cfg.queue_chunk)
+                total, count = tag_sums(self.queue_vision_intra, ids, self.queue_ids, tags,
+                                        self.queue_tags, self.num_tags, cfg.tag_eps, cfg.queue_chunk)
                 mean = (own + (q["vision"]["intra"] * total).sum(-1) / cfg.tau) / (1 + count)
                 rows["tag"] = (lse - mean) * (tags >= 0).any(-1)
                 logs["positives"] = 1 + count.mean()
@@ -916,9 +960,11 @@ class Mct(nn.Module):
         return self.plain(F.binary_cross_entropy_with_logits(logits, truth), "bce")
 
     def loss_detection(self, batch):
-        """torchvision's losses. image: list of (3, H, W) in 0..1; boxes: list of (n, 4) xyxy; labels: list of (n,) [; masks]."""
+        """torchvision's losses. image: list of (3, H, W) in 0..1; boxes: list of (n, 4) xyxy;
+        labels: list of (n,) [; masks]."""
         names = [n for n in ("boxes", "labels", "masks") if n in batch]
-        targets = [{n: batch[n][i] + (n == "labels") for n in names} for i in range(len(batch["image"]))]   # class 0: background
+        # class 0: background
+        targets = [{n: batch[n][i] + (n == "labels") for n in names} for i in range(len(batch["image"]))]
         losses = self.detector(batch["image"], targets)
         return {"loss": sum(losses.values()), "logs": {k.removeprefix("loss_"): v.detach() for k, v in losses.items()}}
 
@@ -945,12 +991,14 @@ class Mct(nn.Module):
             if self.tagged:
                 rings, rows = rings + [self.queue_tags], rows + [facts[:, 2:]]
             for side, keys in out["keys"].items():
-                rings, rows = rings + [getattr(self, f"queue_{side}_{space}") for space in keys], rows + list(keys.values())
+                rings, rows = (rings + [getattr(self, f"queue_{side}_{space}") for space in keys],
+                               rows + list(keys.values()))
             push_(rings, self.ptr, rows)
 
     @torch.no_grad()
     def after_step(self, step, total_steps, epoch_steps=None):
-        """theta_k <- m theta_k + (1 - m) theta_q, and the running averages of batch norm made equal on all processes."""
+        """theta_k <- m theta_k + (1 - m) theta_q, and the running averages of batch norm made equal on all processes.
+        """
         if self.students:
             ema_([p for n in self.students for p in getattr(self, n + "_m").parameters()],
                  [p for n in self.students for p in getattr(self, n).parameters()], self.cfg.momentum)
@@ -989,21 +1037,24 @@ class Mct(nn.Module):
 
 # Copied from models/codis.py::read_foreign
 def read_foreign(path, where):
-    """A weight file, or a folder with model.safetensors or pytorch_model.bin -> ({key: tensor}, the folder's config.json or {}).
+    """A weight file, or a folder with model.safetensors or pytorch_model.bin
+    -> ({key: tensor}, the folder's config.json or {}).
 
-    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or "state_dict".
-    `where` begins each error, which is a SystemExit of one line.
+    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or
+    "state_dict". `where` begins each error, which is a SystemExit of one line.
     """
     path, config = Path(path), {}
     if path.is_dir():
         if (path / "config.json").exists():
             config = json.loads((path / "config.json").read_text())
-        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin")
+                               if (path / name).exists()]
         if not found:
             raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
         path = found[0]
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
         raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
     for key in ("model", "state_dict"):
@@ -1016,7 +1067,8 @@ def read_foreign(path, where):
 
 # Copied from models/codis.py::short
 def short(names):
-    """Names of tensors for people, layer numbers as ranges, weight and bias together: ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
+    """Names of tensors for people, layer numbers as ranges, weight and bias together:
+    ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
     number, layers = r"(?<=\.)\d+(?=\.)", {}
     for name in sorted(names):
         layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
@@ -1024,9 +1076,11 @@ def short(names):
     for name, numbers in layers.items():
         for column in zip(*numbers):
             low, high, some = min(column), max(column), sorted(set(column))
-            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1 else ",".join(map(str, some)), 1)
+            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1
+                                else ",".join(map(str, some)), 1)
         out.append(name)
-    both = [name.removesuffix(".bias") for name in out if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
+    both = [name.removesuffix(".bias") for name in out
+            if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
     out = [name for name in out if name.removesuffix(".bias") not in both]
     return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
                      for name in out) or "none"
@@ -1034,20 +1088,26 @@ def short(names):
 
 # Copied from models/codis.py::fill
 def fill(model, state, where, rename, required, reads, ignored=()):
-    """Copies foreign tensors into `model`; every tensor on both sides is accounted for, or it raises before anything is changed.
+    """Copies foreign tensors into `model`; every tensor on both sides is accounted for,
+    or it raises before anything is changed.
 
-    rename(key) -> our names for it (several: copies of one; none: nothing here takes it). required: our names that must be filled.
-    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the tower says.
-    ignored: keys to leave out without a word. -> (our names that are filled, the report's line). SystemExit of one line, beginning
-    with `where`: a tensor of another shape, two that claim one place and differ, one left out that counts, one left unfilled.
+    rename(key) -> our names for it (several: copies of one; none: nothing here takes it).
+    required: our names that must be filled.
+    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the
+    tower says.
+    ignored: keys to leave out without a word.
+    -> (our names that are filled, the report's line). SystemExit of one line, beginning with `where`: a tensor of
+    another shape, two that claim one place and differ, one left out that counts, one left unfilled.
     """
     mine, source, unexpected = model.state_dict(), {}, []
     for key, value in state.items():
         names = [name for name in rename(key) if name in mine]
         for name in names:
             if value.shape != mine[name].shape:
-                hint = ", another vocabulary: see --vocab" if value.shape[1:] == mine[name].shape[1:] and "word" in name else ""
-                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, {name} is {tuple(mine[name].shape)} here{hint}")
+                hint = (", another vocabulary: see --vocab"
+                        if value.shape[1:] == mine[name].shape[1:] and "word" in name else "")
+                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, "
+                                 f"{name} is {tuple(mine[name].shape)} here{hint}")
             if not torch.equal(state[source.setdefault(name, key)], value):
                 raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
         if not names and key not in ignored:
@@ -1057,16 +1117,18 @@ def fill(model, state, where, rename, required, reads, ignored=()):
     if len(missing) == len(required):
         raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
     if missing:
-        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: {short(missing)}")
+        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: "
+                         f"{short(missing)}")
     if counts:
         raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
     with torch.no_grad():
         for name, key in source.items():
-            mine[name].copy_(state[key])                                             # state_dict() shares the parameters' memory
+            mine[name].copy_(state[key])                                    # state_dict() shares the parameters' memory
     left = [key for key in state if key in ignored]
     matched = len(state) - len(unexpected) - len(left)
-    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; missing 0; "
-                         f"unexpected {len(unexpected)}: {short(unexpected)}" + f"; ignored: {short(left)}" * bool(left))
+    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; "
+                         f"missing 0; unexpected {len(unexpected)}: {short(unexpected)}"
+                         + f"; ignored: {short(left)}" * bool(left))
 
 
 # Copied from models/codis.py::agree
@@ -1084,30 +1146,36 @@ def told(config, heads):
 
 
 def load_vision(model, path):
-    """torchvision's ResNet -> `vision.`, or the places that a detector has for its parts. Its classifier is left out."""
+    """torchvision's ResNet -> `vision.`, or the places that a detector has for its parts.
+    Its classifier is left out."""
     where = f"--init_vision {path}"
     state, _ = read_foreign(path, where)
-    required = [name for name in model.state_dict() if name.startswith(BACKBONE) and not name.endswith("num_batches_tracked")]
+    required = [name for name in model.state_dict() if name.startswith(BACKBONE)
+                and not name.endswith("num_batches_tracked")]
     return fill(model, state, where, lambda key: list(model.adapt({"vision." + key: None})), required,
                 reads=lambda key: not key.startswith("fc."))[1]
 
 
 def load_text(model, path):
-    """Hugging Face's BERT -> `text.`, pooler included. Keys with or without "bert.", LayerNorms as weight, bias or as gamma, beta."""
+    """Hugging Face's BERT -> `text.`, pooler included. Keys with or without "bert.", LayerNorms as weight, bias or as
+    gamma, beta."""
     cfg, where = model.cfg, f"--init_text {path}"
     if not hasattr(model, "text"):
         raise SystemExit(f"{where}: task {model.task} trains no BERT")
     state, config = read_foreign(path, where)
-    agree(where, {"hidden_act": "gelu", **config}, {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.text_heads})
-    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
-             for k, v in state.items()}
+    agree(where, {"hidden_act": "gelu", **config},
+          {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.text_heads})
+    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight")
+             .replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in state.items()}
     required = [name for name in model.state_dict() if name.startswith("text.")]
-    return fill(model, state, where, lambda key: ["text." + key], required, ignored=("embeddings.position_ids",),
-                reads=lambda key: key.startswith(("embeddings.", "encoder.", "pooler.")))[1] + told(config, cfg.text_heads)
+    return (fill(model, state, where, lambda key: ["text." + key], required, ignored=("embeddings.position_ids",),
+                 reads=lambda key: key.startswith(("embeddings.", "encoder.", "pooler.")))[1]
+            + told(config, cfg.text_heads))
 
 
 def load_pretrained(model, vision=None, text=None):
-    """Fills the towers from foreign weight files; paths, or None -> the report, a line per file. A momentum copy follows its tower."""
+    """Fills the towers from foreign weight files; paths, or None -> the report, a line per file.
+    A momentum copy follows its tower."""
     lines = [load(model, path) for load, path in ((load_vision, vision), (load_text, text)) if path]
     for name in model.students:
         getattr(model, name + "_m").load_state_dict(getattr(model, name).state_dict())
@@ -1115,7 +1183,8 @@ def load_pretrained(model, vision=None, text=None):
 
 
 def export_backbone(source, target):
-    """Writes the ResNet of a run's model.safetensors as a torchvision state dict, which lacks fc.weight and fc.bias alone."""
+    """Writes the ResNet of a run's model.safetensors as a torchvision state dict,
+    which lacks fc.weight and fc.bias alone."""
     state = {k.removeprefix("vision."): v for k, v in load_file(source).items() if k.startswith("vision.")}
     if not state:
         raise SystemExit(f"{source}: no weights named vision.* (a detector's ResNet is part of the detector)")
@@ -1140,7 +1209,8 @@ def demo_batch(cfg, task, b=4):
     if "features" in VIEWS[task]:
         return batch | {"features": torch.rand(b, feature_dim(cfg))}
     pixels = {k: torch.randn(b, 3, cfg.image_size, cfg.image_size) for k in ("image", "image_key")}
-    return batch | pixels | {"text_key": text.flip(1), "text_key_mask": mask, "text_valid": torch.ones(b, dtype=torch.long)}
+    return batch | pixels | {"text_key": text.flip(1), "text_key_mask": mask,
+                             "text_valid": torch.ones(b, dtype=torch.long)}
 
 
 if __name__ == "__main__":

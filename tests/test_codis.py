@@ -1,7 +1,7 @@
 """models/codis.py against the paper, written down a second time with explicit loops in float64.
 
-The references below go pair by pair and letter by letter through equations 1-9 and Algorithms 1 and 2, read as the file's
-Deviations say. They are float64 tensors, so that autograd gives the reference of every gradient as well.
+The references below go pair by pair and letter by letter through equations 1-9 and Algorithms 1 and 2, read as the
+file's Deviations say. They are float64 tensors, so that autograd gives the reference of every gradient as well.
 """
 
 import itertools
@@ -19,21 +19,22 @@ from models.codis import Codis, Config, QueueContrast, align_loss, enqueue_, har
 LABELS = {"ve": 3, "nlvr2": 2}  # num_labels of the tasks that classify
 
 
-# ---------------------------------------------------------------------------------------------------- small models and batches
+# --------------------------------------------------------------------------------------------- small models and batches
 
 def small(**over):
     """A Config of which no two sizes are equal, so that a mixed-up axis is an error."""
     return Config(**{**dict(
-        image_size=32, patch=16, vision_width=24, vision_layers=1, vision_heads=3, width=32, text_layers=1, fusion_layers=2, heads=4,
-        mlp_ratio=2, dropout=0.0, embed_dim=16, max_text=11, positions=14, vocab_size=57, pad_id=0, cls_id=2, sep_id=3, mask_id=4,
-        first_word=6, queue_size=21, codewords=10, ot_iters=20), **over})
+        image_size=32, patch=16, vision_width=24, vision_layers=1, vision_heads=3, width=32, text_layers=1,
+        fusion_layers=2, heads=4, mlp_ratio=2, dropout=0.0, embed_dim=16, max_text=11, positions=14, vocab_size=57,
+        pad_id=0, cls_id=2, sep_id=3, mask_id=4, first_word=6, queue_size=21, codewords=10, ot_iters=20), **over})
 
 
 def sentences(cfg, b):
     """[CLS], words, [SEP], padding; (b, max_text) ids and mask. The first one has a single word, the last is full."""
     text, mask = torch.full((b, cfg.max_text), cfg.pad_id), torch.zeros(b, cfg.max_text, dtype=torch.long)
     for i, n in enumerate(torch.linspace(1, cfg.max_text - 2, b).long().tolist()):
-        text[i, :n + 2] = torch.tensor([cfg.cls_id, *torch.randint(cfg.first_word, cfg.vocab_size, (n,)).tolist(), cfg.sep_id])
+        text[i, :n + 2] = torch.tensor([cfg.cls_id,
+                                        *torch.randint(cfg.first_word, cfg.vocab_size, (n,)).tolist(), cfg.sep_id])
         mask[i, :n + 2] = 1
     return text, mask
 
@@ -58,7 +59,8 @@ def make_batch(cfg, task="pretrain", b=4, ids=None):
 
 
 def make_model(cfg=None, task="pretrain", fill=True, **over):
-    """A model in training mode whose teachers and queues (ids 0..9 and -1) are not those of step 0, and whose ramp stands at 0.3."""
+    """A model in training mode whose teachers and queues (ids 0..9 and -1) are not those of step 0,
+    and whose ramp stands at 0.3."""
     cfg = cfg or small(**over)
     model = Codis(cfg, task, LABELS.get(task, 0)).train()
     with torch.no_grad():
@@ -88,10 +90,11 @@ def close(a, b, tol=1e-5):
     torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 
-# ------------------------------------------------------------------------------------------- the paper, with loops, in float64
+# ------------------------------------------------------------------------------------ the paper, with loops, in float64
 
 def log_softmax(scores):
-    """A list of 0-d tensors -> a list of 0-d tensors. The largest score is taken out, or exp() overflows at gamma = 0.001."""
+    """A list of 0-d tensors -> a list of 0-d tensors. The largest score is taken out,
+    or exp() overflows at gamma = 0.001."""
     top = max(s.item() for s in scores)
     log_total = top + torch.log(sum(torch.exp(s - top) for s in scores))
     return [s - log_total for s in scores]
@@ -119,7 +122,8 @@ def doubles(*tensors):
 
 
 def algorithm2(cost, eps, iters, inner=1):
-    """Algorithm 2 as printed, mu = 1/N and nu = 1/K; sigma = 1/K has length K, the inner loop runs `inner` times. Lists of floats."""
+    """Algorithm 2 as printed, mu = 1/N and nu = 1/K; sigma = 1/K has length K, the inner loop runs `inner` times.
+    Lists of floats."""
     n, k = len(cost), len(cost[0])
     sigma, T = [1 / k] * k, [[1.0] * k for _ in range(n)]
     A = [[math.exp(-cost[i][j] / eps) for j in range(k)] for i in range(n)]
@@ -154,7 +158,8 @@ def eq2(z, c, T, temp):
 
 
 def eq5(z, z_m, ids, keys, key_ids, temp, distill):
-    """One direction, the rows of Eq. 5: y = distill * the teacher's p + (1 - distill) * (1 / number of keys of the same image)."""
+    """One direction, the rows of Eq. 5: y = distill * the teacher's p + (1 - distill) * (1 / number of keys
+    of the same image)."""
     rows = []
     for i in range(len(z)):
         student, teacher = similarities(z[i], keys, temp), softmax(similarities(z_m[i], keys, temp))
@@ -202,18 +207,22 @@ def fusion_losses(model, batch, image_tokens, text_tokens, image_emb, text_emb):
     sim = (image_emb @ text_emb.T).tolist()
     for i in range(b):
         others = [j for j in range(b) if ids[j] != ids[i]]
-        pairs += [(i, max(others, key=lambda j: sim[i][j])), (max(others, key=lambda j: sim[j][i]), i)] if others else []
+        pairs += ([(i, max(others, key=lambda j: sim[i][j])), (max(others, key=lambda j: sim[j][i]), i)]
+                  if others else [])
         labels += [0, 0] if others else []
     logits = torch.stack([model.itm_head(fused(text_tokens, i, j)[0]) for i, j in pairs]).double()
 
     text = batch["text"]
-    maskable = torch.tensor([[bool(m) and int(t) not in (cfg.cls_id, cfg.sep_id) for t, m in zip(*row)] for row in zip(text, mask)])
-    masked, positions, words = same_mask(text, maskable, cfg.mask_id, cfg.first_word, cfg.vocab_size, cfg.mlm_prob, cfg.mlm_mask_only)
+    maskable = torch.tensor([[bool(m) and int(t) not in (cfg.cls_id, cfg.sep_id) for t, m in zip(*row)]
+                             for row in zip(text, mask)])
+    masked, positions, words = same_mask(text, maskable, cfg.mask_id, cfg.first_word, cfg.vocab_size,
+                                         cfg.mlm_prob, cfg.mlm_mask_only)
     tokens = model.text(masked, mask)
     table = model.text.embeddings.word_embeddings.weight
     found = [(model.mlm_head(fused(tokens, i, i)[p], table), int(w))
              for i in range(b) for p, w in zip(positions[i], words[i]) if w != -100]
-    return {"itm": picked(logits, labels), "mlm": picked(torch.stack([x for x, _ in found]).double(), [w for _, w in found])}
+    return {"itm": picked(logits, labels),
+            "mlm": picked(torch.stack([x for x, _ in found]).double(), [w for _, w in found])}
 
 
 def embed(model, batch):
@@ -258,7 +267,7 @@ def same_gradients(a, b, tol=2e-4):
         assert (a[name] - b[name]).abs().max() <= tol * scale, (name, a[name], b[name])
 
 
-# --------------------------------------------------------------------------------------------------------------- equations 1-9
+# -------------------------------------------------------------------------------------------------------- equations 1-9
 
 def test_codis_eq1():
     plan, cost = torch.rand(2, 5, 7).double(), torch.rand(2, 5, 7).double()
@@ -271,7 +280,8 @@ def test_codis_eq1():
 
 
 def test_codis_eq2():
-    z, c, plan, temp = units(5, 4).requires_grad_(), units(7, 4).requires_grad_(), torch.rand(5, 7) / 35, torch.tensor(0.2)
+    z, c, plan, temp = (units(5, 4).requires_grad_(), units(7, 4).requires_grad_(),
+                        torch.rand(5, 7) / 35, torch.tensor(0.2))
     temp.requires_grad_()
     ours = codis.codebook_loss(z, c, plan, temp)
     reference = eq2(*doubles(z, c), plan.double().tolist(), temp.double())
@@ -293,7 +303,8 @@ def test_codis_eq3(target):
     assert ours.keys() == reference.keys()
     for name in ours:
         close(ours[name], reference[name])
-        close(torch.autograd.grad(ours[name], model.codebook)[0], torch.autograd.grad(reference[name], model.codebook)[0], 1e-4)
+        close(torch.autograd.grad(ours[name], model.codebook)[0],
+              torch.autograd.grad(reference[name], model.codebook)[0], 1e-4)
 
 
 def test_codis_eq4():
@@ -318,7 +329,8 @@ def contrast_case(kind):
     if kind == "one row":
         ids = own = torch.tensor([0])
     r = len(ids)
-    blocks = [(units(r, d), own), (units(17, d), queue), (units(3, d), torch.full((3,), -1 if kind != "no negative" else 3))]
+    blocks = [(units(r, d), own), (units(17, d), queue),
+              (units(3, d), torch.full((3,), -1 if kind != "no negative" else 3))]
     return units(r, d), units(r, d), ids, torch.tensor(0.11), torch.tensor(0.4), blocks
 
 
@@ -359,7 +371,8 @@ def test_codis_eq5_queue_contrast(kind, chunk):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_codis_eq5_gradcheck(kind):
-    """In float64. The target is a constant to the gradient, not to finite differences: temp needs a teacher that it leaves alone."""
+    """In float64. The target is a constant to the gradient, not to finite differences: temp needs a teacher that it
+    leaves alone."""
     z, z_m, ids, temp, distill, blocks = contrast_case(kind)
     z, z_m, temp, distill = doubles(z, z_m, temp, distill)
     flat = [x.double() if x.is_floating_point() else x for block in blocks for x in block]
@@ -374,7 +387,8 @@ def test_codis_eq5_gradcheck(kind):
 
 def test_codis_eq6():
     teacher, student = [torch.randn(3, 2), torch.randn(4)], [torch.randn(3, 2), torch.randn(4)]
-    expected = [[0.9 * t + 0.1 * s for t, s in zip(a.flatten().tolist(), b.flatten().tolist())] for a, b in zip(teacher, student)]
+    expected = [[0.9 * t + 0.1 * s for t, s in zip(a.flatten().tolist(), b.flatten().tolist())]
+                for a, b in zip(teacher, student)]
     kept = [s.clone() for s in student]
     codis.ema_(teacher, student, 0.9)
     for t, s, k, e in zip(teacher, student, kept, expected):
@@ -389,13 +403,15 @@ def test_codis_eq7():
 
 
 def test_codis_eq8():
-    logits, labels = torch.randn(4, 3, 11).double(), torch.tensor([[1, 2, 10], [0, -100, -100], [5, 5, -100], [-100, -100, -100]])
+    logits, labels = (torch.randn(4, 3, 11).double(),
+                      torch.tensor([[1, 2, 10], [0, -100, -100], [5, 5, -100], [-100, -100, -100]]))
     close(codis.mlm_loss(logits, labels), picked(logits.flatten(0, 1), labels.flatten()), 1e-6)
     assert codis.mlm_loss(logits, torch.full((4, 3), -100)).isfinite()
 
 
 @pytest.mark.parametrize("over", [dict(), dict(codebook_target="same", codebook_features="student", fusion_layers=1),
-                                  dict(intra=False, mlm_mask_only=True), dict(codebook=False, fusion_layers=3, queue_chunk=5, stem="conv", act="relu")])
+                                  dict(intra=False, mlm_mask_only=True),
+                                  dict(codebook=False, fusion_layers=3, queue_chunk=5, stem="conv", act="relu")])
 def test_codis_eq9(over):
     """A whole step: each loss and the gradient of every parameter, with two captions of one image in the batch."""
     model = make_model(**over)
@@ -411,10 +427,11 @@ def test_codis_eq9(over):
     same_gradients(gradients(out["loss"], model), gradients(total, model))
 
 
-# ------------------------------------------------------------------------------------------------------------- algorithms 1, 2
+# ------------------------------------------------------------------------------------------------------ algorithms 1, 2
 
 def algorithm1(model, batch):
-    """Algorithm 1 line by line, with the readings of Eq. 1 for L_ot, of a softmaxed queue target and of N * T for a plan in H."""
+    """Algorithm 1 line by line, with the readings of Eq. 1 for L_ot, of a softmaxed queue target and of N * T for
+    a plan in H."""
     temp, n = model.temp.double(), len(batch["image"])
     image_tokens, text_tokens, img_s, txt_s, img_t, txt_t = embed(model, batch)
     C, Qv, Qt = doubles(model.codebook, model.queue_image, model.queue_text)
@@ -441,7 +458,8 @@ def algorithm1(model, batch):
 
 
 def test_codis_alg1():
-    """Loss, gradients, queues and teachers of one step in the printed form: same modality, teacher targets, queue only."""
+    """Loss, gradients, queues and teachers of one step in the printed form: same modality, teacher targets,
+    queue only."""
     model = make_model(codebook_target="same", distill=1.0, batch_keys=False, momentum=0.9)
     model.distill.fill_(1.0)
     batch = make_batch(model.cfg)
@@ -489,7 +507,8 @@ def test_codis_alg2(features, eps, inner):
 @pytest.mark.parametrize("eps", [0.01, 0.03, 0.1, 0.5, 1.0])
 def test_codis_alg2_is_finite(eps):
     for iters in (1, 2, 10, 50, 200):
-        for z in (units(64, 16), clusters(64, 16, spread=1e-3), units(1, 16).expand(64, -1), -clusters(64, 16, 1, 1e-4)):
+        for z in (units(64, 16), clusters(64, 16, spread=1e-3), units(1, 16).expand(64, -1),
+                  -clusters(64, 16, 1, 1e-4)):
             for c in (units(20, 16), clusters(20, 16, 2, 1e-3), z[:20]):
                 plan = ipot(1 - z @ c.T, eps, iters)
                 assert plan.isfinite().all() and (plan >= 0).all()
@@ -510,11 +529,12 @@ def test_codis_alg2_batched_and_without_gradient():
     close(torch.autograd.grad(codis.ot_loss(plan, cost).sum(), c)[0], -sum(T.T @ x for T, x in zip(plan, z)), 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------------- negatives
+# ------------------------------------------------------------------------------------------------------------ negatives
 
 def test_codis_hard_negatives_never_the_same_image():
     ids = torch.tensor([0, 1, 0, 2, 1, 0])
-    for sim in (torch.randn(6, 6), torch.eye(6) * 1e4, torch.randn(6, 6) * 1e4, torch.full((6, 6), -1e4), torch.randn(6, 6).bfloat16()):
+    for sim in (torch.randn(6, 6), torch.eye(6) * 1e4, torch.randn(6, 6) * 1e4, torch.full((6, 6), -1e4),
+                torch.randn(6, 6).bfloat16()):
         for _ in range(50):
             index, ok = hard_negatives(sim, ids)
             assert index.shape == (6,) and index.dtype == torch.long and ok.dtype == torch.bool and ok.all()
@@ -536,8 +556,9 @@ def test_codis_hard_negatives_without_candidates(ids):
 
 
 def test_codis_hard_negatives_follow_the_softmax():
-    sim, ids, n = torch.tensor([[9.0, 1.0, 0.0, -1.0], [0.5, 9.0, 0.5, 2.0], [1.0, 1.0, 1.0, 1.0], [0.0, -3.0, 1.0, 9.0]]), \
-        torch.tensor([0, 1, 0, 2]), 4000
+    sim, ids, n = (torch.tensor([[9.0, 1.0, 0.0, -1.0], [0.5, 9.0, 0.5, 2.0], [1.0, 1.0, 1.0, 1.0],
+                                 [0.0, -3.0, 1.0, 9.0]]),
+                   torch.tensor([0, 1, 0, 2]), 4000)
     counts = sum(F.one_hot(hard_negatives(sim, ids)[0], 4) for _ in range(n))
     for i in range(4):
         weights = [math.exp(sim[i, j]) * (ids[i] != ids[j]).item() for j in range(4)]
@@ -554,7 +575,7 @@ def test_codis_itm_counts_only_pairs_that_exist():
     close(out["logs"]["itm"], mean([F.softplus(-s) for s in model.match(batch)]))
 
 
-# --------------------------------------------------------------------------------------------------------------------- masking
+# -------------------------------------------------------------------------------------------------------------- masking
 
 def masks(rows=6000, **over):
     """Random sentences of 1..20 words in 22 places; words are 30..1999, specials 0..4, everything below 30 unused."""
@@ -588,7 +609,8 @@ def test_codis_masking():
     for share, p in (((new == 4), 0.8), (random, 0.1), ((new == old), 0.1)):
         assert abs(share.float().mean().item() - p) < 4.5 * math.sqrt(p * (1 - p) / count)
     words = new[random].float()                                            # uniform over first_word..vocab_size-1
-    assert abs(words.mean() - 1014.5) < 4.5 * 1970 / math.sqrt(12 * len(words)) and words.min() < 60 and words.max() > 1970
+    assert (abs(words.mean() - 1014.5) < 4.5 * 1970 / math.sqrt(12 * len(words))
+            and words.min() < 60 and words.max() > 1970)
     assert 0.13 < count / maskable.sum() < 0.18
     full = chosen[n == 20][:, 1:21].float().mean(0)                        # every place as often as another
     assert (full - 0.15).abs().max() < 4.5 * math.sqrt(0.15 * 0.85 / (n == 20).sum())
@@ -623,7 +645,7 @@ def test_codis_masks_no_special_of_the_vocabulary():
     assert not special.gather(1, positions)[live].any() and (masked[mask == 0] == model.cfg.pad_id).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 @pytest.mark.parametrize("size, b, steps", [(10, 4, 7), (10, 10, 3), (10, 13, 4), (10, 25, 3), (1, 3, 2)])
 def test_codis_queue_equals_a_list(size, b, steps):
@@ -660,7 +682,8 @@ def test_codis_memory_over_seven_steps():
         model.after_step(step + 1, 7)
         for i in range(4):
             at = (4 * step + i) % 10
-            rings["image"][at], rings["text"][at], rings["ids"][at] = image_m[i].tolist(), text_m[i].tolist(), 4 * step + i
+            rings["image"][at], rings["text"][at], rings["ids"][at] = (
+                image_m[i].tolist(), text_m[i].tolist(), 4 * step + i)
         close(model.queue_image, rings["image"], 1e-6)
         close(model.queue_text, rings["text"], 1e-6)
         assert model.queue_ids.tolist() == rings["ids"] and model.ptr.item() == 4 * (step + 1) % 10
@@ -725,7 +748,7 @@ def test_codis_after_step():
         close(model.distill, expected, 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- fusion
+# --------------------------------------------------------------------------------------------------------------- fusion
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("mlm", [True, False])
@@ -739,9 +762,10 @@ def test_codis_fuse_pretrain_equals_four_fusions(layers, mlm):
     positions = torch.randint(1, 4, (b, 2))
     neg_image, neg_text = torch.tensor([1, 0, 0, 2, 1]), torch.tensor([4, 2, 3, 0, 4])
 
-    cls, words = model.fuse_pretrain(clean, masked if mlm else None, mask, positions if mlm else None, model.image_keys(image),
-                                     neg_image, neg_text)
-    pairs = [model.fuse(clean, mask, model.image_keys(image)), model.fuse(clean[neg_text], mask[neg_text], model.image_keys(image)),
+    cls, words = model.fuse_pretrain(clean, masked if mlm else None, mask, positions if mlm else None,
+                                     model.image_keys(image), neg_image, neg_text)
+    pairs = [model.fuse(clean, mask, model.image_keys(image)),
+             model.fuse(clean[neg_text], mask[neg_text], model.image_keys(image)),
              model.fuse(clean, mask, model.image_keys(image[neg_image]))]
     expected = torch.cat([x[:, 0] for x in pairs])
     ours, reference = (cls * cls.detach().cos()).sum(), (expected * expected.detach().cos()).sum()
@@ -775,7 +799,8 @@ def test_codis_other_image_sizes():
     assert larger.shape == (1, 21, 8) and torch.equal(larger[:, 0], pos[:, 0])
     flat = torch.cat([pos[:, :1], torch.full((1, 9, 8), 2.5)], 1)
     close(codis.resize_pos_embed(flat, 6, 2)[:, 1:], torch.full((1, 12, 8), 2.5))
-    rows = torch.arange(3.0).repeat_interleave(3)[None, :, None]           # embeddings that grow from row to row, not from column to column
+    # embeddings that grow from row to row, not from column to column
+    rows = torch.arange(3.0).repeat_interleave(3)[None, :, None]
     tall = codis.resize_pos_embed(torch.cat([rows[:, :1], rows], 1), 6, 4)[0, 1:, 0].view(6, 4)
     assert (tall.diff(dim=0) > 0).all() and tall.diff(dim=1).abs().max() < 1e-5
     model = make_model().eval()
@@ -788,7 +813,8 @@ def test_codis_padding_changes_nothing():
     model = make_model().eval()
     batch = make_batch(model.cfg)
     other = {**batch, "text": torch.where(batch["text_mask"] == 1, batch["text"], 9)}
-    short = {**batch, "text": batch["text"][:1, :5], "text_mask": batch["text_mask"][:1, :5], "image": batch["image"][:1]}
+    short = {**batch, "text": batch["text"][:1, :5], "text_mask": batch["text_mask"][:1, :5],
+             "image": batch["image"][:1]}
     with torch.no_grad():
         close(model.encode_text(batch), model.encode_text(other))
         close(model.match(batch), model.match(other))
@@ -796,7 +822,7 @@ def test_codis_padding_changes_nothing():
         close(model.match(batch)[:1], model.match(short))
 
 
-# ------------------------------------------------------------------------------------------------------------------- precision
+# ------------------------------------------------------------------------------------------------------------ precision
 
 def rounded(*tensors):
     """To values that bf16 holds: what an encoder under autocast hands on."""
@@ -865,11 +891,12 @@ def test_codis_step_in_bfloat16(temp):
             close(out["logs"][name], value, 0.1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ parameters
+# ----------------------------------------------------------------------------------------------------------- parameters
 
 @pytest.mark.parametrize("distill", [0.4, 0.0])
 def test_codis_mlm_distillation(distill):
-    """ALBEF's option: (1 - a) * Eq. 8 + a * cross-entropy against the momentum fusion encoder, a = mlm_distill after the ramp."""
+    """ALBEF's option: (1 - a) * Eq. 8 + a * cross-entropy against the momentum fusion encoder,
+    a = mlm_distill after the ramp."""
     model = make_model(mlm_distill=0.25, distill=distill)
     model.after_step(10, 10)
     batch = make_batch(model.cfg)
@@ -884,7 +911,8 @@ def test_codis_mlm_distillation(distill):
     rows = []
     for m in ("_m", ""):
         part = {name: getattr(model, name + m) for name in ("vision", "text", "fusion", "mlm_head")}
-        x = model.fuse(part["text"](masked, mask), mask, model.image_keys(part["vision"](batch["image"]), part["fusion"]), part["fusion"])
+        x = model.fuse(part["text"](masked, mask), mask,
+                       model.image_keys(part["vision"](batch["image"]), part["fusion"]), part["fusion"])
         rows.append([part["mlm_head"](x[i, p], part["text"].embeddings.word_embeddings.weight).double()
                      for i in range(4) for p, label in zip(positions[i], labels[i]) if label != -100])
     teacher = mean([cross_entropy(list(student), softmax(list(teacher))) for teacher, student in zip(*rows)])
@@ -921,7 +949,7 @@ def test_codis_base_has_the_papers_size():
     assert model.codebook.shape == (4000, 256) and model.queue_image.shape == model.queue_text.shape == (65536, 256)
 
 
-# ----------------------------------------------------------------------------------------------------------------- fine-tuning
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
 
 def test_codis_retrieval_is_eq5_and_eq7():
     model = make_model(task="retrieval")
@@ -929,7 +957,8 @@ def test_codis_retrieval_is_eq5_and_eq7():
     image_tokens, text_tokens, z_v, z_t, m_v, m_t = embed(model, batch)
     with no_dice:
         out = model(batch)
-    fused = lambda i, j: model.fuse(text_tokens[j:j + 1], batch["text_mask"][j:j + 1], model.image_keys(image_tokens[i:i + 1]))[0, 0]
+    fused = lambda i, j: model.fuse(text_tokens[j:j + 1], batch["text_mask"][j:j + 1],
+                                    model.image_keys(image_tokens[i:i + 1]))[0, 0]
     images, texts = (nearest_stranger(sim, batch["image_id"])[0].tolist() for sim in (z_t @ z_v.T, z_v @ z_t.T))
     pairs = [(i, i) for i in range(5)] + [(i, texts[i]) for i in range(5)] + [(images[i], i) for i in range(5)]
     losses = {"itm": picked(torch.stack([model.itm_head(fused(i, j)) for i, j in pairs]).double(), [1] * 5 + [0] * 10)}
@@ -943,7 +972,8 @@ def test_codis_retrieval_is_eq5_and_eq7():
 
 
 def test_codis_answers():
-    """VQA: the loss is the answers' -log likelihood, token by token; ranking by brute force; no token sees what follows it."""
+    """VQA: the loss is the answers' -log likelihood, token by token; ranking by brute force;
+    no token sees what follows it."""
     model = make_model(task="vqa").eval()
     batch = make_batch(model.cfg, "vqa")
     batch["answer_weight"] = torch.tensor([1.0, 1.0, 0.0, 1.0])            # one question has no known answer
@@ -955,7 +985,8 @@ def test_codis_answers():
                    for n in range(1, len(answer)))
 
     with torch.no_grad():
-        answers = [row[mask == 1].tolist()[:model.cfg.max_answer] for row, mask in zip(batch["answer"], batch["answer_mask"])]
+        answers = [row[mask == 1].tolist()[:model.cfg.max_answer]
+                   for row, mask in zip(batch["answer"], batch["answer_mask"])]
         close(model(batch)["loss"], mean([-likelihood(i, answers[i]) for i in (0, 1, 3)]))
         candidates = [[2, 9, 3], [2, 9, 11, 3], [2, 30, 3], [2, 31, 8, 40, 3], [2, 12, 3], [2, 30, 31, 3]]
         ids, mask = torch.zeros(6, 5, dtype=torch.long), torch.zeros(6, 5, dtype=torch.long)
@@ -966,13 +997,15 @@ def test_codis_answers():
         for k in (1, 3, 6, 50):
             found = model.rank_answers(batch, ids, mask, k).tolist()
             for i, answer in enumerate(found):
-                cut = sorted(first[i], reverse=True)[min(k, 6) - 1] - 1e-6  # of equal first tokens either may be on the list
+                # of equal first tokens either may be on the list
+                cut = sorted(first[i], reverse=True)[min(k, 6) - 1] - 1e-6
                 assert first[i][answer] >= cut
                 assert k < 6 or answer == max(range(6), key=lambda a: scores[i][a])
 
 
 def test_codis_two_images_alternate():
-    """NLVR2: odd layers look at the first image, even ones at the second; a pair of layers shares key and value weights."""
+    """NLVR2: odd layers look at the first image, even ones at the second;
+    a pair of layers shares key and value weights."""
     model = make_model(task="nlvr2").eval()
     batch, layers = make_batch(model.cfg, "nlvr2"), model.fusion.layer
     assert len(layers) == 2 * model.cfg.fusion_layers
@@ -989,7 +1022,7 @@ def test_codis_two_images_alternate():
     assert (swapped - model.predict(batch)).abs().max() > 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------------- distributed
+# ---------------------------------------------------------------------------------------------------------- distributed
 
 CASES = [dict(), dict(codebook_features="student", codebook_target="same", intra=False, batch_keys=False)]
 IDS = [3, 5, 3, 20, 21, 20, 5, 3]  # images in both halves of the batch, and in the queue
@@ -1046,7 +1079,7 @@ def test_codis_two_processes_equal_one(tmp_path):
             close(state_0[name], state[name], 1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- the right way downhill
+# ----------------------------------------------------------------------------------------------- the right way downhill
 
 def test_codis_eq1_attracts_codewords():
     """Algorithm 1 as printed would repel them."""
@@ -1108,29 +1141,31 @@ def test_codis_learns_one_batch_by_heart():
     model.eval()
     with torch.no_grad():
         sim = model.encode_image(batch) @ model.encode_text(batch).T
-        scores = torch.stack([model.match({**batch, "image": batch["image"][i:i + 1].expand(6, -1, -1, -1)}) for i in range(6)])
+        scores = torch.stack([model.match({**batch, "image": batch["image"][i:i + 1].expand(6, -1, -1, -1)})
+                              for i in range(6)])
     assert torch.equal(sim.argmax(1), torch.arange(6))
     assert scores.diag().min() > 0 and scores.diag().mean() > scores[~torch.eye(6).bool()].mean() + 2
 
 
 def test_codis_gradcam_points_at_the_named_object():
-    """Figure 4 on shapes: a small matcher learns whether a color is in the picture; then the share of the word's map in the box of the
-    object of that color is at least 1.5 times the box's share of the picture."""
+    """Figure 4 on shapes: a small matcher learns whether a color is in the picture; then the share of the word's map
+    in the box of the object of that color is at least 1.5 times the box's share of the picture."""
     import numpy as np
 
     import shapes
     from eval import box_cover
     rng, cells, colors = np.random.default_rng(0), 4, list(shapes.COLORS)
-    cfg = Config(image_size=64, stem="conv", vision_width=64, vision_layers=1, vision_heads=4, width=64, text_layers=1, fusion_layers=2, heads=4,
-                 mlp_ratio=2, act="relu", dropout=0.0, embed_dim=16, max_text=3, vocab_size=16, mask_id=4, cls_id=2, sep_id=3, first_word=5,
-                 queue_size=4, codewords=4, init_std=0.08)
+    cfg = Config(image_size=64, stem="conv", vision_width=64, vision_layers=1, vision_heads=4, width=64, text_layers=1,
+                 fusion_layers=2, heads=4, mlp_ratio=2, act="relu", dropout=0.0, embed_dim=16, max_text=3,
+                 vocab_size=16, mask_id=4, cls_id=2, sep_id=3, first_word=5, queue_size=4, codewords=4, init_std=0.08)
     pictures, present, boxes = [], [], []
     for _ in range(256):
         color, other = rng.choice(len(colors), 2, replace=False)
         cell, beside = rng.choice(9, 2, replace=False)
         shape, kind = rng.choice(shapes.SHAPES, 2)
         picture, masks = shapes.draw_scene((shapes.Obj(cell // 3, cell % 3, "large", colors[color], str(shape)),
-                                            shapes.Obj(beside // 3, beside % 3, "small", colors[other], str(kind))), rng)
+                                            shapes.Obj(beside // 3, beside % 3, "small", colors[other], str(kind))),
+                                           rng)
         ys, xs = masks[0].nonzero()
         pictures.append(torch.from_numpy(picture.copy()).permute(2, 0, 1) / 64 - 2)
         present.append((color, other))

@@ -15,26 +15,28 @@ from safetensors.torch import save_file
 import eval as evaluation
 import train
 from models import conlip
-from models.conlip import Config, ConLIP, QueueLogSum, dcl_loss, enqueue_, infonce_loss, mask_patches, mask_tokens, patchify, sim
+from models.conlip import (Config, ConLIP, QueueLogSum, dcl_loss, enqueue_, infonce_loss, mask_patches, mask_tokens,
+                           patchify, sim)
 
 KINDS = ("con", "vanilla", "none")
 
 
-# ---------------------------------------------------------------------------------------------------- small models and batches
+# --------------------------------------------------------------------------------------------- small models and batches
 
 def small(**over):
     """A Config of which few sizes are equal, so that a mixed-up axis is an error."""
     return Config(**{**dict(
-        image_size=48, patch=16, width=24, vision_layers=2, text_layers=1, heads=3, mlp_ratio=2, dropout=0.0, max_text=11,
-        positions=14, vocab_size=57, pad_id=0, cls_id=2, sep_id=3, mask_id=4, first_word=6, queue_size=21, queue_chunk=8),
-        **over})
+        image_size=48, patch=16, width=24, vision_layers=2, text_layers=1, heads=3, mlp_ratio=2, dropout=0.0,
+        max_text=11, positions=14, vocab_size=57, pad_id=0, cls_id=2, sep_id=3, mask_id=4, first_word=6,
+        queue_size=21, queue_chunk=8), **over})
 
 
 def make_batch(cfg, b=4, ids=None):
     """Sentences of 1 to max_text - 2 words, padded; random pictures."""
     text, mask = torch.full((b, cfg.max_text), cfg.pad_id), torch.zeros(b, cfg.max_text, dtype=torch.long)
     for i, n in enumerate(torch.linspace(1, cfg.max_text - 2, b).long().tolist()):
-        text[i, :n + 2] = torch.tensor([cfg.cls_id, *torch.randint(cfg.first_word, cfg.vocab_size, (n,)).tolist(), cfg.sep_id])
+        text[i, :n + 2] = torch.tensor([cfg.cls_id,
+                                        *torch.randint(cfg.first_word, cfg.vocab_size, (n,)).tolist(), cfg.sep_id])
         mask[i, :n + 2] = 1
     return {"image": torch.randn(b, 3, cfg.image_size, cfg.image_size), "text": text, "text_mask": mask,
             "image_id": torch.arange(b) + 7 if ids is None else torch.tensor(ids)}
@@ -58,7 +60,7 @@ def close(a, b, tol=1e-9):
     torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 
-# ---------------------------------------------------------------------------------------------------- the paper, with loops
+# ------------------------------------------------------------------------------------------------ the paper, with loops
 
 def linear(layer, x):
     return torch.stack([(layer.weight[o] * x).sum() + layer.bias[o] for o in range(len(layer.bias))])
@@ -74,7 +76,8 @@ def gelu(x):
 
 
 def attention(queries, keys, values, heads, live=None):
-    """One token after the other, one head after the other. live: which keys count. -> outputs, [token][head] -> weights."""
+    """One token after the other, one head after the other. live: which keys count.
+    -> outputs, [token][head] -> weights."""
     d, out, weights = len(queries[0]) // heads, [], []
     for q in queries:
         parts, row = [], []
@@ -110,7 +113,8 @@ def ref_vit(vit, image, masked=(), mask_token=None):
 
 
 def ref_bert_attention(layer, x, context, live=None):
-    q, k, v = ([linear(getattr(layer.self, n), t) for t in y] for n, y in (("query", x), ("key", context), ("value", context)))
+    q, k, v = ([linear(getattr(layer.self, n), t) for t in y]
+               for n, y in (("query", x), ("key", context), ("value", context)))
     out, weights = attention(q, k, v, layer.heads, live)
     return [norm(layer.output.LayerNorm, linear(layer.output.dense, o) + t) for o, t in zip(out, x)], weights
 
@@ -126,7 +130,8 @@ def ref_bert_layer(layer, x, live=None, context=None, context_live=None):
 def ref_bert(bert, ids, live):
     """Eq. 1, 3: one sentence (T,) -> list of T states."""
     e = bert.embeddings
-    x = [norm(e.LayerNorm, e.word_embeddings.weight[i] + e.position_embeddings.weight[n] + e.token_type_embeddings.weight[0])
+    x = [norm(e.LayerNorm,
+              e.word_embeddings.weight[i] + e.position_embeddings.weight[n] + e.token_type_embeddings.weight[0])
          for n, i in enumerate(ids.tolist())]
     for layer in bert.encoder.layer:
         x, _ = ref_bert_layer(layer, x, live)
@@ -190,7 +195,7 @@ def test_conlip_eq3(stem):
     text, text_mask = batch["text"], batch["text_mask"]
     complete, masked, places, labels = model.text_passes(text, text_mask)
     close(complete, model.text(text, text_mask))
-    for b in range(4):                                                                    # masked words are words of the sentence
+    for b in range(4):                                                          # masked words are words of the sentence
         assert all(w in (-100, text[b, p]) for p, w in zip(places[b].tolist(), labels[b].tolist()))
         assert (labels[b] != -100).sum() == max(1, round(0.15 * (text_mask[b].sum().item() - 2)))
 
@@ -203,11 +208,13 @@ def test_mask_rates():
     assert (labels == 900).sum() == 3 * 3000 and ((places > 0) & (places < 21)).all()
     chosen = masked.gather(1, places)
     rates = [(chosen == cfg.mask_id).double().mean().item(), (chosen == 900).double().mean().item()]
-    assert abs(rates[0] - 0.8) < 0.02 and abs(rates[1] - 0.1) < 0.02 and chosen[chosen != cfg.mask_id].min() >= cfg.first_word
+    assert (abs(rates[0] - 0.8) < 0.02 and abs(rates[1] - 0.1) < 0.02
+            and chosen[chosen != cfg.mask_id].min() >= cfg.first_word)
     assert torch.equal(masked.scatter(1, places, 900), text)                              # the rest is untouched
     for prob, unit, m in ((0.5, 1, 98), (0.5, 2, 96), (0.6, 1, 118), (0.01, 1, 2)):
         positions, flags = mask_patches(500, 14, 14, prob, unit)
-        assert positions.shape == (500, m if unit == 1 else 4 * round(prob * 49)) and (flags.sum(1) == positions.shape[1]).all()
+        assert (positions.shape == (500, m if unit == 1 else 4 * round(prob * 49))
+                and (flags.sum(1) == positions.shape[1]).all())
         grid = flags.view(500, 14 // unit, unit, 14 // unit, unit)
         assert (grid == grid[:, :, :1, :, :1]).all()                                      # units are masked whole
         assert abs(flags.double().mean(0) - flags.double().mean()).max() < 0.12           # each as often as the others
@@ -215,7 +222,8 @@ def test_mask_rates():
 
 @pytest.mark.parametrize("kind", ["con", "vanilla"])
 def test_conlip_eq5(kind):
-    """The words under masks from [h_cls of the complete image; patches of the masked one], or from all of the complete one."""
+    """The words under masks from [h_cls of the complete image; patches of the masked one],
+    or from all of the complete one."""
     model, batch = doubled(make_model(mlm=kind, mim="none"), make_batch(small()))
     image, masked_image, _ = model.image_passes(batch["image"])
     text, masked_text, places, labels = model.text_passes(batch["text"], batch["text_mask"])
@@ -236,7 +244,8 @@ def test_conlip_eq5(kind):
 
 @pytest.mark.parametrize("kind", ["con", "vanilla"])
 def test_conlip_eq6(kind):
-    """The pixels under masks from [h_cls of the complete text; words of the masked text], or from all of the complete text."""
+    """The pixels under masks from [h_cls of the complete text; words of the masked text],
+    or from all of the complete text."""
     model, batch = doubled(make_model(mlm="none", mim=kind), make_batch(small()))
     image, masked_image, patches = model.image_passes(batch["image"])
     text, masked_text, places, labels = model.text_passes(batch["text"], batch["text_mask"])
@@ -263,7 +272,8 @@ def test_conlip_eq4(mlm, mim):
     """L = L_mim + L_mlm + L_i2t + L_t2i; every trained parameter has a gradient, momentum ones none."""
     model = make_model(mlm=mlm, mim=mim)
     out = model(make_batch(model.cfg))
-    assert set(out["logs"]) == {"i2t", "t2i"} | ({"mlm"} if mlm != "none" else set()) | ({"mim"} if mim != "none" else set())
+    assert (set(out["logs"]) == {"i2t", "t2i"} | ({"mlm"} if mlm != "none" else set())
+            | ({"mim"} if mim != "none" else set()))
     close(out["loss"], sum(out["logs"].values()), 1e-6)
     out["loss"].backward()
     for name, p in model.named_parameters():
@@ -290,15 +300,17 @@ def test_conlip_eq7():
         for name, tokens in (("mlm", image), ("mim", text)):
             assert torch.equal(base[name], rest[name]) == (kind == "con")
             assert not torch.equal(base[name], head[name])
-            grad, = torch.autograd.grad(base[name], tokens, retain_graph=True)            # h_cls learns from it: the idea
+            grad, = torch.autograd.grad(base[name], tokens, retain_graph=True)          # h_cls learns from it: the idea
             assert grad[:, 0].abs().sum(-1).min() > 0 and (grad[:, 1:].abs().sum() == 0) == (kind == "con")
 
 
 def test_passes_of_a_step():
-    """Complete and masked inputs of a modality in one call, keys in another; words and pixels predicted at masked places only."""
+    """Complete and masked inputs of a modality in one call, keys in another;
+    words and pixels predicted at masked places only."""
     model, calls = make_model(), []
     for name in ("vision", "text", "vision_m", "text_m", "mlm_head", "mim_head"):
-        getattr(model, name).register_forward_hook(lambda module, args, out, name=name: calls.append((name, *args[0].shape[:2])))
+        getattr(model, name).register_forward_hook(
+            lambda module, args, out, name=name: calls.append((name, *args[0].shape[:2])))
     model(make_batch(model.cfg))
     m = round(0.15 * model.cfg.max_text)
     assert sorted(calls) == sorted([("vision", 8, 3), ("text", 8, 11), ("vision_m", 4, 3), ("text_m", 4, 11),
@@ -324,7 +336,8 @@ def check_contrast(kind, plain):
     close(plain(q, k, ids, queue, queue_ids, tau), expected, 1e-5)                         # scores are float32
     for i in range(5):                                                        # the positive is not in DCL's denominator
         row = slice(i, i + 1)
-        lone = ref_contrast(kind, q[row].tolist(), (-k[row]).tolist(), ids[row].tolist(), queue.tolist(), queue_ids.tolist(), tau)
+        lone = ref_contrast(kind, q[row].tolist(), (-k[row]).tolist(), ids[row].tolist(), queue.tolist(),
+                            queue_ids.tolist(), tau)
         if kind == "dcl":
             close(lone[0] - expected[i], 2 * ref_sim(q[i].tolist(), k[i].tolist()) / tau, 1e-6)
 
@@ -344,8 +357,8 @@ def test_conlip_eq11():
     batch = make_batch(model.cfg)
     image, text = model.encode_image(batch), model.encode_text(batch)
     loss = model.inst_losses(image, text, image, text, batch["image_id"])["i2t"]
-    close(loss, sum(ref_contrast("dcl", image.tolist(), text.tolist(), batch["image_id"].tolist(), model.queue_text.tolist(),
-                                 model.queue_ids.tolist(), 0.05)) / 4, 1e-5)
+    close(loss, sum(ref_contrast("dcl", image.tolist(), text.tolist(), batch["image_id"].tolist(),
+                                 model.queue_text.tolist(), model.queue_ids.tolist(), 0.05)) / 4, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dcl", "infonce"])
@@ -361,20 +374,23 @@ def test_conlip_eq12(kind, positive):
     k_text, k_image = (text, image) if positive == "online" else (mine[1], mine[0])
     ids, queue_ids = batch["image_id"].tolist(), model.queue_ids.tolist()
     for name, q, k, queue in (("i2t", image, k_text, model.queue_text), ("t2i", text, k_image, model.queue_image)):
-        close(losses[name], sum(ref_contrast(kind, q.tolist(), k.tolist(), ids, queue.tolist(), queue_ids, 0.05)) / 4, 1e-5)
+        close(losses[name],
+              sum(ref_contrast(kind, q.tolist(), k.tolist(), ids, queue.tolist(), queue_ids, 0.05)) / 4, 1e-5)
     close(model(batch)["loss"], losses["i2t"] + losses["t2i"], 1e-5)
     plain = {"dcl": dcl_loss, "infonce": infonce_loss}[kind]
     expected = sum(plain(q, k, batch["image_id"], queue, model.queue_ids, 0.05).mean()
                    for q, k, queue in ((image, k_text, model.queue_text), (text, k_image, model.queue_image)))
-    for a, b in zip(torch.autograd.grad(sum(losses.values()), (image, text)), torch.autograd.grad(expected, (image, text))):
+    for a, b in zip(torch.autograd.grad(sum(losses.values()), (image, text)),
+                    torch.autograd.grad(expected, (image, text))):
         close(a, b, 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- the streamed sum, memory
+# --------------------------------------------------------------------------------------------- the streamed sum, memory
 
 @pytest.mark.parametrize("chunk", [4, 5, 100])
 def test_queue_log_sum(chunk):
-    """Values and gradients are those of the plain form for any chunk; a row without a negative has loss 0 and gradient 0."""
+    """Values and gradients are those of the plain form for any chunk;
+    a row without a negative has loss 0 and gradient 0."""
     q, k, ids, queue, queue_ids = contrast_data()
     queue_ids = torch.where(torch.arange(13) < 13, queue_ids, 0)
     q.requires_grad_()
@@ -418,7 +434,7 @@ def test_queue_is_a_ring():
         for n, (key, i) in enumerate(kept):
             assert i < 0 or (torch.equal(model.queue_image[n], key) and torch.equal(model.queue_text[n], 2 * key))
     enqueue_(model.queue_text, model.queue_ids, model.ptr, torch.arange(12.0)[:, None].expand(12, 24), torch.arange(12))
-    assert set(model.queue_ids.tolist()) == set(range(2, 12))                             # of more keys than places, the last
+    assert set(model.queue_ids.tolist()) == set(range(2, 12))                       # of more keys than places, the last
 
 
 def test_keys_of_this_step_are_no_negatives():
@@ -429,7 +445,8 @@ def test_keys_of_this_step_are_no_negatives():
     assert torch.equal(model.queue_image, before)
     out["loss"].backward()
     model.after_backward(out)
-    assert torch.equal(model.queue_image[:4], model.momentum_keys(batch)[0][0]) and model.queue_ids[:4].tolist() == [7, 8, 9, 10]
+    assert (torch.equal(model.queue_image[:4], model.momentum_keys(batch)[0][0])
+            and model.queue_ids[:4].tolist() == [7, 8, 9, 10])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.eval()
     model.encode_image(batch), model.encode_text(batch), model.cross_attention(batch)
@@ -441,10 +458,11 @@ def test_teachers_have_no_dropout():
     batch = make_batch(model.cfg)
     (a, b), _ = model.momentum_keys(batch)
     (c, d), _ = model.momentum_keys(batch)
-    assert torch.equal(a, c) and torch.equal(b, d) and not torch.equal(model.encode_text(batch), model.encode_text(batch))
+    assert (torch.equal(a, c) and torch.equal(b, d)
+            and not torch.equal(model.encode_text(batch), model.encode_text(batch)))
 
 
-# ---------------------------------------------------------------------------------------------------- heads, tasks, weights
+# ------------------------------------------------------------------------------------------------ heads, tasks, weights
 
 def test_head_layers():
     """Table 4: one layer, three, two that share their parameters."""
@@ -475,7 +493,8 @@ def test_protocol():
         assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
         assert all(p.ndim <= 1 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0
         offered = evaluation.offered(model)
-        assert {"retrieval", "gallery", "speed"} <= set(offered) and ("cross_attention" in offered) == (task == "pretrain")
+        assert ({"retrieval", "gallery", "speed"} <= set(offered)
+                and ("cross_attention" in offered) == (task == "pretrain"))
     for field in ("mlm", "contrast", "positive"):
         with pytest.raises(SystemExit, match=f"--{field} nope"):
             small(**{field: "nope"})
@@ -485,11 +504,12 @@ def test_protocol():
 
 def test_base_is_the_papers():
     cfg = Config()
-    assert (cfg.queue_size, cfg.momentum, cfg.temp, cfg.max_text, cfg.dropout, cfg.image_size, cfg.mim_prob, cfg.mlm_prob) == \
-        (12288, 0.99, 0.05, 50, 0.1, 224, 0.5, 0.15)
+    assert ((cfg.queue_size, cfg.momentum, cfg.temp, cfg.max_text, cfg.dropout, cfg.image_size, cfg.mim_prob,
+             cfg.mlm_prob) == (12288, 0.99, 0.05, 50, 0.1, 224, 0.5, 0.15))
     for task, size in (("pretrain", 224), ("retrieval", 336)):
         loop, cfg = train.settings(conlip, "base", task, {})
-        assert (loop.epochs, loop.batch_size, loop.lr, loop.schedule, loop.warmup_steps) == (30, 4096, 5e-5, "linear", 0.1)
+        assert ((loop.epochs, loop.batch_size, loop.lr, loop.schedule, loop.warmup_steps)
+                == (30, 4096, 5e-5, "linear", 0.1))
         assert (loop.weight_decay, loop.amp, loop.optimizer, cfg.image_size) == (0.01, "fp16", "adamw", size)
     with torch.device("meta"):
         vision, text = conlip.MaskedViT(Config()), conlip.Bert(Config())
@@ -506,7 +526,8 @@ def test_heads_are_dropped_and_sizes_adapt():
     missing, extra = model.load_state_dict(state, strict=False)
     assert set(missing) == {"queue_image", "queue_text", "queue_ids", "ptr"}
     assert {k.split(".")[0] for k in extra} == {"mlm_layers", "mlm_head", "mim_layers", "mim_head", "mask_token"}
-    assert model.vision.pos_embed.shape == (1, 37, 24) and torch.equal(model.vision.pos_embed[:, 0], first.vision.pos_embed[:, 0])
+    assert (model.vision.pos_embed.shape == (1, 37, 24)
+            and torch.equal(model.vision.pos_embed[:, 0], first.vision.pos_embed[:, 0]))
     close(model.vision(torch.randn(1, 3, 96, 96)).isfinite().all(), True)
 
 
@@ -514,8 +535,10 @@ def hf_files(folder, model):
     """The towers' weights under Hugging Face's names, with what their files hold besides."""
     vit, bert = {}, {}
     for k, v in model.vision.state_dict().items():
-        k = k.replace("blocks.", "encoder.layer.").replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
-        k = k.replace("attn.proj", "attention.output.dense").replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
+        k = (k.replace("blocks.", "encoder.layer.").replace("norm1", "layernorm_before")
+             .replace("norm2", "layernorm_after"))
+        k = (k.replace("attn.proj", "attention.output.dense")
+             .replace("patch_embed.proj", "embeddings.patch_embeddings.projection"))
         k = k.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
         k = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
              "norm.weight": "layernorm.weight",
@@ -527,7 +550,8 @@ def hf_files(folder, model):
             vit[k] = v.clone()
     vit["pooler.dense.weight"] = torch.zeros(2, 2)
     for k, v in model.text.state_dict().items():
-        bert["bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")] = v.clone()
+        bert["bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma")
+             .replace("LayerNorm.bias", "LayerNorm.beta")] = v.clone()
     bert |= {k: torch.zeros(2) for k in ("cls.predictions.bias", "bert.pooler.dense.bias", "cls.seq_relationship.bias")}
     bert["bert.embeddings.position_ids"] = torch.arange(2)
     save_file(vit, folder / "vit.safetensors")
@@ -540,24 +564,28 @@ def test_load_pretrained(tmp_path):
     vit, bert = hf_files(tmp_path, source)
     queues = [b.clone() for b in (model.queue_image, model.queue_text)]
     vision, text = conlip.load_pretrained(model, tmp_path / "vit.safetensors", tmp_path / "bert.bin").split("\n  ")
-    assert "matched 30 of 31 tensors, which fill 30 here; missing 0; unexpected 1: pooler.dense.weight" in vision   # qkv is one
+    # qkv is one
+    assert "matched 30 of 31 tensors, which fill 30 here; missing 0; unexpected 1: pooler.dense.weight" in vision
     n = len(model.text.state_dict())
-    assert f"matched {n} of {n + 4} tensors, which fill {n} here; missing 0; unexpected 3: " in text and "position_ids" in text
+    assert (f"matched {n} of {n + 4} tensors, which fill {n} here; missing 0; unexpected 3: " in text
+            and "position_ids" in text)
     batch = make_batch(model.cfg)
     for encode in ("encode_image", "encode_text"):
         assert torch.equal(getattr(model, encode)(batch), getattr(source, encode)(batch))
     state = model.state_dict()
-    assert all(torch.equal(state[k.replace(".", "_m.", 1)], v) for k, v in state.items() if k.startswith(("vision.", "text.")))
+    assert all(torch.equal(state[k.replace(".", "_m.", 1)], v)
+               for k, v in state.items() if k.startswith(("vision.", "text.")))
     assert all(torch.equal(a, b) for a, b in zip(queues, (model.queue_image, model.queue_text)))
-    heads = make_model()                                                                   # section 4.1: they stay random
+    heads = make_model()                                                                # section 4.1: they stay random
     before = {k: v.clone() for k, v in heads.state_dict().items() if k.startswith(("mlm_", "mim_"))}
     conlip.load_pretrained(heads, text=tmp_path / "bert.bin")
     assert before and all(torch.equal(v, heads.state_dict()[k]) for k, v in before.items())
     bigger = ConLIP(small(image_size=96), "retrieval")
-    assert "pos_embed interpolated from 3x3 to 6x6" in conlip.load_pretrained(bigger, vision=tmp_path / "vit.safetensors")
+    assert ("pos_embed interpolated from 3x3 to 6x6"
+            in conlip.load_pretrained(bigger, vision=tmp_path / "vit.safetensors"))
     close(bigger.vision.pos_embed[:, 0], source.vision.pos_embed[:, 0])
 
-    hub = tmp_path / "hub"                                                                 # what a hub name is resolved to
+    hub = tmp_path / "hub"                                                              # what a hub name is resolved to
     hub.mkdir()
     key = "encoder.layer.{}.attention.attention.key.bias"
     for side, good, change, config, message in (
@@ -565,10 +593,12 @@ def test_load_pretrained(tmp_path):
             ("text", bert, {}, {"model_type": "bert", "num_attention_heads": 3}, None),
             ("vision", vit, {}, {"num_attention_heads": 4}, "num_attention_heads 4, this model has 3"),
             ("text", bert, {}, {"model_type": "roberta"}, "model_type roberta"),
-            ("vision", vit, {"layernorm.bias": None}, {}, "1 of this tower's 30 tensors are not filled: vision.norm.bias"),
+            ("vision", vit, {"layernorm.bias": None}, {},
+             "1 of this tower's 30 tensors are not filled: vision.norm.bias"),
             ("vision", vit, {key.format(1): None}, {}, "not filled: vision.blocks.1.attn.qkv.bias"),
             ("vision", vit, {"layernorm.bias": torch.zeros(5)}, {}, r"norm.bias is \(5,\) there"),
-            ("text", bert, {"bert.embeddings.LayerNorm.gamma": None}, {}, "not filled: text.embeddings.LayerNorm.weight"),
+            ("text", bert, {"bert.embeddings.LayerNorm.gamma": None}, {},
+             "not filled: text.embeddings.LayerNorm.weight"),
             ("text", bert, {"bert.encoder.layer.1.x": torch.zeros(1)}, {}, "no place for encoder.layer.1.x"),
             ("text", bert, {"bert.embeddings.word_embeddings.weight": torch.zeros(58, 24)}, {}, "another vocabulary")):
         state = {k: v for k, v in {**good, **change}.items() if v is not None}
@@ -609,13 +639,14 @@ def test_cross_attention(kind):
         context = [text[b, 0], *masked_text[b, 1:]] if kind == "con" else list(text[b])
         _, weights = ref_bert_layer(model.mim_layers.layer[0], list(masked_image[b]), None, context, live)
         close(scores_i[b], [sum(h[0] for h in weights[1 + n]) / 3 for n in range(9)], 1e-6)
-    assert torch.equal(found["masked patches -> h_cls of the text"][1].nonzero()[:, 1].view(4, -1), patches.sort().values)
+    assert torch.equal(found["masked patches -> h_cls of the text"][1].nonzero()[:, 1].view(4, -1),
+                       patches.sort().values)
     assert found["masked words -> h_cls of the image"][1].sum() == (labels != -100).sum()
 
 
 def test_both_heads_learn_through_h_cls():
-    """Table 2's claim where nothing else can tell: a word names the color of a picture, both are masked whole. The words and the
-    pixels come out better than by chance, and the heads' attention lies on h_cls."""
+    """Table 2's claim where nothing else can tell: a word names the color of a picture, both are masked whole. The
+    words and the pixels come out better than by chance, and the heads' attention lies on h_cls."""
     torch.manual_seed(0)
     model = ConLIP(small(image_size=32, queue_size=32, mlm_prob=1.0, mim_prob=1.0, init_std=0.1)).train()
     cfg, colors = model.cfg, torch.rand(20, 3) * 2 - 1
@@ -623,7 +654,8 @@ def test_both_heads_learn_through_h_cls():
     for step in range(120):
         word = torch.randint(0, 20, (16,))
         text = torch.stack([torch.full_like(word, cfg.cls_id), word + 10, torch.full_like(word, cfg.sep_id)], 1)
-        batch = {"image": colors[word][:, :, None, None].expand(-1, -1, 32, 32), "text": text, "text_mask": torch.ones_like(text),
+        batch = {"image": colors[word][:, :, None, None].expand(-1, -1, 32, 32), "text": text,
+                 "text_mask": torch.ones_like(text),
                  "image_id": word}
         out = model(batch)
         optimizer.zero_grad()
@@ -632,7 +664,8 @@ def test_both_heads_learn_through_h_cls():
         model.after_backward(out)
         model.after_step(step, 120)
     assert out["logs"]["mlm"] < 0.7 * math.log(20)
-    assert out["logs"]["mim"] < 0.7 * (colors - colors.median(0).values).abs().mean()     # the best L1 of one guess for all
+    # the best L1 of one guess for all
+    assert out["logs"]["mim"] < 0.7 * (colors - colors.median(0).values).abs().mean()
     with torch.no_grad():
         for name, (scores, where, uniform) in model.eval().cross_attention(batch).items():
             assert (scores * where).sum() / where.sum() > 1.5 * uniform.mean(), name
@@ -662,7 +695,8 @@ def one_of_two(r, world, port, queue):
                     p.sub_(0.01 * p.grad)
         raw.after_step(1, 3)
         raw.zero_grad()
-    state = (raw.queue_image, raw.queue_text, raw.queue_ids, raw.vision.norm.weight, raw.text_m.embeddings.LayerNorm.bias)
+    state = (raw.queue_image, raw.queue_text, raw.queue_ids, raw.vision.norm.weight,
+             raw.text_m.embeddings.LayerNorm.bias)
     queue.put((r, losses, [v.tolist() for v in state]))
     if world > 1:
         dist.destroy_process_group()
@@ -690,7 +724,7 @@ def test_two_processes_are_one():
             close(a, b, 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- as a user would call it
+# ---------------------------------------------------------------------------------------------- as a user would call it
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
@@ -703,13 +737,15 @@ def photos(tmp_path_factory):
         for i in range(24):
             color = torch.randint(0, 255, (3,), generator=generator).tolist()
             Image.new("RGB", (40, 32), tuple(color)).save(root / f"{i}.png")
-            captions = [" ".join(words[j] for j in torch.randint(0, len(words), (5,), generator=generator)) for _ in range(2)]
-            f.write(json.dumps({"image": f"{i}.png", "split": "train" if i < 16 else "val", "caption": captions}) + "\n")
+            captions = [" ".join(words[j] for j in torch.randint(0, len(words), (5,), generator=generator))
+                        for _ in range(2)]
+            f.write(json.dumps({"image": f"{i}.png", "split": "train" if i < 16 else "val", "caption": captions})
+                    + "\n")
     return root
 
 
-SMALL = ("--image_size 32 --width 24 --vision_layers 1 --text_layers 1 --heads 2 --max_text 8 --queue_size 16 --batch_size 4 "
-         "--steps 3 --log_every 1 --workers 0 --eval_split val").split()
+SMALL = ("--image_size 32 --width 24 --vision_layers 1 --text_layers 1 --heads 2 --max_text 8 --queue_size 16 "
+         "--batch_size 4 --steps 3 --log_every 1 --workers 0 --eval_split val").split()
 
 
 def test_train_and_evaluate(photos, tmp_path):
@@ -724,14 +760,16 @@ def test_train_and_evaluate(photos, tmp_path):
     found = evaluation.main([str(run), "--task", "cross_attention"])["cross_attention"]
     again = evaluation.main([str(run), "--task", "cross_attention"])["cross_attention"]
     assert found["metrics"] == again["metrics"] and found["protocol"]["split"] == "val"
-    assert abs(found["metrics"]["text -> h_cls of the image, uniform"] - 1 / 5) < 1e-6    # 32 pixels: 4 patches and h_cls
+    assert abs(found["metrics"]["text -> h_cls of the image, uniform"] - 1 / 5) < 1e-6  # 32 pixels: 4 patches and h_cls
 
     caption = json.loads(open(photos / "pairs.jsonl").read().splitlines()[17])["caption"][1]
-    shown = evaluation.main([str(run), "--task", "gallery", "--text", caption, "--image", str(photos / "20.png")])["gallery"]
+    shown = evaluation.main([str(run), "--task", "gallery", "--text", caption,
+                             "--image", str(photos / "20.png")])["gallery"]
     assert 1 <= shown["metrics"]["rank of the true image"] <= 8 and 1 <= shown["metrics"]["rank of the true text"] <= 16
     assert len(shown["rows"]) == 10 and Image.open(run / "gallery.png").width > 900
     top = [row["rank"] for row in shown["rows"][:5] if row["true"] == "yes"]
-    assert top == ([shown["metrics"]["rank of the true image"]] if shown["metrics"]["rank of the true image"] <= 5 else [])
+    assert top == ([shown["metrics"]["rank of the true image"]]
+                   if shown["metrics"]["rank of the true image"] <= 5 else [])
     shown = evaluation.main([str(run), "--task", "gallery", "--text", "no caption of theirs"])["gallery"]
     assert shown["metrics"]["rank of the true image"] is None and {row["true"] for row in shown["rows"]} == {"unknown"}
     for args, message in (([], "ask with a text"), (["--image", "nowhere.png"], "nowhere.png")):
@@ -748,10 +786,11 @@ def test_train_and_evaluate(photos, tmp_path):
 @pytest.mark.parametrize("name", ["codis", "cookie", "mct"])
 def test_gallery_of_the_other_two_tower_models(name, photos, tmp_path):
     """`--steps 0` writes the run of an untrained model."""
-    train.main(["--model", name, "--data", str(photos / "pairs.jsonl"), "--image_root", str(photos), "--vocab", str(photos / "vocab.txt"),
-                "--batch_size", "8", "--workers", "0", "--steps", "0", "--evals", "none", "--out", str(tmp_path / "run")])
-    shown = evaluation.main([str(tmp_path / "run"), "--task", "gallery", "--split", "val", "--text", "a red square", "--image",
-                             str(photos / "20.png")])["gallery"]
+    train.main(["--model", name, "--data", str(photos / "pairs.jsonl"), "--image_root", str(photos),
+                "--vocab", str(photos / "vocab.txt"), "--batch_size", "8", "--workers", "0", "--steps", "0",
+                "--evals", "none", "--out", str(tmp_path / "run")])
+    shown = evaluation.main([str(tmp_path / "run"), "--task", "gallery", "--split", "val",
+                             "--text", "a red square", "--image", str(photos / "20.png")])["gallery"]
     assert len(shown["rows"]) == 10 and 1 <= shown["metrics"]["rank of the true text"] <= 16
     assert list(tmp_path.rglob("gallery.png"))
 
@@ -759,8 +798,10 @@ def test_gallery_of_the_other_two_tower_models(name, photos, tmp_path):
 def test_ablations_train(photos, tmp_path):
     data = ["--data", str(photos / "pairs.jsonl"), "--image_root", str(photos), "--vocab", str(photos / "vocab.txt")]
     for flags in ("--mlm none --mim none --contrast infonce", "--mlm vanilla --mim vanilla --positive online",
-                  "--mask_unit 2 --head_layers 2 --head_shared --mim_prob 0.7 --mlm_prob 0.4 --checkpointing --accum 2"):
-        train.main(["--model", "conlip", *SMALL, *data, *flags.split(), "--evals", "none", "--out", str(tmp_path / "run")])
+                  "--mask_unit 2 --head_layers 2 --head_shared --mim_prob 0.7 --mlm_prob 0.4 "
+                  "--checkpointing --accum 2"):
+        train.main(["--model", "conlip", *SMALL, *data, *flags.split(), "--evals", "none",
+                    "--out", str(tmp_path / "run")])
         assert math.isfinite(json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["loss"])
 
 

@@ -1,4 +1,5 @@
-"""models/cookie.py against the paper, written down a second time with explicit loops in float64; the evaluations it brings."""
+"""models/cookie.py against the paper, written down a second time with explicit loops in float64;
+the evaluations it brings."""
 
 import importlib
 import itertools
@@ -26,21 +27,22 @@ from models.cookie import GPO, Config, Cookie
 TASKS = ("ccl",) + cookie.TASKS
 
 
-# ---------------------------------------------------------------------------------------------------- small models and batches
+# --------------------------------------------------------------------------------------------- small models and batches
 
 def small(**over):
     """A Config of which no two sizes are equal, so that a mixed-up axis is an error."""
     return Config(**{**dict(
-        image_size=48, backbone="tiny", width=24, text_layers=1, heads=3, mlp_ratio=2, dropout=0.0, embed_dim=32, te_heads=4, te_ratio=2,
-        max_text=11, positions=14, vocab_size=57, pad_id=0, cls_id=2, sep_id=3, mask_id=4, first_word=6, frame_width=18, bits=16,
-        hash_dropout=0.0), **over})
+        image_size=48, backbone="tiny", width=24, text_layers=1, heads=3, mlp_ratio=2, dropout=0.0, embed_dim=32,
+        te_heads=4, te_ratio=2, max_text=11, positions=14, vocab_size=57, pad_id=0, cls_id=2, sep_id=3, mask_id=4,
+        first_word=6, frame_width=18, bits=16, hash_dropout=0.0), **over})
 
 
 def sentences(cfg, b):
     """[CLS], words, [SEP], padding; (b, max_text) ids and mask. The first one has a single word, the last is full."""
     text, mask = torch.full((b, cfg.max_text), cfg.pad_id), torch.zeros(b, cfg.max_text, dtype=torch.long)
     for i, n in enumerate(torch.linspace(1, cfg.max_text - 2, b).long().tolist()):
-        text[i, :n + 2] = torch.tensor([cfg.cls_id, *torch.randint(cfg.first_word, cfg.vocab_size, (n,)).tolist(), cfg.sep_id])
+        text[i, :n + 2] = torch.tensor([cfg.cls_id,
+                                        *torch.randint(cfg.first_word, cfg.vocab_size, (n,)).tolist(), cfg.sep_id])
         mask[i, :n + 2] = 1
     return text, mask
 
@@ -49,8 +51,10 @@ def make_batch(cfg, b=4, ids=None):
     text, mask = sentences(cfg, b)
     pictures = {k: torch.randn(b, 3, cfg.image_size, cfg.image_size) for k in ("image", "view1", "view2")}
     frames = (torch.arange(7) < torch.randint(1, 8, (b, 1))).long()
-    return {**pictures, "text": text, "text_mask": mask, "image_id": torch.arange(b) + 7 if ids is None else torch.tensor(ids),
-            "frames": torch.randn(b, 7, cfg.frame_width), "frames_mask": frames, "labels": (torch.rand(b, 5) < 0.4).float()}
+    return {**pictures, "text": text, "text_mask": mask,
+            "image_id": torch.arange(b) + 7 if ids is None else torch.tensor(ids),
+            "frames": torch.randn(b, 7, cfg.frame_width), "frames_mask": frames,
+            "labels": (torch.rand(b, 5) < 0.4).float()}
 
 
 def make_model(task="pretrain", **over):
@@ -66,7 +70,8 @@ def units(*shape):
 
 
 def close(a, b, tol=1e-9):
-    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b, dtype=torch.as_tensor(a).dtype), rtol=tol, atol=tol)
+    torch.testing.assert_close(torch.as_tensor(a),
+                               torch.as_tensor(b, dtype=torch.as_tensor(a).dtype), rtol=tol, atol=tol)
 
 
 def own(b):
@@ -83,7 +88,7 @@ def loop_nce(q, k, ids, key_ids, temp, first=0):
     return total / len(q)
 
 
-# --------------------------------------------------------------------------------------------------------------- equations
+# ------------------------------------------------------------------------------------------------------------ equations
 
 def test_cookie_eq1():
     v, w, b, p = (torch.randn(*s, dtype=torch.float64) for s in ((2, 6, 5), (4, 5), (4,), (1, 6, 4)))
@@ -117,7 +122,8 @@ def loop_layer(layer, x, mask):
     out = torch.zeros_like(x)
     for h, i in itertools.product(range(heads), range(len(x))):
         part = slice(h * w, h * w + w)
-        s = [(q[i, part] * k[j, part]).sum() / math.sqrt(w) if mask[j] else torch.tensor(-math.inf) for j in range(len(x))]
+        s = [(q[i, part] * k[j, part]).sum() / math.sqrt(w) if mask[j] else torch.tensor(-math.inf)
+             for j in range(len(x))]
         e = [torch.exp(value - max(s)) for value in s]
         out[i, part] = sum(e[j] / sum(e) * v[j, part] for j in range(len(x)))
     x = a.output.LayerNorm(a.output.dense(out) + x)
@@ -159,12 +165,14 @@ def test_cookie_eq4_gpo():
     """Against one bidirectional GRU on each set alone, without padding."""
     gpo = GPO().double()
     gru = nn.GRU(32, 32, batch_first=True, bidirectional=True).double()
-    gru.load_state_dict({**dict(gpo.ahead.state_dict()), **{k + "_reverse": v for k, v in gpo.back.state_dict().items()}})
+    gru.load_state_dict({**dict(gpo.ahead.state_dict()),
+                         **{k + "_reverse": v for k, v in gpo.back.state_dict().items()}})
     x, lengths = torch.randn(3, 6, 5, dtype=torch.float64), [1, 4, 6]
     mask = torch.tensor([[int(j < n) for j in range(6)] for n in lengths])
     out = gpo(x, mask)
     for i, n in enumerate(lengths):
-        pe = torch.tensor([[f(p * 10000 ** (-2 * k / 32)) for k in range(16) for f in (math.sin, math.cos)] for p in range(n)],
+        pe = torch.tensor([[f(p * 10000 ** (-2 * k / 32)) for k in range(16) for f in (math.sin, math.cos)]
+                           for p in range(n)],
                           dtype=torch.float64)
         h = gru(pe[None])[0][0]
         w = torch.softmax(gpo.score((h[:, :32] + h[:, 32:]) / 2)[:, 0] / 0.1, 0)
@@ -177,7 +185,7 @@ def test_cookie_eq4_gpo():
 
 
 def test_cookie_eq5():
-    for ids in ([1, 2, 3, 4], [1, 2, 1, 1]):                                                # the second: captions of one image
+    for ids in ([1, 2, 3, 4], [1, 2, 1, 1]):                                        # the second: captions of one image
         q, k = units(4, 6).requires_grad_(), units(4, 6).requires_grad_()
         i = torch.tensor(ids)
         loss, slow = cookie.info_nce(q, k, i, i, own(4), 0.07), loop_nce(q, k, ids, ids, 0.07)
@@ -234,7 +242,7 @@ def test_cookie_eq8():
 def test_cookie_eq9():
     model, batch, nce = pair_parts()
     one, two = (model.encode_image({"image": batch[k]}) for k in ("view1", "view2"))
-    close(model(batch)["logs"]["i"].double(), nce(one, two), 1e-5)                          # q = view 1, k = view 2 only
+    close(model(batch)["logs"]["i"].double(), nce(one, two), 1e-5)                      # q = view 1, k = view 2 only
 
 
 def test_cookie_eq10_rates():
@@ -264,7 +272,8 @@ def test_cookie_eq10_order_and_emptiness():
     words = mask.bool() & (text != cfg.cls_id) & (text != cfg.sep_id)
     args = (cfg.pad_id, cfg.mask_id, cfg.first_word, cfg.vocab_size)
     for _ in range(50):
-        new, new_mask = cookie.augment_tokens(text, mask, words, *args, prob=1.0, mask=0.0, substitute=0.0)     # delete all
+        # delete all
+        new, new_mask = cookie.augment_tokens(text, mask, words, *args, prob=1.0, mask=0.0, substitute=0.0)
         assert (new_mask.sum(1) == 3).all()                                                 # [CLS] word [SEP]
         for row, old, ok in zip(new.tolist(), text.tolist(), words.tolist()):
             assert row[0] == cfg.cls_id and row[2] == cfg.sep_id and row[1] in [t for t, w in zip(old, ok) if w]
@@ -272,7 +281,7 @@ def test_cookie_eq10_order_and_emptiness():
         for row, m, old in zip(new.tolist(), new_mask.tolist(), text.tolist()):
             rest = iter(old)
             assert all(t in rest for t in row[:sum(m)])                                     # a subsequence, in order
-    bare = torch.tensor([[cfg.cls_id, cfg.sep_id] + [0] * 9])                               # a caption without a word stays as it is
+    bare = torch.tensor([[cfg.cls_id, cfg.sep_id] + [0] * 9])               # a caption without a word stays as it is
     new, new_mask = cookie.augment_tokens(bare, (bare > 0).long(), torch.zeros_like(bare, dtype=torch.bool), *args)
     assert (new == bare).all() and new_mask.sum() == 2
     new, new_mask = cookie.augment_tokens(text, mask, words, *args, prob=0.0)
@@ -288,9 +297,10 @@ def test_cookie_eq11(monkeypatch):
     close(out["logs"]["t"].double(), nce(one, two), 1e-5)
 
 
-@pytest.mark.parametrize("over, names", [({}, "i2t t2i i t"), ({"vcl": False}, "i2t t2i t"), ({"tcl": False}, "i2t t2i i"),
-                                         ({"vcl": False, "tcl": False}, "i2t t2i"), ({"ccl_on": "view1"}, "i2t t2i i t"),
-                                         ({"ccl_on": "view1", "vcl": False}, "i2t t2i t")])
+@pytest.mark.parametrize("over, names",
+                         [({}, "i2t t2i i t"), ({"vcl": False}, "i2t t2i t"), ({"tcl": False}, "i2t t2i i"),
+                          ({"vcl": False, "tcl": False}, "i2t t2i"), ({"ccl_on": "view1"}, "i2t t2i i t"),
+                          ({"ccl_on": "view1", "vcl": False}, "i2t t2i t")])
 def test_cookie_eq12(over, names):
     model = make_model(**over)
     calls = {"image": 0, "text": 0}
@@ -309,10 +319,11 @@ def test_ccl_on_view1():
     torch.manual_seed(5)
     out = model(batch)
     image = model.encode_image({"image": batch["view1"]})
-    close(out["logs"]["i2t"].double(), loop_nce(image.double(), text.double(), range(4), range(4), model.cfg.temp), 1e-5)
+    close(out["logs"]["i2t"].double(),
+          loop_nce(image.double(), text.double(), range(4), range(4), model.cfg.temp), 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------------ memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 @pytest.mark.parametrize("task", ["ccl", "pretrain", "retrieval", "vtm", "hashing"])
 def test_chunks_equal_the_whole_batch(task):
@@ -373,13 +384,14 @@ def test_two_processes_equal_one(tmp_path):
         model = make_model(task, tcl_prob=0.0).double()
         for norm in model.norms:
             norm.eval()
-        batch = make_batch(model.cfg, 6, [1, 2, 3, 1, 4, 5])                                # an image with captions on both
+        batch = make_batch(model.cfg, 6, [1, 2, 3, 1, 4, 5])                            # an image with captions on both
         batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
         torch.save((model.state_dict(), batch, 0), tmp_path / f"{task}.pt")
         loss = model(batch)["loss"]
         loss.backward()
         context = mp.get_context("fork")
-        running = [context.Process(target=worker, args=(r, tmp_path / f"{task}.sync", task, tmp_path)) for r in range(2)]
+        running = [context.Process(target=worker, args=(r, tmp_path / f"{task}.sync", task, tmp_path))
+                   for r in range(2)]
         for p in running:
             p.start()
         for p in running:
@@ -391,10 +403,10 @@ def test_two_processes_equal_one(tmp_path):
             torch.testing.assert_close(g, p.grad, rtol=1e-6, atol=1e-9, msg=lambda m: f"{task} {name}: {m}")
 
 
-# ---------------------------------------------------------------------------------------------------------------- protocol
+# ------------------------------------------------------------------------------------------------------------- protocol
 
-VARIANTS = [{}, {"pooling": "gpo"}, {"ws_shared": False}, {"ws": "fc"}, {"ws_layers": 0, "tav_layers": 0}, {"ws_layers": 4},
-            {"checkpointing": True, "dropout": 0.1}]
+VARIANTS = [{}, {"pooling": "gpo"}, {"ws_shared": False}, {"ws": "fc"}, {"ws_layers": 0, "tav_layers": 0},
+            {"ws_layers": 4}, {"checkpointing": True, "dropout": 0.1}]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -403,7 +415,8 @@ def test_every_parameter_gets_a_gradient(task, over):
     model = make_model(task, **over)
     out = model(make_batch(model.cfg))
     out["loss"].backward()
-    assert torch.isfinite(out["loss"]) and out["loss"].shape == () and all(not v.requires_grad for v in out["logs"].values())
+    assert (torch.isfinite(out["loss"]) and out["loss"].shape == ()
+            and all(not v.requires_grad for v in out["logs"].values()))
     assert not [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert not [n for n, p in model.named_parameters() if not p.grad.any() and ".key.bias" not in n
                 and "token_type" not in n and not n.endswith("fc1.bias") and "gpo" not in n]
@@ -415,7 +428,7 @@ def test_vtm_with_encoders():
     out["loss"].backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
     plain = make_model("vtm")
-    assert not hasattr(plain, "ws") and not hasattr(plain, "vision")                        # section 4.2: FC and pooling alone
+    assert not hasattr(plain, "ws") and not hasattr(plain, "vision")                # section 4.2: FC and pooling alone
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -438,7 +451,8 @@ def test_bfloat16(task):
 
 
 def test_offers():
-    kinds = {t: {m for m in ("encode_image", "encode_text", "encode_clip", "hash_codes", "token_scores") if callable(getattr(make_model(t), m))}
+    kinds = {t: {m for m in ("encode_image", "encode_text", "encode_clip", "hash_codes", "token_scores")
+                 if callable(getattr(make_model(t), m))}
              for t in TASKS}
     assert kinds["pretrain"] == kinds["ccl"] == kinds["retrieval"] == {"encode_image", "encode_text", "token_scores"}
     assert kinds["vtm"] == {"encode_clip", "encode_text"} and kinds["hashing"] == {"hash_codes"}
@@ -460,7 +474,8 @@ def test_backbones_have_torchvisions_keys(tmp_path):
         with torch.device("meta"):
             theirs = {k: v.shape for k, v in getattr(torchvision.models, name)().state_dict().items()}
             mine = cookie.ResNet(name)
-        assert {k: v.shape for k, v in mine.state_dict().items()} == {k: v for k, v in theirs.items() if not k.startswith("fc.")}
+        assert ({k: v.shape for k, v in mine.state_dict().items()}
+                == {k: v for k, v in theirs.items() if not k.startswith("fc.")})
         assert (mine.width, mine.stride) == (2048, 32)
 
 
@@ -479,19 +494,22 @@ def test_load_pretrained(tmp_path):
     model = make_model("ccl")
     state = {"module." + k: torch.randn_like(v) for k, v in model.vision.state_dict().items() if v.is_floating_point()}
     torch.save({"state_dict": {**state, "module.fc.weight": torch.zeros(3)}}, tmp_path / "v.pth")
-    bert = {("bert." + k).replace("LayerNorm.weight", "LayerNorm.gamma"): torch.randn_like(v) for k, v in model.text.state_dict().items()}
+    bert = {("bert." + k).replace("LayerNorm.weight", "LayerNorm.gamma"): torch.randn_like(v)
+            for k, v in model.text.state_dict().items()}
     more = {"cls.predictions.bias": torch.zeros(2), "bert.pooler.dense.weight": torch.zeros(2),
             "bert.embeddings.position_ids": torch.zeros(2)}
     for folder in (False, True):
         place = tmp_path / "hub" if folder else tmp_path / "t.safetensors"
         if folder:
             place.mkdir()
-            (place / "config.json").write_text(json.dumps({"model_type": "bert", "num_attention_heads": 3, "hidden_act": "gelu"}))
+            (place / "config.json").write_text(
+                json.dumps({"model_type": "bert", "num_attention_heads": 3, "hidden_act": "gelu"}))
         save_file({**bert, **more}, place / "model.safetensors" if folder else place)
         for p in model.parameters():
             p.data.zero_()
         vision, text = cookie.load_pretrained(model, vision=tmp_path / "v.pth", text=place).splitlines()
-        assert f"matched {len(state)} of {len(state) + 1} tensors" in vision and "missing 0; unexpected 1: fc.weight" in vision
+        assert (f"matched {len(state)} of {len(state) + 1} tensors" in vision
+                and "missing 0; unexpected 1: fc.weight" in vision)
         assert f"matched {len(bert)} of {len(bert) + 3}" in text
         assert "unexpected 2: cls.predictions.bias, pooler.dense.weight; ignored: embeddings.position_ids" in text
         assert ("the file does not tell" in text) != folder
@@ -505,8 +523,10 @@ def test_load_pretrained_refuses(tmp_path):
     model = make_model("ccl")
     bert, word = dict(model.text.state_dict()), "embeddings.word_embeddings.weight"
     for wrong, message in (({**bert, "encoder.layer.9.x": torch.zeros(2)}, "no place for encoder.layer.9.x"),
-                           ({k: v for k, v in bert.items() if k != word}, "not filled: text.embeddings.word_embeddings.weight"),
-                           ({**bert, word: torch.zeros(9, 24)}, r"word_embeddings.weight is \(9, 24\) there, .* \(57, 24\)")):
+                           ({k: v for k, v in bert.items() if k != word},
+                            "not filled: text.embeddings.word_embeddings.weight"),
+                           ({**bert, word: torch.zeros(9, 24)},
+                            r"word_embeddings.weight is \(9, 24\) there, .* \(57, 24\)")):
         save_file(wrong, tmp_path / "t.safetensors")
         with pytest.raises(SystemExit, match=message):
             cookie.load_pretrained(model, text=tmp_path / "t.safetensors")
@@ -530,9 +550,9 @@ def test_base_is_the_papers():
     for stage, (epochs, batch) in enumerate(((30, 576), (10, 288))):
         loop, cfg = train.settings(cookie, "base", "pretrain", {}, stage)
         assert (loop.optimizer, loop.lr, loop.epochs, loop.batch_size, loop.steps) == ("adamw", 2e-5, epochs, batch, 0)
-        rates = [train.learning_rate(step, 100, loop) for step in range(100)]               # a tenth after half of the stage
+        rates = [train.learning_rate(step, 100, loop) for step in range(100)]       # a tenth after half of the stage
         assert rates[:50] == [2e-5] * 50 and rates[50:] == pytest.approx([2e-6] * 50)
-        assert loop.weight_decay == 0.01                                                    # BERT's; the paper names none
+        assert loop.weight_decay == 0.01                                                # BERT's; the paper names none
     assert cookie.RECIPE["pretrain"][0]["task"] == "ccl" and "task" not in cookie.RECIPE["pretrain"][1]
     assert (cfg.vcl, cfg.tcl, cfg.ccl_on) == (True, True, "raw")
     with torch.device("meta"):
@@ -555,12 +575,13 @@ def test_learning_rates():
         assert len(by) == len(list(model.parameters()))
         return {n: (by[id(p)]["lr"], by[id(p)]["weight_decay"]) for n, p in model.named_parameters()}
     r = rates(vision_lr=0.01, text_lr=0.1)
-    assert r["vision.conv1.weight"] == (0.01, 0.1) and r["vision.bn1.weight"] == (0.01, 0) and r["text_fc.weight"] == (1, 0.1)
+    assert (r["vision.conv1.weight"] == (0.01, 0.1) and r["vision.bn1.weight"] == (0.01, 0)
+            and r["text_fc.weight"] == (1, 0.1))
     assert r["text.embeddings.LayerNorm.bias"] == (0.1, 0) and r["s_image"] == (1, 0)
     assert rates()["vision.conv1.weight"][0] == 1
     with torch.device("meta"):
         model = Cookie(small(backbone="resnext101_32x8d"), "ccl")
-    assert {g["lr"] for g in model.param_groups(loop)} == {0.1, 1.0}                        # section 4.1: a tenth for ResNeXt
+    assert {g["lr"] for g in model.param_groups(loop)} == {0.1, 1.0}                # section 4.1: a tenth for ResNeXt
 
 
 def test_embed_bert(tmp_path):
@@ -575,7 +596,7 @@ def test_embed_bert(tmp_path):
         model(batch)
 
 
-# ------------------------------------------------------------------------------------------------------------- fine-tuning
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
 
 def test_hinge():
     q, k, margin = units(4, 6).requires_grad_(), units(5, 6), 0.2
@@ -585,7 +606,8 @@ def test_hinge():
         costs = [F.relu(margin - q[i] @ k[at[i]] + q[i] @ k[j]) for j in range(5) if key_ids[j] != ids[i]]
         hard, mean = hard + max(costs) / 4, mean + sum(costs) / len(costs) / 4
     for slow, h in ((hard, 1.0), (mean, 0.0)):
-        fast = cookie.hinge_triplet(q, k, torch.tensor(ids), torch.tensor(key_ids), torch.tensor(at), margin, torch.tensor(h))
+        fast = cookie.hinge_triplet(q, k, torch.tensor(ids), torch.tensor(key_ids), torch.tensor(at),
+                                    margin, torch.tensor(h))
         close(fast, slow)
         close(torch.autograd.grad(fast, q)[0], torch.autograd.grad(slow, q, retain_graph=True)[0])
     same = torch.ones(4, dtype=torch.long)
@@ -617,7 +639,8 @@ def test_hash_centers(labels, bits):
 def test_target_centers():
     centers, tie = torch.tensor([[1., 1, -1, -1], [1., -1, 1, -1], [1., -1, -1, 1]]), torch.tensor([-1., 1, 1, -1])
     labels = torch.tensor([[1., 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]])
-    assert cookie.target_centers(labels, centers, tie).tolist() == [[1, 1, -1, -1], [1, 1, 1, -1], [1, -1, -1, -1], [-1, 1, 1, -1]]
+    assert (cookie.target_centers(labels, centers, tie).tolist()
+            == [[1, 1, -1, -1], [1, 1, 1, -1], [1, -1, -1, -1], [-1, 1, 1, -1]])
 
 
 def test_csq_loss():
@@ -631,10 +654,11 @@ def test_csq_loss():
             quantization += (abs(y) - 1) ** 2 / 8
     for mine, theirs in zip(cookie.csq_loss(a, target, weight, 0.05), (central, quantization)):
         close(mine, theirs)
-    assert all(torch.isfinite(x) for x in cookie.csq_loss(1e4 * a, target, torch.zeros(3), 0.05))       # saturated, unlabelled
+    # saturated, unlabelled
+    assert all(torch.isfinite(x) for x in cookie.csq_loss(1e4 * a, target, torch.zeros(3), 0.05))
 
 
-# ------------------------------------------------------------------------------------------------------------- evaluations
+# ---------------------------------------------------------------------------------------------------------- evaluations
 
 # pearsonr and spearmanr of scipy 1.17.1 for the 100 cases below, five cases a line
 SCIPY = """
@@ -696,7 +720,7 @@ def test_bag_of_words():
 def test_map_at(r):
     g = torch.Generator().manual_seed(r)
     query, database = (torch.randint(0, 2, (n, 6), generator=g) * 2.0 - 1 for n in (5, 11))
-    ql, dl = (torch.randint(0, 4, (n, 3), generator=g) // 2 for n in (5, 11))               # 0 or 1, some rows without label
+    ql, dl = (torch.randint(0, 4, (n, 3), generator=g) // 2 for n in (5, 11))       # 0 or 1, some rows without label
     within = whole = 0
     for q, labels in zip(query, ql):
         order = sorted(range(11), key=lambda j: (int((q != database[j]).sum()), j))         # ties: the database's order
@@ -711,7 +735,7 @@ def test_map_at(r):
         close(mine, 100 * theirs)
 
 
-@pytest.mark.parametrize("pooling, size", [("mean", 48), ("gpo", 48), ("mean", 40)])        # 40: no multiple of a patch's 16
+@pytest.mark.parametrize("pooling, size", [("mean", 48), ("gpo", 48), ("mean", 40)])  # 40: no multiple of a patch's 16
 def test_token_scores(pooling, size):
     """Figure 3: the final vector against each token behind the WS-TE."""
     model = make_model("ccl", pooling=pooling, image_size=size).eval()
@@ -731,7 +755,7 @@ def test_by_rank():
     assert out[0, 0, 0] == 200 and out[0, 3, 0] == 40 and out[3, 0, 0] < out[3, 3, 0] < 200  # by rank, not by value
 
 
-# --------------------------------------------------------------------------------------------------------- as a user calls it
+# --------------------------------------------------------------------------------------------------- as a user calls it
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -749,19 +773,23 @@ def world(tmp_path_factory):
         sentences += [{"video_id": f"v{i}", "caption": " ".join(g.choice(list("abcdefgh"), 4))} for _ in range(2)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (root / "lists").mkdir()
-    for name, part in (("train", lists), ("database", lists[4:] + ["11.png 0 0 0"]), ("test", lists[:4] + ["10.png 0 0 0"])):
+    for name, part in (("train", lists), ("database", lists[4:] + ["11.png 0 0 0"]),
+                       ("test", lists[:4] + ["10.png 0 0 0"])):
         (root / "lists" / f"{name}.txt").write_text("\n".join(part) + "\n")
     (root / "clips.json").write_text(json.dumps({"videos": videos, "sentences": sentences}))
-    (root / "sts-test.csv").write_text("".join(f"news\tx\t1\t{i}\t{i % 6}\t{' '.join(g.choice(list('abcdefgh'), 4))}\t{' '.join('abcdefgh'[:1 + i % 6])}\n"
-                                               for i in range(12)))
+    (root / "sts-test.csv").write_text("".join(
+        f"news\tx\t1\t{i}\t{i % 6}\t{' '.join(g.choice(list('abcdefgh'), 4))}\t{' '.join('abcdefgh'[:1 + i % 6])}\n"
+        for i in range(12)))
     return root
 
 
-SMALL = "--batch_size 4 --steps 2 --image_size 32 --width 16 --embed_dim 16 --te_heads 2 --heads 2 --text_layers 1 --log_every 1".split()
+SMALL = ("--batch_size 4 --steps 2 --image_size 32 --width 16 --embed_dim 16 --te_heads 2 --heads 2 "
+         "--text_layers 1 --log_every 1".split())
 
 
 def run(world, out, *flags):
-    return train.main(["--model", "cookie", "--vocab", str(world / "vocab.txt"), "--out", str(out), *SMALL, *map(str, flags)])
+    return train.main(["--model", "cookie", "--vocab", str(world / "vocab.txt"), "--out", str(out),
+                       *SMALL, *map(str, flags)])
 
 
 def test_train_and_evaluate(world, tmp_path):
@@ -771,14 +799,16 @@ def test_train_and_evaluate(world, tmp_path):
     one, two = (json.loads((tmp_path / "a" / f"stage-{s}" / "config.json").read_text()) for s in (1, 2))
     assert (one["task"], two["task"]) == ("ccl", "pretrain") and two["loop"]["init"].endswith("stage-1")
     assert "t" in json.loads((tmp_path / "a" / "stage-2" / "log.jsonl").read_text().splitlines()[-1])
-    run(world, tmp_path / "b", *pairs, "--evals", "none", "--ws_layers", 0, "--tav_layers", 0, "--pooling", "gpo", "--seed", 1)
+    run(world, tmp_path / "b", *pairs, "--evals", "none", "--ws_layers", 0, "--tav_layers", 0,
+        "--pooling", "gpo", "--seed", 1)
     run(world, tmp_path / "r", *pairs, "--task", "retrieval", "--init", tmp_path / "a")
 
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     alone = ev.main([a, "--task", "retrieval"])["retrieval"]
     there = ev.find_run(b) / "config.json"
     info = json.loads(there.read_text())
-    there.write_text(json.dumps({**info, "loop": {**info["loop"], "data": "another.json"}}))      # whatever b learnt from: one gallery
+    # whatever b learnt from: one gallery
+    there.write_text(json.dumps({**info, "loop": {**info["loop"], "data": "another.json"}}))
     both = ev.main([a, "--task", "retrieval", "--ensemble", a, b])["retrieval"]
     assert "mean similarity of 2 runs" in [r["scores"] for r in both["rows"]] and len(both["protocol"]["ensemble"]) == 2
     sims = []
@@ -802,10 +832,12 @@ def test_train_and_evaluate(world, tmp_path):
     picture = data.Image.open(shown["protocol"]["file"])
     assert len(shown["rows"]) == 2 and picture.width == 3 * 266 + 10
     assert len(shown["rows"][1]["top words"].split(", ")) <= 5
-    ev.main([a, "--task", "attention", "--image", str(world / "3.png"), "--text", "a b c", "--out", str(tmp_path / "x.png")])
+    ev.main([a, "--task", "attention", "--image", str(world / "3.png"), "--text", "a b c",
+             "--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").exists()
     timed = ev.main([a, "--task", "speed", "--sizes", "2,4,8", "--beside", b])["speed"]
-    assert len(timed["rows"]) == 6 and len(timed["metrics"]) == 2 and all(float(r["seconds"]) > 0 for r in timed["rows"])
+    assert (len(timed["rows"]) == 6 and len(timed["metrics"]) == 2
+            and all(float(r["seconds"]) > 0 for r in timed["rows"]))
 
     with pytest.raises(SystemExit, match="name files with --data"):
         ev.main([a, "--task", "sts"])
@@ -817,13 +849,14 @@ def test_train_and_evaluate(world, tmp_path):
 
 def test_speed_of_a_model_that_scores_pairs(world, tmp_path):
     """Any model with match(): here CODIS' own, of which both ways are timed."""
-    train.main(["--model", "codis", "--data", str(world / "pairs.jsonl"), "--vocab", str(world / "vocab.txt"), "--out", str(tmp_path / "c"),
-                "--steps", "0", "--batch_size", "4", "--evals", "none", "--image_size", "32", "--vision_layers", "1", "--queue_size", "8",
-                "--codewords", "8"])
+    train.main(["--model", "codis", "--data", str(world / "pairs.jsonl"), "--vocab", str(world / "vocab.txt"),
+                "--out", str(tmp_path / "c"), "--steps", "0", "--batch_size", "4", "--evals", "none",
+                "--image_size", "32", "--vision_layers", "1", "--queue_size", "8", "--codewords", "8"])
     rows = ev.main([str(tmp_path / "c"), "--task", "speed", "--sizes", "2,6"])["speed"]["rows"]
     assert [r["way"] for r in rows] == ["dual encoder"] * 2 + ["match, every pair"] * 2
     model, info = ev.load_run(tmp_path / "c")
-    run = ev.Eval(model, info, "retrieval", ev.argparse.Namespace(**{**vars(ev.parser().parse_args([""])), "pairs": 5}), 0, 1)
+    run = ev.Eval(model, info, "retrieval",
+                  ev.argparse.Namespace(**{**vars(ev.parser().parse_args([""])), "pairs": 5}), 0, 1)
     records = run.open()
     images, texts = (list(run.batches(records.subset(range(3)), what)) for what in ("image", "text"))
     pairs = {**{k: torch.cat([b[k] for b in images])[torch.arange(18) // 6] for k in ("image",)},
@@ -833,19 +866,24 @@ def test_speed_of_a_model_that_scores_pairs(world, tmp_path):
 
 
 def test_speed_beside_a_one_stream_model_of_regions(world, tmp_path):
-    """Figure 4's other side: a model without encoders, which looks at stored regions (here ImageBERT), beside a dual encoder."""
-    records, boxes = data.open_source("pairs", str(world / "pairs.jsonl"), "test"), {"boxes": [[0, 0, 16, 32], [16, 0, 32, 32]]}
+    """Figure 4's other side: a model without encoders, which looks at stored regions (here ImageBERT),
+    beside a dual encoder."""
+    records, boxes = (data.open_source("pairs", str(world / "pairs.jsonl"), "test"),
+                      {"boxes": [[0, 0, 16, 32], [16, 0, 32, 32]]})
     regions = str(tmp_path / "r.safetensors")
-    data.collect_regions(regions, records, 12, lambda r: data.box_regions({**r, **boxes, "labels": [0, 1]}, Path(r["image"]).name),
+    data.collect_regions(regions, records, 12,
+                         lambda r: data.box_regions({**r, **boxes, "labels": [0, 1]}, Path(r["image"]).name),
                          {"detector": data.STAND_IN, "root": str(world), "label_names": '["a", "b"]'}, quiet=True)
     run(world, tmp_path / "a", "--data", world / "pairs.jsonl", "--evals", "none", "--steps", 0)
-    train.main(["--model", "imagebert", "--data", str(world / "pairs.jsonl"), "--vocab", str(world / "vocab.txt"), "--regions", regions,
-                "--out", str(tmp_path / "b"), "--steps", "0", "--batch_size", "4", "--evals", "none", "--width", "16", "--layers", "1",
-                "--heads", "2"])
-    result = ev.main([str(tmp_path / "a"), "--task", "speed", "--sizes", "2,4", "--beside", str(tmp_path / "b"), "--regions", regions])
+    train.main(["--model", "imagebert", "--data", str(world / "pairs.jsonl"), "--vocab", str(world / "vocab.txt"),
+                "--regions", regions, "--out", str(tmp_path / "b"), "--steps", "0", "--batch_size", "4",
+                "--evals", "none", "--width", "16", "--layers", "1", "--heads", "2"])
+    result = ev.main([str(tmp_path / "a"), "--task", "speed", "--sizes", "2,4", "--beside", str(tmp_path / "b"),
+                      "--regions", regions])
     rows = result["speed"]["rows"]
     assert [(r["way"], r["pictures"], r["captions"]) for r in rows] == [("dual encoder", 2, 4), ("dual encoder", 4, 8),
-                                                                        ("match, every pair", 2, 4), ("match, every pair", 4, 8)]
+                                                                        ("match, every pair", 2, 4),
+                                                                        ("match, every pair", 4, 8)]
     assert result["speed"]["protocol"]["not_counted"] == "reading files, making regions"
 
 
@@ -857,7 +895,8 @@ def test_growth(world, tmp_path, monkeypatch):
         monkeypatch.setattr(ev, "timed", lambda fn, device, repeats: next(seconds))
         result = ev.main([str(tmp_path / "a"), "--task", "speed", "--sizes", "2,12,4"])["speed"]
         assert [r["growth"] for r in result["rows"]] == [None] + [f"{power:.2f}"] * 2
-        assert [r["pictures"] for r in result["rows"]] == [2, 4, 12] and [r["captions"] for r in result["rows"]] == [4, 8, 24]
+        assert ([r["pictures"] for r in result["rows"]] == [2, 4, 12]
+                and [r["captions"] for r in result["rows"]] == [4, 8, 24])
         close(list(result["metrics"].values())[0], float(power), 1e-6)
 
 
@@ -870,10 +909,11 @@ def test_vtm_and_hashing(world, tmp_path):
     assert config["config"]["frame_width"] == 18
     run(world, tmp_path / "a", "--data", world / "pairs.jsonl", "--evals", "none")
     run(world, tmp_path / "v", "--task", "vtm", "--init", tmp_path / "a", "--steps", 0, "--evals", "none", *clips)
-    run(world, tmp_path / "i", "--task", "hashing", "--init", tmp_path / "a", "--steps", 0, "--evals", "none", "--image_root", world,
-        "--data", world / "lists")
+    run(world, tmp_path / "i", "--task", "hashing", "--init", tmp_path / "a", "--steps", 0, "--evals", "none",
+        "--image_root", world, "--data", world / "lists")
     state, clip, hashes = (ev.load_run(tmp_path / name)[0].state_dict() for name in "avi")
-    assert all(torch.equal(v, state[k]) for k, v in clip.items() if k.startswith("text."))  # BERT alone, as section 4.2 has it
+    # BERT alone, as section 4.2 has it
+    assert all(torch.equal(v, state[k]) for k, v in clip.items() if k.startswith("text."))
     assert not torch.equal(clip["text_fc.weight"], state["text_fc.weight"])
     assert all(torch.equal(v, state[k]) for k, v in hashes.items() if k.startswith("vision."))
     np.save(world / "features" / "v8.npy", np.zeros((3, 5), np.float32))
@@ -882,9 +922,10 @@ def test_vtm_and_hashing(world, tmp_path):
     lists, folder = ("--task", "hashing", "--bits", 8, "--image_root", world), ("--data", world / "lists")
     result = run(world, tmp_path / "h", *lists, *folder)["hashing"]
     assert result["protocol"]["left_out_without_label"] == [1, 1] and result["rows"][0]["codes"] == "random codes"
-    assert result["rows"][1]["queries"] == 4 and result["rows"][1]["database"] == 8 and 0 < result["metrics"]["map"] <= 100
-    again = ev.main([str(tmp_path / "h"), "--data", str(world / "lists" / "test.txt"), "--database", str(world / "lists" / "database.txt"),
-                     "--image_root", str(world)])["hashing"]
+    assert (result["rows"][1]["queries"] == 4 and result["rows"][1]["database"] == 8
+            and 0 < result["metrics"]["map"] <= 100)
+    again = ev.main([str(tmp_path / "h"), "--data", str(world / "lists" / "test.txt"),
+                     "--database", str(world / "lists" / "database.txt"), "--image_root", str(world)])["hashing"]
     assert again["metrics"] == result["metrics"]
     with pytest.raises(SystemExit, match="--database"):
         ev.main([str(tmp_path / "h"), "--data", str(world / "lists" / "test.txt")])
@@ -895,8 +936,9 @@ def test_frames_view(world):
     views = data.Views(records, cookie.VIEWS["vtm"], data.get_tokenizer(str(world / "vocab.txt")), 32, 11, train=False)
     short, long = views[0], views[11]
     assert short["frames"].shape == long["frames"].shape == (data.FRAMES, 18)
-    assert short["frames_mask"].tolist() == [1] * 3 + [0] * (data.FRAMES - 3) and long["frames_mask"].sum() == data.FRAMES
-    x = np.load(world / "features" / "v11.npy")                                             # 47 frames: first and last are kept
+    assert (short["frames_mask"].tolist() == [1] * 3 + [0] * (data.FRAMES - 3)
+            and long["frames_mask"].sum() == data.FRAMES)
+    x = np.load(world / "features" / "v11.npy")                                     # 47 frames: first and last are kept
     close(long["frames"][0], x[0]), close(long["frames"][-1], x[-1])
 
 
@@ -906,12 +948,14 @@ def test_embed_bert_run(world, tmp_path):
     cfg.vocab_size = 13
     text = cookie.TextEncoder(cfg)
     save_file(text.state_dict(), tmp_path / "t.safetensors")
-    result = run(world, tmp_path / "e", "--data", world / "pairs.jsonl", "--embed", "bert", "--ws_layers", 0, "--act", "gelu",
-                 "--steps", 0, "--init_text", tmp_path / "t.safetensors", "--evals", "sts", "--eval_data", world / "sts-test.csv")
+    result = run(world, tmp_path / "e", "--data", world / "pairs.jsonl", "--embed", "bert", "--ws_layers", 0,
+                 "--act", "gelu", "--steps", 0, "--init_text", tmp_path / "t.safetensors", "--evals", "sts",
+                 "--eval_data", world / "sts-test.csv")
     model, _ = ev.load_run(tmp_path / "e")
     for name, p in text.state_dict().items():
         close(model.text.state_dict()[name], p)
-    assert ev.main([str(tmp_path / "e"), "--task", "sts", "--data", str(world / "sts-test.csv")])["sts"]["metrics"] == result["sts"]["metrics"]
+    assert (ev.main([str(tmp_path / "e"), "--task", "sts", "--data", str(world / "sts-test.csv")])["sts"]["metrics"]
+            == result["sts"]["metrics"])
 
 
 def test_questions_as_captions(tmp_path):

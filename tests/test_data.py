@@ -1,4 +1,5 @@
-"""data.py: every official format on small files written here, every bad input, streams, views, and the cuts in ../shared/data."""
+"""data.py: every official format on small files written here, every bad input, streams, views,
+and the cuts in ../shared/data."""
 import io
 import json
 import pickle
@@ -21,7 +22,8 @@ import data  # noqa: E402
 
 torch.set_num_threads(1)
 SHARED = HERE.parent / "shared" / "data"
-WORDS = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] a red blue circle square yes no what is it two ##s , ? left of".split()
+WORDS = ("[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] a red blue circle square yes no what is it two "
+         "##s , ? left of".split())
 PAIRS = dict(source="pairs", image="randaug", image_eval="resize", norm="half", text="caption")
 
 
@@ -70,7 +72,7 @@ def refused(*parts):
     assert message.startswith("data.py: ") and "\n" not in message and all(part in message for part in parts), message
 
 
-# ------------------------------------------------------------------------------------------------------------- pairs, formats
+# ------------------------------------------------------------------------------------------------------- pairs, formats
 
 def test_records_jsonl_json_and_single(tmp_path, world):
     r = data.open_source("pairs", world, "train", need=("caption", "tags"))
@@ -81,7 +83,8 @@ def test_records_jsonl_json_and_single(tmp_path, world):
     r = data.open_source("pairs", write(tmp_path / "l.json", rows), None)
     assert [x["image_id"] for x in r] == [0, 1] and r[0]["caption"] == ["one"] and r.splits == ["val"]
     assert len(data.open_source("pairs", write(tmp_path / "one.json", rows[0]), "train")) == 1
-    assert len(data.open_source("pairs", lines(tmp_path / "really_jsonl.json", rows), "val")) == 2     # no split: belongs to all
+    # no split: belongs to all
+    assert len(data.open_source("pairs", lines(tmp_path / "really_jsonl.json", rows), "val")) == 2
     assert [len(data.open_source("pairs", world, "train", limit=n)) for n in (7, 400)] == [7, 40]
     picked = [[x["image_id"] for x in data.open_source("pairs", world, "train", limit=7, seed=s)] for s in (1, 1, 2)]
     assert picked[0] == picked[1] != picked[2] and picked[0] == sorted(picked[0])
@@ -94,7 +97,8 @@ def test_karpathy(tmp_path):
     for n in range(4):
         picture(tmp_path / "root" / "val2014" / f"{n}.jpg")
     spec = write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
-    got = {s: data.open_source("pairs", spec, s, image_root=str(tmp_path / "root")) for s in ("train", "val", "test", None)}
+    got = {s: data.open_source("pairs", spec, s, image_root=str(tmp_path / "root"))
+           for s in ("train", "val", "test", None)}
     assert [len(got[s]) for s in got] == [2, 1, 1, 4]
     assert got["train"][1]["image_id"] == 1 and got["train"].splits == ["train", "val", "test"]
     assert got["test"][0]["caption"] == [f"caption 3 {k} ." for k in range(8)]
@@ -103,7 +107,8 @@ def test_karpathy(tmp_path):
         data.open_source("pairs", spec, "test", image_root=str(tmp_path / "root"))
     del images[0]["sentences"][1]["raw"]
     with refused("images[0]", "no key 'raw'"):
-        data.open_source("pairs", write(tmp_path / "d3.json", {"images": images}), "train", image_root=str(tmp_path / "root"))
+        data.open_source("pairs", write(tmp_path / "d3.json", {"images": images}), "train",
+                         image_root=str(tmp_path / "root"))
 
 
 def coco(tmp_path):
@@ -132,21 +137,23 @@ def test_coco_captions_and_instances(tmp_path):
     assert r[1]["boxes"] == [[1, 2, 4, 6], [5, 5, 6, 6]] and r[1]["labels"] == [1, 1]
     assert r[0]["tags"] == [] and data.tag_list(r) == ["dog", "person"]
     r = data.open_source("detection", instances, "train")
-    assert len(r) == 2 and [label for label, crowd in zip(r[0]["labels"], r[0]["crowd"]) if not crowd] == [1, 1] and "caption" not in r[0]
+    assert (len(r) == 2 and [label for label, crowd in zip(r[0]["labels"], r[0]["crowd"]) if not crowd] == [1, 1]
+            and "caption" not in r[0])
     with refused("no key 'caption'"):
         data.open_source("pairs", instances, "train", need=("caption",))
     bad = json.loads(Path(instances).read_text())
     bad["annotations"][0]["category_id"] = 77
     with refused("annotations[0]", "category_id 77"):
-        data.open_source("pairs", write(tmp_path / "instances_bad.json", bad), "train", image_root=str(tmp_path / "val2017"))
+        data.open_source("pairs", write(tmp_path / "instances_bad.json", bad), "train",
+                         image_root=str(tmp_path / "val2017"))
     with refused("detection reads COCO's instances"):
         data.open_source("detection", captions, "train")
 
 
 def test_tsv(tmp_path, capsys):
     root = tmp_path / "images"
-    urls = ["sub/0.jpg", "http://x.org/a/own.jpg?w=3", "http://x.org/same.jpg", "http://y.org/same.jpg", "http://z.org/gone.jpg",
-            "http://z.org/crc"]
+    urls = ["sub/0.jpg", "http://x.org/a/own.jpg?w=3", "http://x.org/same.jpg", "http://y.org/same.jpg",
+            "http://z.org/gone.jpg", "http://z.org/crc"]
     for name in ("sub/0.jpg", "own.jpg", "same.jpg", "000000003.jpg"):
         picture(root / name)
     (root / f"5_{zlib.crc32(urls[5].encode())}").write_bytes((root / "own.jpg").read_bytes())
@@ -172,16 +179,18 @@ def shard(path, members):
 
 def test_tar_shards(tmp_path, tok):
     jpg = [picture(tmp_path / f"{n}.jpg", color=(80 * n, 0, 0)).read_bytes() for n in range(4)]
-    shard(tmp_path / "cc" / "00000.tar", [("000000000.jpg", jpg[0]), ("000000000.txt", b"a red circle"), ("000000000.json",
-            b"{}"),
-                                          ("000000001.json", b'{"caption": "failed download"}'), ("000000001.txt", b"gone")])
+    shard(tmp_path / "cc" / "00000.tar", [("000000000.jpg", jpg[0]), ("000000000.txt", b"a red circle"),
+                                          ("000000000.json", b"{}"),
+                                          ("000000001.json", b'{"caption": "failed download"}'),
+                                          ("000000001.txt", b"gone")])
     shard(tmp_path / "cc" / "00001.tar", [("000010000.jpg", jpg[1]), ("000010000.json", b'{"caption": "two"}'),
                                           ("000010001.jpg", jpg[2]), ("000010001.txt", b"  ")])
     shard(tmp_path / "cc" / "00002.tar", [("a/x.jpg", jpg[3]), ("a/x.txt", "caf\u00e9".encode())])
     for spec in (f"{tmp_path}/cc/{{00000..00002}}.tar", str(tmp_path / "cc")):
         r = data.open_source("pairs", spec, "train", need=("caption",))
         assert [x["caption"] for x in r] == [["a red circle"], ["two"], ["caf\u00e9"]]
-        assert r.notes == {"missing": 1, "empty_captions": 1, "no_caption_left": 1} and len({x["image_id"] for x in r}) == 3
+        assert (r.notes == {"missing": 1, "empty_captions": 1, "no_caption_left": 1}
+                and len({x["image_id"] for x in r}) == 3)
         assert [data.load_image(x["image"]).getpixel((2, 2))[0] // 50 for x in r] == [0, 1, 4]
     assert len(data.open_source("pairs", f"{tmp_path}/cc/00001.tar", "val")) == 1
     ds = data.Views(r, PAIRS, tok, 16, 6)
@@ -200,20 +209,21 @@ def test_tar_shards(tmp_path, tok):
 def test_several_files_and_ids(tmp_path):
     for name in "abcd":
         picture(tmp_path / "r1" / f"{name}.jpg"), picture(tmp_path / "r2" / f"{name}.jpg")
-    one = lines(tmp_path / "1.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 7}, {"image": "b.jpg", "caption": "x",
-            "image_id": 0}])
-    two = lines(tmp_path / "2.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 6}, {"image": "b.jpg", "caption": "x",
-            "image_id": 0}])
+    one = lines(tmp_path / "1.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 7},
+                                       {"image": "b.jpg", "caption": "x", "image_id": 0}])
+    two = lines(tmp_path / "2.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 6},
+                                       {"image": "b.jpg", "caption": "x", "image_id": 0}])
     both = f"{tmp_path}/r1,{tmp_path}/r2"
     r = data.open_source("pairs", f"{one},{two}", "train", image_root=both)
     assert [x["image_id"] for x in r][:2] == [7, 0] and len({x["image_id"] for x in r}) == 4
     assert r[2]["image"] == str(tmp_path / "r2" / "a.jpg")
-    r = data.open_source("pairs", f"{one},{two}", "train", image_root=str(tmp_path / "r1"))    # the same pictures: the same ids
+    # the same pictures: the same ids
+    r = data.open_source("pairs", f"{one},{two}", "train", image_root=str(tmp_path / "r1"))
     assert [x["image_id"] for x in r] == [7, 0, 7, 0] and r.notes == {"duplicates": 2, "repeated_images": 2}
     rows = [{"image": f"{c}.jpg", "caption": "x"} for c in "abca"]
     r = data.open_source("pairs", lines(tmp_path / "3.jsonl", rows), "train", image_root=str(tmp_path / "r1"))
     assert [x["image_id"] for x in r] == [0, 1, 2, 0]
-    names = [dict(row, image_id=i) for row, i in zip(rows, ("p", "q", "p", "p"))]               # names instead of numbers
+    names = [dict(row, image_id=i) for row, i in zip(rows, ("p", "q", "p", "p"))]           # names instead of numbers
     r = data.open_source("pairs", lines(tmp_path / "4.jsonl", names), "train", image_root=str(tmp_path / "r1"))
     assert [x["image_id"] for x in r] == [0, 1, 0, 0]
     names[1]["image_id"] = 3
@@ -226,14 +236,15 @@ def test_several_files_and_ids(tmp_path):
         data.open_source("pairs", one, "train", image_root=both)
 
 
-# ------------------------------------------------------------------------------------------------------------- other sources
+# -------------------------------------------------------------------------------------------------------- other sources
 
 def vqa_files(tmp_path, **extra):
     picture(tmp_path / "images" / "COCO_val2014_000000000042.jpg"), picture(tmp_path / "images" / "own.png")
     questions = [{"image_id": 42, "question": "What is it?", "question_id": 420}, {"image_id": 42, "question": "red?",
             "question_id": 421},
                  {"image_id": 7, "question": "blue?", "question_id": 70, "image": "own.png"}]
-    answers = [{"question_id": q, "image_id": 42, "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(words)]}
+    answers = [{"question_id": q, "image_id": 42,
+                "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(words)]}
                for q, words in ((420, ["Yes."] * 7 + ["two"] * 3), (421, ["no"] * 10), (70, ["2"] * 10))]
     return (write(tmp_path / "q.json", {"data_subtype": "val2014", "questions": questions, **extra}),
             write(tmp_path / "a.json", {"data_subtype": "val2014", "annotations": answers}))
@@ -248,7 +259,7 @@ def test_vqa(tmp_path, tok):
     assert data.stats(r)["answers"] == ["2", "no", "yes"]
     ds = data.Views(r, dict(source="vqa", image="plain", text="question", answer="answer"), tok, 16, 8)
     seen = Counter(tok.decode(ds[0, d]["answer"]) for d in range(400))
-    assert set(seen) == {"yes", "[UNK]"} and 0.62 < seen["yes"] / 400 < 0.78            # "two" -> "2", not in this vocabulary
+    assert set(seen) == {"yes", "[UNK]"} and 0.62 < seen["yes"] / 400 < 0.78    # "two" -> "2", not in this vocabulary
     s = ds[0, 1]
     assert s["answer_mask"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0] and s["answer_weight"] == 1.0 \
             and tok.decode(s["text"]) == "what is it ?"
@@ -256,7 +267,8 @@ def test_vqa(tmp_path, tok):
     assert r[0]["answers"] is None and r.notes["without_answers"] == 3
     ds = data.Views(r, dict(source="vqa", image="plain", text="question", answer="answer"), tok, 16, 8, train=False)
     assert ds[0]["answer_weight"] == 0.0
-    assert len(list(data.iter_eval(r, dict(source="vqa", image="plain", text="question"), tok, 16, 8, "sample"))[0]["index"]) == 3
+    assert len(list(data.iter_eval(r, dict(source="vqa", image="plain", text="question"), tok, 16, 8,
+                                   "sample"))[0]["index"]) == 3
     with refused("needs the questions file"):
         data.open_source("vqa", answers, "train")
     with refused("no key 'answers'"):
@@ -285,7 +297,8 @@ def test_ve(tmp_path, tok):
     views = dict(source="ve", image="plain", text="caption", label="label")
     ds = data.Views(r, views, tok, 16, 8)
     assert ds[1, 0]["label"] == 2 and tok.decode(ds[2, 0]["text"]) == "blue"
-    assert data.flat_captions(r)[0] == ["it is red", "it is red", "blue"] and data.flat_captions(r)[1].tolist() == [0, 0, 1]
+    assert (data.flat_captions(r)[0] == ["it is red", "it is red", "blue"]
+            and data.flat_captions(r)[1].tolist() == [0, 0, 1])
     assert sum(len(b["index"]) for b in data.iter_eval(r, views, tok, 16, 8, "text")) == 3
     with refused("b.jsonl line 1", "gold_label 'maybe'"):
         data.open_source("ve", lines(tmp_path / "b.jsonl", [dict(rows[0], gold_label="maybe")]), "val")
@@ -300,11 +313,12 @@ def test_nlvr2(tmp_path, tok):
         picture(tmp_path / name, color=(255, 255, 255) if "img1" in name else (0, 0, 0))
     rows = [{"identifier": "dev-850-0-3", "sentence": "left is red", "label": "True"},
             {"identifier": "train-9-1-0", "directory": 63, "sentence": "red", "label": "False"},
-            {"identifier": "x-1-1-1", "sentence": "blue", "label": "True", "left_image": "l.png", "right_image": "r.png"}]
+            {"identifier": "x-1-1-1", "sentence": "blue", "label": "True", "left_image": "l.png",
+             "right_image": "r.png"}]
     r = data.open_source("nlvr2", lines(tmp_path / "dev.json", rows), "val")
     assert [x["label"] for x in r] == [1, 0, 1] and r.notes == {}
-    ds = data.Views(r, dict(source="nlvr2", image="plain", image2="plain", norm="half", text="caption", label="label"), tok,
-            16, 8)
+    ds = data.Views(r, dict(source="nlvr2", image="plain", image2="plain", norm="half", text="caption", label="label"),
+                    tok, 16, 8)
     s = ds[0, 0]
     assert s["image"].max() == -1 and s["image2"].min() == 1                # left is image 0, right is image 1
     with refused("line 1", "label 'yes'"):
@@ -315,16 +329,16 @@ def test_sts(tmp_path):
     home = tmp_path / "STS12-en-test"
     write(home / "STS.input.MSRvid.txt", "a\tb\nc\td\ne\tf\n"), write(home / "STS.gs.MSRvid.txt", "4.4\n\n0\n")
     write(home / "STS.input.OnWN.txt", "g\th\ni\tj\n"), write(home / "STS.gs.OnWN.txt", "1.0\n\n")
-    write(tmp_path / "STS12-en-train" / "STS.input.X.txt", "a\tb\n"), write(tmp_path / "STS12-en-train" / "STS.gs.X.txt", "1\n")
+    (write(tmp_path / "STS12-en-train" / "STS.input.X.txt", "a\tb\n"),
+     write(tmp_path / "STS12-en-train" / "STS.gs.X.txt", "1\n"))
     row = "main-captions\tMSRvid\t2012test\t0000\t{}\t\"A man, with\tA man.\n"
     for part, scores in (("dev", "5.000"), ("test", "2.5"), ("train", "0")):
         write(tmp_path / "stsbenchmark" / f"sts-{part}.csv", row.format(scores))
     r = data.open_source("sts", str(home), "test")
-    assert [(x["s1"], x["score"], x["dataset"], x["subset"]) for x in r] == [("a", 4.4, "STS12", "MSRvid"), ("e", 0.0, "STS12",
-            "MSRvid"),
-                                                                             ("g", 1.0, "STS12",
-                                                                                     "OnWN")] and r.notes == {"unscored": 2}
-    r = data.open_source("sts", str(tmp_path), "test")                      # the train folders of STS12 are not test data
+    assert ([(x["s1"], x["score"], x["dataset"], x["subset"]) for x in r]
+            == [("a", 4.4, "STS12", "MSRvid"), ("e", 0.0, "STS12", "MSRvid"), ("g", 1.0, "STS12", "OnWN")]
+            and r.notes == {"unscored": 2})
+    r = data.open_source("sts", str(tmp_path), "test")                  # the train folders of STS12 are not test data
     assert [x["dataset"] for x in r] == ["STS12"] * 3 + ["STSB"] and r[3]["s1"] == '"A man, with'
     assert [x["score"] for x in data.open_source("sts", str(tmp_path), "val")] == [5.0]
     # a file named: whatever split
@@ -351,7 +365,8 @@ def test_hashing(tmp_path, tok):
     write(tmp_path / "lists" / "database.txt", "b.jpg 1 0 0\n")
     root = str(tmp_path / "coco")
     r = data.open_source("hashing", test, "test", image_root=root)          # the authors' "data/coco/" is left off
-    assert r[0]["labels"] == [0, 1, 1] and r[0]["image"].endswith("coco/val2014/a.jpg") and r.notes == {"without_label": 1}
+    assert (r[0]["labels"] == [0, 1, 1] and r[0]["image"].endswith("coco/val2014/a.jpg")
+            and r.notes == {"without_label": 1})
     ds = data.Views(r, dict(source="hashing", image="center", labels="labels"), None, 16, None)
     assert ds[0, 0]["labels"].tolist() == [0.0, 1.0, 1.0]
     assert len(data.open_source("hashing", str(tmp_path / "lists"), "database", image_root=root)) == 1
@@ -367,7 +382,7 @@ def test_classes(tmp_path, tok):
     write(tmp_path / "in" / "train" / "cat" / "notes.txt", "no picture")
     train, val, test = (data.open_source("classes", str(tmp_path / "in"), s) for s in ("train", "val", "test"))
     assert [(x["class_name"], x["label"]) for x in train] == [("ant", 0), ("ant", 0), ("cat", 1)]
-    assert val[0]["label"] == 1 and len(test) == 1 and val.label_names == ["ant", "cat"]      # not 0, though val has no ant
+    assert val[0]["label"] == 1 and len(test) == 1 and val.label_names == ["ant", "cat"]  # not 0, though val has no ant
     flat = data.open_source("classes", str(tmp_path / "in" / "train"), "test")
     assert len(flat) == 3 and data.stats(flat) == {"num_labels": 2, "label_names": ["ant", "cat"]}
     with refused("no class folders"):
@@ -400,7 +415,7 @@ def test_clips(tmp_path):
         data.open_source("clips", f"{spec},{write(tmp_path / 'x.csv', 'a,b')}", "test")
 
 
-# ------------------------------------------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 def test_bad_records(tmp_path, world, capsys):
     good = {"image": "im/0.png", "caption": "a"}
@@ -428,7 +443,7 @@ def test_bad_records(tmp_path, world, capsys):
     with refused("record 1", "no key 'image'"):
         data.open_source("pairs", write(tmp_path / "bad.json", [good, {}]), "train")
     with refused("bad.jsonl line 2: not JSON"):
-        data.open_source("pairs", write(bad, json.dumps(good) + '\n{"image": "im'), "train")         # a half-written file
+        data.open_source("pairs", write(bad, json.dumps(good) + '\n{"image": "im'), "train")    # a half-written file
     with refused("b2.json line 1: not JSON"):
         data.open_source("pairs", write(tmp_path / "b2.json", '[{"image": }]'), "train")
     with refused("neither records, Karpathy's, COCO's", "foo"):
@@ -460,8 +475,8 @@ def test_empty_captions_are_counted(tmp_path, world):
 
 
 def test_vocabulary(tmp_path, tok):
-    assert (tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id, tok.first_word, tok.vocab_size) == (0, 2, 3, 4, 5, 6,
-            len(WORDS))
+    assert ((tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id, tok.first_word, tok.vocab_size)
+            == (0, 2, 3, 4, 5, 6, len(WORDS)))
     ids = tok.encode("A Red circles, [MASK] zebra?", 20)
     assert tok.tokens(ids) == "[CLS] a red circle ##s , [UNK] [UNK] [UNK] [UNK] ? [SEP]".split()  # [MASK] is plain text
     assert tok.decode(ids) == "a red circles , [UNK] [UNK] [UNK] [UNK] ?" and tok.mask_id not in ids
@@ -477,21 +492,22 @@ def test_vocabulary(tmp_path, tok):
 
 
 def test_normalize_answer():
-    for text, wanted in {"Two": "2", "a dog": "dog", "The  dog": "dog", "none": "0", "dont": "don't", "couldn'tve": "couldn't've",
-                         "t-shirt": "t shirt", "yes!": "yes", "yes !": "yes", "1,000": "1000", "1,000 - 2": "1000 2",
-                                 "3.5": "3.5",
-                         "St. John": "st john", "it's": "it's", "black/white": "black white", "black / white": "black white",
-                         "yall'll": "y'all'll", "twas": "'twas", "hes": "he's", "shell": "shell", "ten\n": "10", "an": "", "": "",
+    for text, wanted in {"Two": "2", "a dog": "dog", "The  dog": "dog", "none": "0", "dont": "don't",
+                         "couldn'tve": "couldn't've", "t-shirt": "t shirt", "yes!": "yes", "yes !": "yes",
+                         "1,000": "1000", "1,000 - 2": "1000 2", "3.5": "3.5", "St. John": "st john", "it's": "it's",
+                         "black/white": "black white", "black / white": "black white", "yall'll": "y'all'll",
+                         "twas": "'twas", "hes": "he's", "shell": "shell", "ten\n": "10", "an": "", "": "",
                          "man (left)": "man left", "p.m.": "pm", "somebody'd": "somebodyd", "its": "its"}.items():
         assert data.normalize_answer(text) == wanted, text
     assert len(data.CONTRACTIONS) == 114
 
 
-# --------------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 def test_image_modes(tmp_path):
     base = Image.new("RGB", (8, 6), (200, 100, 50))
-    for mode, name in (("RGBA", "a.png"), ("P", "b.png"), ("L", "c.png"), ("CMYK", "d.jpg"), ("1", "e.png"), ("LA", "f.png")):
+    for mode, name in (("RGBA", "a.png"), ("P", "b.png"), ("L", "c.png"), ("CMYK", "d.jpg"),
+                       ("1", "e.png"), ("LA", "f.png")):
         base.convert(mode).save(tmp_path / name)
         image = data.load_image(str(tmp_path / name))
         assert image.mode == "RGB" and image.size == (8, 6)
@@ -536,9 +552,10 @@ def test_image_views():
         for d in range(12):
             out = view(wide, 20, random.Random(d), (0.2, 1.0))
             assert out.size == (20, 20) and out.mode == "RGB", name
-        assert view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes() == view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes()
+        assert (view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes()
+                == view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes())
     left = [data.randaug(wide, 20, random.Random(d), (0.9, 1.0)) for d in range(200)]
-    assert all(im.getpixel((4, 10))[0] >= im.getpixel((15, 10))[0] for im in left)                    # randaug never mirrors
+    assert all(im.getpixel((4, 10))[0] >= im.getpixel((15, 10))[0] for im in left)              # randaug never mirrors
     flips = [data.flip(wide, 20, random.Random(d), (0.9, 1.0)).getpixel((2, 10))[0] > 128 for d in range(200)]
     assert 70 < sum(flips) < 130
     assert data.center(wide, 20).getpixel((2, 2))[0] > 200 and data.center(wide, 20).getpixel((17, 2))[0] < 50
@@ -553,7 +570,7 @@ def range_shown(view, d):
     return (float(pixels.max()) - float(pixels.min())) / 249
 
 
-# ---------------------------------------------------------------------------------------------------------------------- views
+# ---------------------------------------------------------------------------------------------------------------- views
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -568,7 +585,8 @@ def test_samples(world, tok):
     assert (s["image_id"], s["index"], s["bad"]) == (104, 4, 0) and s["image_id"].dtype == s["bad"].dtype == torch.int64
     assert s["text_mask"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0] and s["text"][5:].tolist() == [0, 0, 0]
     plain = data.Views(r, dict(PAIRS, image="plain"), tok, 16, 8)[4, 9]["image"]
-    assert torch.allclose(plain[:, 3, 3], torch.tensor([24, 231, 7]) / 127.5 - 1, atol=1e-5)          # norm "half": x / 127.5 - 1
+    # norm "half": x / 127.5 - 1
+    assert torch.allclose(plain[:, 3, 3], torch.tensor([24, 231, 7]) / 127.5 - 1, atol=1e-5)
     clip = data.Views(r, dict(PAIRS, image="plain", norm="clip"), tok, 16, 8)[4, 9]["image"]
     assert abs(clip[0, 0, 0] - (24 / 255 - 0.48145466) / 0.26862954) < 1e-5
     ds = data.Views(r, dict(PAIRS, image2="flip", text2="paraphrase", tags="tags"), tok, 16, 8)
@@ -588,7 +606,8 @@ def test_samples(world, tok):
     assert same(evaluation[4], evaluation[4, 77]) and tok.decode(evaluation[4]["text"]) == "a red circle"
     assert torch.equal(evaluation[4]["image"], plain)
     assert data.needs(dict(PAIRS, tags="tags")) == ("caption", "tags")
-    for wrong in (dict(PAIRS, image="nope"), dict(PAIRS, norm="nope"), dict(PAIRS, source="vqa"), dict(PAIRS, text="nope")):
+    for wrong in (dict(PAIRS, image="nope"), dict(PAIRS, norm="nope"), dict(PAIRS, source="vqa"),
+                  dict(PAIRS, text="nope")):
         with refused("nope" if wrong["source"] == "pairs" else "'vqa'"):
             data.Views(r, wrong, tok, 16, 8)
     with refused("no view 'tags' for 'image'"):
@@ -598,7 +617,8 @@ def test_samples(world, tok):
 
 
 def test_missing_paraphrase_says_so(tmp_path, world, tok):
-    r = data.open_source("pairs", lines(tmp_path / "n.jsonl", [{"image": "im/0.png", "caption": ["a red circle"]}]), "train")
+    r = data.open_source("pairs", lines(tmp_path / "n.jsonl", [{"image": "im/0.png", "caption": ["a red circle"]}]),
+                         "train")
     s = data.Views(r, dict(text="caption", star="paraphrase"), tok, 16, 8)[0, 1]
     assert s["star_is_copy"] == 1 and torch.equal(s["text"], s["star"])
 
@@ -621,7 +641,7 @@ def test_randomness_is_local(world, tok):
     assert not same(ds[3, 12], ds[3, 13]) and not same(ds[3, 12], data.Views(r, PAIRS, tok, 16, 8, seed=6)[3, 12])
 
 
-# -------------------------------------------------------------------------------------------------------------------- streams
+# -------------------------------------------------------------------------------------------------------------- streams
 
 def take(it, n):
     return [next(it) for _ in range(n)]
@@ -633,12 +653,12 @@ def test_stream(world, tok):
     whole = take(data.batches(ds, 6, seed=3), 15)
     assert all(b["image"].shape == (6, 3, 16, 16) and b["text"].shape == (6, 8) for b in whole)
     passes = [torch.cat([b["index"] for b in whole[k:k + 6]]).tolist() for k in (0, 6)]
-    assert all(len(set(p)) == 36 for p in passes) and passes[0] != passes[1]            # a permutation each, 3 left over dropped
-    for workers in (0, 1, 2):                                                           # resuming is arithmetic, workers or none
+    assert all(len(set(p)) == 36 for p in passes) and passes[0] != passes[1]  # a permutation each, 3 left over dropped
+    for workers in (0, 1, 2):                                               # resuming is arithmetic, workers or none
         for t, b in enumerate(take(data.batches(ds, 6, seed=3, start=4, workers=workers), 5)):
             assert same(b, whole[4 + t])
     ranks = [take(data.batches(ds, 3, seed=3, rank=k, world=2), 15) for k in range(2)]
-    for t in range(15):                                                                 # the ranks' shares make up the same batch
+    for t in range(15):                                                     # the ranks' shares make up the same batch
         assert all(torch.equal(torch.cat([ranks[0][t][k], ranks[1][t][k]]), whole[t][k]) for k in whole[t])
     assert not same(next(data.batches(ds, 6, seed=4)), whole[0])
     with refused("39 records are fewer than one global batch (20 x 2 ranks)", "--batch_size"):
@@ -655,12 +675,14 @@ def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
         ds = data.Views(r, PAIRS, tok, 16, 8)
         streams.append(take(data.batches(ds, 8, seed=1, workers=workers), 10))
         err = capsys.readouterr().err
-        assert ds.seen == 80 and ds.bad == 4 and err.count("im/3.png") == err.count("im/17.png") == 1 and "stands in" in err
+        assert (ds.seen == 80 and ds.bad == 4 and err.count("im/3.png") == err.count("im/17.png") == 1
+                and "stands in" in err)
     assert all(same(a, b) for a, b in zip(*streams))                                    # the same stand-ins
-    stand_ins = [(i.item(), x.item()) for b in streams[0] for i, x, bad in zip(b["index"], b["image_id"], b["bad"]) if bad]
-    assert len(stand_ins) == 4 and all(i not in (3, 17) and x == 100 + i for i, x in stand_ins)       # a whole other record
+    stand_ins = [(i.item(), x.item()) for b in streams[0]
+                 for i, x, bad in zip(b["index"], b["image_id"], b["bad"]) if bad]
+    assert len(stand_ins) == 4 and all(i not in (3, 17) and x == 100 + i for i, x in stand_ins)  # a whole other record
     capsys.readouterr()
-    for b in data.iter_eval(r, PAIRS, tok, 16, 8, "image", batch_size=40):              # evaluation keeps its place, as grey
+    for b in data.iter_eval(r, PAIRS, tok, 16, 8, "image", batch_size=40):      # evaluation keeps its place, as grey
         assert b["index"].tolist() == list(range(40)) and b["bad"].nonzero().flatten().tolist() == [3, 17]
         assert b["image"][3].abs().max() == 0
     assert "evaluated as a grey image" in capsys.readouterr().err
@@ -670,15 +692,16 @@ def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
     for n in range(39):
         write(tmp_path / "im" / f"{n}.png", "no picture")
     ds = data.Views(r, PAIRS, tok, 16, 8, seed=6)
-    assert [int(ds[0, d]["index"]) for d in range(3)] == [39, 39, 39]                   # it searches on until it finds a good one
+    assert [int(ds[0, d]["index"]) for d in range(3)] == [39, 39, 39]       # it searches on until it finds a good one
     write(tmp_path / "im" / "39.png", "no picture")
-    for workers in (0, 1):                                                              # a worker's error is one line too
+    for workers in (0, 1):                                                          # a worker's error is one line too
         with refused("unreadable images in a row"):
             next(data.batches(data.Views(r, PAIRS, tok, 16, 8), 8, seed=1, workers=workers))
 
 
 def test_iter_eval(tmp_path, world, tok):
-    rows = [{"image": f"im/{n}.png", "caption": [f"a red circle {k}" for k in range(c)]} for n, c in enumerate([5, 1, 7, 6, 5])]
+    rows = [{"image": f"im/{n}.png", "caption": [f"a red circle {k}" for k in range(c)]}
+            for n, c in enumerate([5, 1, 7, 6, 5])]
     # a picture met before: one image, its caption too
     rows.append({"image": "im/1.png", "caption": "a blue square"})
     r = data.open_source("pairs", lines(tmp_path / "ragged.jsonl", rows), "test")
@@ -688,7 +711,8 @@ def test_iter_eval(tmp_path, world, tok):
         for world_size, workers in ((1, 0), (3, 0), (1, 2), (7, 0)):
             got = {}
             for rank in range(world_size):
-                for b in data.iter_eval(r, PAIRS, tok, 16, 8, what, batch_size=2, rank=rank, world=world_size, workers=workers):
+                for b in data.iter_eval(r, PAIRS, tok, 16, 8, what, batch_size=2, rank=rank,
+                                        world=world_size, workers=workers):
                     assert 1 <= len(b["index"]) <= 2
                     for k, i in enumerate(b["index"].tolist()):
                         assert i not in got                                             # nothing twice
@@ -733,7 +757,7 @@ def test_a_picture_without_pixels_in_a_batch_of_detection(tmp_path, tok, view):
         assert all(len(batch[k]) == 2 and len(batch[k][bad]) == 0 < len(batch[k][1 - bad]) for k in keys)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- check
+# ---------------------------------------------------------------------------------------------------------------- check
 
 def test_check(tmp_path, world, capsys):
     assert data.main(["check", world]) == 0
@@ -750,11 +774,11 @@ def test_check(tmp_path, world, capsys):
     with refused("no such file"):
         data.main(["check", "nope.json"])
     with refused("it has: train"):
-        data.main(["check", lines(tmp_path / "s.jsonl", [{"image": "im/0.png", "caption": "a", "split": "train"}]), "--split",
-                "val"])
+        data.main(["check", lines(tmp_path / "s.jsonl", [{"image": "im/0.png", "caption": "a", "split": "train"}]),
+                   "--split", "val"])
 
 
-# ----------------------------------------------------------------------------------------------------- the cuts of real data sets
+# ------------------------------------------------------------------------------------------- the cuts of real data sets
 
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 
@@ -763,8 +787,8 @@ real = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not her
 def test_real_flickr8k():
     spec, root = str(SHARED / "flickr8k/dataset_flickr8k.json"), str(SHARED / "flickr8k/images")
     tok = data.get_tokenizer(str(SHARED / "bert-base-uncased-vocab.txt"))
-    assert (tok.vocab_size, tok.first_word, tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id) == (30522, 999, 0,
-            100, 101, 102, 103)
+    assert ((tok.vocab_size, tok.first_word, tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id)
+            == (30522, 999, 0, 100, 101, 102, 103))
     assert tok.encode("Unaffable cats\u2019 caf\u00e9!", 20) == [101, 14477, 20961, 3468, 8870, 1521, 7668, 999, 102]
     train, val = (data.open_source("pairs", spec, s, image_root=root, need=("caption",)) for s in ("train", "val"))
     assert (len(train), len(val), len(data.flat_captions(val)[0])) == (4500, 500, 2500)
@@ -778,7 +802,8 @@ def test_real_flickr8k():
 def test_real_coco_vqa_ve_nlvr2():
     home = SHARED / "coco/annotations"
     r = data.open_source("pairs", f"{home}/captions_val2017.json,{home}/instances_val2017.json", "val")
-    assert len(r) == 80 and len(data.flat_captions(r)[0]) == 400 and r.notes == {"with_tags": 78} and len(r.label_names) == 80
+    assert (len(r) == 80 and len(data.flat_captions(r)[0]) == 400 and r.notes == {"with_tags": 78}
+            and len(r.label_names) == 80)
     assert all(data.trouble_with(x["image"]) is None for x in r.subset(range(5)))
     r = data.open_source("detection", f"{home}/instances_val2017.json", "val")
     x1, y1, x2, y2 = np.array([b for x in r for b in x["boxes"]]).T
@@ -787,18 +812,21 @@ def test_real_coco_vqa_ve_nlvr2():
     spec = f"{home}/v2_OpenEnded_mscoco_train2014_questions.json,{home}/v2_mscoco_train2014_annotations.json"
     r = data.open_source("vqa", spec, "train",
                          need=("answers",))
-    assert len(r) == 82 and len({x["image_id"] for x in r}) == 50 and all(len(x["answers"]) == 10 for x in r) and r.notes == {}
+    assert (len(r) == 82 and len({x["image_id"] for x in r}) == 50
+            and all(len(x["answers"]) == 10 for x in r) and r.notes == {})
     root = str(SHARED / "flickr8k/images")
-    sizes = [len(data.open_source("ve", str(SHARED / f"snli_ve/snli_ve_{s}.jsonl"), s, image_root=root)) for s in ("dev", "test")]
+    sizes = [len(data.open_source("ve", str(SHARED / f"snli_ve/snli_ve_{s}.jsonl"), s, image_root=root))
+             for s in ("dev", "test")]
     assert sizes == [2178, 2650]
     r = data.open_source("nlvr2", str(SHARED / "nlvr2/dev.json"), "val")
-    assert len(r) == 8 and r.notes == {} and all(x["image"].endswith("img0.png") and x["image2"].endswith("img1.png") for x in r)
+    assert (len(r) == 8 and r.notes == {}
+            and all(x["image"].endswith("img0.png") and x["image2"].endswith("img1.png") for x in r))
 
 
 @real
 def test_real_text_lists_and_clips():
-    sizes = {s: len(data.open_source("sts", str(SHARED / f"sts/{s}-en-test"), "test")) for s in ("STS12", "STS13", "STS14",
-            "STS15")}
+    sizes = {s: len(data.open_source("sts", str(SHARED / f"sts/{s}-en-test"), "test"))
+             for s in ("STS12", "STS13", "STS14", "STS15")}
     assert sizes == {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000}        # the published counts
     assert len(data.open_source("sts", str(SHARED / "sts"), "val")) == 1500
     for name, labels in (("coco", 80), ("nus_wide", 21)):

@@ -1,4 +1,5 @@
-"""The house rules: what may import what, who may name whom, copied blocks equal their origin, the README's commands run.
+"""The house rules: what may import what, who may name whom, copied blocks equal their origin, the README's commands
+run.
 
 `python tests/test_house.py --fix` rewrites every marked copy from its origin."""
 
@@ -24,7 +25,8 @@ def test_model_files_import_nothing_of_the_project():
     allowed = {"torch", "torchvision", "safetensors"} | set(sys.stdlib_module_names)
     for path in MODELS:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import)
+                     else [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
             assert all(n.split(".")[0] in allowed for n in names), (path.name, names)
 
 
@@ -40,6 +42,12 @@ def test_no_name_is_defined_twice():
     for path in (*ROOT.glob("*.py"), *MODELS, *(ROOT / "tests").glob("*.py")):
         names = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
         assert len(names) == len(set(names)), (path.name, [n for n in names if names.count(n) > 1])
+
+
+def test_no_line_is_longer_than_120_characters():
+    long = [f"{path.relative_to(ROOT)}:{n}" for path in (*ROOT.glob("*.py"), *MODELS, *(ROOT / "tests").glob("*.py"))
+            for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
+    assert not long, long
 
 
 def test_model_docstrings_index_their_equations_and_deviations():
@@ -123,7 +131,8 @@ def commands():
 
 def theirs(words):
     """Does it need a file that only its user has, many GPUs, or the paper's sizes?"""
-    files = [w for v in words for w in v.split(",") if re.search(r"\.(json|jsonl|tsv|txt|safetensors|pth|jpg|png|tar|csv)$", w)]
+    files = [w for v in words for w in v.split(",")
+             if re.search(r"\.(json|jsonl|tsv|txt|safetensors|pth|jpg|png|tar|csv)$", w)]
     return any(not w.startswith(("out/", "datasets/")) for w in files) or "8" in words or "base" in words
 
 
@@ -136,7 +145,8 @@ def test_readme_commands_run_with_three_steps(tmp_path, monkeypatch):
         argv = words[words.index(script) + 1:]
         if theirs(words) or "--help" in words:
             if script == "train.py":                                   # its flags exist
-                done = subprocess.run([sys.executable, str(ROOT / script), *argv, "--help"], capture_output=True, text=True)
+                done = subprocess.run([sys.executable, str(ROOT / script), *argv, "--help"],
+                                      capture_output=True, text=True)
                 for flag in re.findall(r"(--\w+)", " ".join(argv)):
                     assert flag in done.stdout, (words, flag, done.stderr)
             continue

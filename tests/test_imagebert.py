@@ -1,4 +1,5 @@
-"""models/imagebert.py: each equation against loops in float64 written from the paper, masking, scores; region files; stages."""
+"""models/imagebert.py: each equation against loops in float64 written from the paper, masking, scores;
+region files; stages."""
 import base64
 import copy
 import json
@@ -32,8 +33,9 @@ torch.set_num_threads(1)
 
 
 def config(**changes):
-    sizes = dict(width=16, layers=2, heads=2, mlp_ratio=2, dropout=0.0, max_text=8, max_regions=4, positions=12, vocab_size=40, cls_id=2, sep_id=3,
-                 mask_id=4, first_word=5, region_dim=6, region_classes=5, global_dim=3)
+    sizes = dict(width=16, layers=2, heads=2, mlp_ratio=2, dropout=0.0, max_text=8, max_regions=4, positions=12,
+                 vocab_size=40, cls_id=2, sep_id=3, mask_id=4, first_word=5, region_dim=6, region_classes=5,
+                 global_dim=3)
     return ib.Config(**sizes | changes)
 
 
@@ -48,9 +50,11 @@ def make_batch(b=6, t=8, r=4, f=6, k=5, seed=0):
     corner = 40 * rand(b, r, 2)
     regions_mask = (torch.arange(r) < torch.randint(1, r + 1, (b, 1), generator=g)).long()
     boxes = torch.cat([corner, corner + 2 + 20 * rand(b, r, 2)], -1) * regions_mask[..., None]
-    return {"text": text * mask, "text_mask": mask, "regions": torch.randn(b, r, f, generator=g) * regions_mask[..., None], "regions_box": boxes,
+    return {"text": text * mask, "text_mask": mask,
+            "regions": torch.randn(b, r, f, generator=g) * regions_mask[..., None], "regions_box": boxes,
             "regions_size": torch.tensor([[64.0, 80.0]]).repeat(b, 1), "regions_mask": regions_mask,
-            "regions_label": torch.randint(0, k, (b, r), generator=g).masked_fill(regions_mask == 0, -1), "regions_global": rand(b, 3),
+            "regions_label": torch.randint(0, k, (b, r), generator=g).masked_fill(regions_mask == 0, -1),
+            "regions_global": rand(b, 3),
             "image_id": torch.arange(b)}
 
 
@@ -67,11 +71,12 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-# ---------------------------------------------------------------------------------------------------------------- equations
+# ------------------------------------------------------------------------------------------------------------ equations
 
 def test_imagebert_eq1():
     """e = LN(v + s + p_img + p_seq), number by number."""
-    model, batch = make_model(dtype=torch.float64), {k: v.double() if v.is_floating_point() else v for k, v in make_batch().items()}
+    model, batch = (make_model(dtype=torch.float64),
+                    {k: v.double() if v.is_floating_point() else v for k, v in make_batch().items()})
     got, _ = model.embed_images(batch["regions"], batch["regions_box"], batch["regions_size"], batch["regions_mask"])
     tables, embed = model.bert.embeddings, model.regions
     for b in range(2):
@@ -81,7 +86,8 @@ def test_imagebert_eq1():
             c = [x0 / w, y0 / h, x1 / w, y1 / h, (x1 - x0) * (y1 - y0) / (w * h)]
             e = []
             for d in range(16):
-                v = sum(embed.feature.weight[d, j].item() * batch["regions"][b, i, j].item() for j in range(6)) + embed.feature.bias[d].item()
+                v = (sum(embed.feature.weight[d, j].item() * batch["regions"][b, i, j].item() for j in range(6))
+                     + embed.feature.bias[d].item())
                 p_img = sum(embed.box.weight[d, j].item() * c[j] for j in range(5)) + embed.box.bias[d].item()
                 s = tables.token_type_embeddings.weight[1, d].item()
                 p_seq = tables.position_embeddings.weight[11, d].item()         # the one dummy position of all regions
@@ -89,12 +95,14 @@ def test_imagebert_eq1():
             mean = sum(e) / 16
             var = sum((x - mean) ** 2 for x in e) / 16
             for d in range(16):
-                want = (e[d] - mean) / math.sqrt(var + 1e-12) * embed.LayerNorm.weight[d].item() + embed.LayerNorm.bias[d].item()
+                want = ((e[d] - mean) / math.sqrt(var + 1e-12) * embed.LayerNorm.weight[d].item()
+                        + embed.LayerNorm.bias[d].item())
                 assert got[b, i, d].item() == pytest.approx(want, abs=1e-9)
 
 
 def test_the_global_feature_is_one_more_token():
-    """Eq. 1 with the CNN's feature in place of a region's and the whole image as its box; in every image, behind the regions."""
+    """Eq. 1 with the CNN's feature in place of a region's and the whole image as its box;
+    in every image, behind the regions."""
     model, batch = make_model(global_feature=True), make_batch()
     got, mask = model.images_of(batch)
     tables, embed = model.bert.embeddings, model.regions
@@ -109,8 +117,8 @@ def test_the_global_feature_is_one_more_token():
 def test_words_are_word_plus_segment_plus_position():
     model, batch = make_model(), make_batch()
     tables = model.bert.embeddings
-    want = [[tables.word_embeddings.weight[w] + tables.token_type_embeddings.weight[0] + tables.position_embeddings.weight[n]
-             for n, w in enumerate(row)] for row in batch["text"].tolist()]
+    want = [[tables.word_embeddings.weight[w] + tables.token_type_embeddings.weight[0]
+             + tables.position_embeddings.weight[n] for n, w in enumerate(row)] for row in batch["text"].tolist()]
     torch.testing.assert_close(tables(batch["text"]), tables.LayerNorm(torch.stack([torch.stack(row) for row in want])))
 
 
@@ -144,30 +152,37 @@ def test_imagebert_eq3():
 
 def test_imagebert_eq4():
     g = torch.Generator().manual_seed(2)
-    h, r = torch.randn(3, 4, 5, generator=g, dtype=torch.float64), torch.randn(3, 4, 5, generator=g, dtype=torch.float64)
+    h, r = (torch.randn(3, 4, 5, generator=g, dtype=torch.float64),
+            torch.randn(3, 4, 5, generator=g, dtype=torch.float64))
     live = torch.tensor([[1, 0, 1, 1], [0] * 4, [0, 1, 0, 0]]).bool()
-    terms = [sum((h[b, m, d].item() - r[b, m, d].item()) ** 2 for d in range(5)) for b in range(3) for m in range(4) if live[b, m]]
+    terms = [sum((h[b, m, d].item() - r[b, m, d].item()) ** 2 for d in range(5))
+             for b in range(3) for m in range(4) if live[b, m]]
     assert ib.mrfr_loss(h, r, live).item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
     assert ib.mrfr_loss(h, r, live & False).item() == 0
 
 
 def test_imagebert_eq5():
     s, y = torch.tensor([2.0, -1.0, 0.3, 40.0, -200.0]), torch.tensor([1.0, 0, 1, 0, 1])
-    want = -sum(y_ * math.log(max(sigmoid(s_), 1e-300)) + (1 - y_) * math.log(1 - sigmoid(s_)) for s_, y_ in zip(s[:3].tolist(), y[:3].tolist())) / 3
+    want = -sum(y_ * math.log(max(sigmoid(s_), 1e-300)) + (1 - y_) * math.log(1 - sigmoid(s_))
+                for s_, y_ in zip(s[:3].tolist(), y[:3].tolist())) / 3
     assert ib.itm_loss(s[:3], y[:3]).item() == pytest.approx(want, rel=1e-5)
-    assert ib.itm_loss(s, y).item() == pytest.approx((3 * want + 40 + 200) / 5, rel=1e-4)      # saturated: finite, not log(0)
+    # saturated: finite, not log(0)
+    assert ib.itm_loss(s, y).item() == pytest.approx((3 * want + 40 + 200) / 5, rel=1e-4)
 
 
 def test_imagebert_eq6():
-    c, y, live = torch.tensor([0.5, -3.0, 1.0, 9.0]), torch.tensor([1.0, 0, 0, 1]), torch.tensor([True, True, True, False])
-    want = -sum(b * math.log(sigmoid(a)) + (1 - b) * math.log(1 - sigmoid(a)) for a, b, n in zip(c.tolist(), y.tolist(), live) if n) / 3
+    c, y, live = (torch.tensor([0.5, -3.0, 1.0, 9.0]), torch.tensor([1.0, 0, 0, 1]),
+                  torch.tensor([True, True, True, False]))
+    want = -sum(b * math.log(sigmoid(a)) + (1 - b) * math.log(1 - sigmoid(a))
+                for a, b, n in zip(c.tolist(), y.tolist(), live) if n) / 3
     assert ib.bce_loss(c, y, live).item() == pytest.approx(want, rel=1e-5)
 
 
 def test_imagebert_eq7():
     s = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, 9.0], [1.0, 7.0, 7.0]])
     live = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()           # the last row has no negative
-    want = [-math.log(math.exp(0.5) / (math.exp(0.5) + math.exp(-1.0) + math.exp(2.0))), -math.log(math.exp(3.0) / (math.exp(3.0) + 1))]
+    want = [-math.log(math.exp(0.5) / (math.exp(0.5) + math.exp(-1.0) + math.exp(2.0))),
+            -math.log(math.exp(3.0) / (math.exp(3.0) + 1))]
     assert ib.ce_loss(s, live).item() == pytest.approx(sum(want) / 2, rel=1e-5)
     assert ib.ce_loss(s[2:], live[2:]).item() == 0
 
@@ -185,7 +200,7 @@ def test_imagebert_eq9():
     assert ib.triplet_loss(pos, neg, live).item() == pytest.approx(sum(want) / 2, rel=1e-5) and want[0] == 0 < want[1]
 
 
-# ------------------------------------------------------------------------------------------------------------------ masking
+# -------------------------------------------------------------------------------------------------------------- masking
 
 def test_region_masking_rates():
     torch.manual_seed(0)
@@ -199,10 +214,11 @@ def test_region_masking_rates():
     gone = (out == 0).all(-1)
     assert not chosen[mask == 0].any() and not gone[~chosen].any() and torch.equal(out[~gone], regions[~gone])
     n = mask.sum().item()
-    assert chosen.sum() / n == pytest.approx(0.15, abs=0.01) and gone.sum() / chosen.sum() == pytest.approx(0.9, abs=0.01)
+    assert (chosen.sum() / n == pytest.approx(0.15, abs=0.01)
+            and gone.sum() / chosen.sum() == pytest.approx(0.9, abs=0.01))
     assert places.shape[1] == math.ceil(3 + 4 * math.sqrt(2.55))
     assert [row.unique().numel() for row in places] == [places.shape[1]] * b
-    for r, once_in in ((100, 24_000), (36, 9_600)):                         # how often Deviation 5's cap takes a region away
+    for r, once_in in ((100, 24_000), (36, 9_600)):                 # how often Deviation 5's cap takes a region away
         cap = ib.mask_regions(torch.zeros(1, r, 1), torch.zeros(1, r, 4), torch.ones(1, r))[1].shape[1]
         more = sum(math.comb(r, k) * 0.15 ** k * 0.85 ** (r - k) for k in range(cap + 1, r + 1))
         assert 1 / more == pytest.approx(once_in, rel=0.02) and f"{once_in:,}" in ib.__doc__
@@ -210,10 +226,12 @@ def test_region_masking_rates():
 
 def test_a_twin_gives_nothing_away():
     torch.manual_seed(0)
-    box = torch.tensor([[0.0, 0, 10, 10], [0, 1, 10, 10], [0, 0, 10, 40], [50, 50, 60, 60], [0, 0, 0, 0]]).expand(3000, 5, 4)
+    box = (torch.tensor([[0.0, 0, 10, 10], [0, 1, 10, 10], [0, 0, 10, 40], [50, 50, 60, 60], [0, 0, 0, 0]])
+           .expand(3000, 5, 4))
     regions, mask = torch.ones(3000, 5, 2), torch.tensor([1, 1, 1, 1, 0]).expand(3000, 5)
     iou = ib.box_iou(box[:1])[0]
-    assert iou[0, 1].item() == pytest.approx(0.9) and iou[0, 2].item() == pytest.approx(0.25) and iou[0, 3] == 0 and iou[4, 4] == 0
+    assert (iou[0, 1].item() == pytest.approx(0.9) and iou[0, 2].item() == pytest.approx(0.25)
+            and iou[0, 3] == 0 and iou[4, 4] == 0)
     out, places, live = ib.mask_regions(regions, box, mask)
     chosen, gone = torch.zeros(3000, 5, dtype=torch.bool).scatter(1, places, live), (out == 0).all(-1)
     assert torch.equal(gone[:, 0], gone[:, 1])                              # 0 and 1 go together, 2 overlaps too little
@@ -231,7 +249,8 @@ def test_word_masking_rates():
     live = labels != -100
     assert (live.sum(1) == 2).all() and maskable.gather(1, places)[live].all()          # max(1, round(0.15 * 12))
     new, old = out.gather(1, places)[live], labels[live]
-    assert (new == 4).float().mean() == pytest.approx(0.8, abs=0.02) and (new == old).float().mean() == pytest.approx(0.1, abs=0.02)
+    assert ((new == 4).float().mean() == pytest.approx(0.8, abs=0.02)
+            and (new == old).float().mean() == pytest.approx(0.1, abs=0.02))
     assert torch.equal(out.scatter(1, places, 0), text.scatter(1, places, 0))
 
 
@@ -246,11 +265,13 @@ def test_negatives_are_of_other_images():
             assert len(got) == min(4, len(allowed)) == len(set(got)) and set(got) <= set(allowed)
         image, sentence, y = ib.mismatch(ids, 3)
         own = torch.arange(6)
-        assert y.tolist() == [1, 1, 1, 0, 0, 0] and torch.equal(image[:3], own[:3]) and torch.equal(sentence[:3], own[:3])
+        assert (y.tolist() == [1, 1, 1, 0, 0, 0] and torch.equal(image[:3], own[:3])
+                and torch.equal(sentence[:3], own[:3]))
         assert (ids[image[3:]] != ids[sentence[3:]]).all() and ((image != own) ^ (sentence != own))[3:].all()
     kinds = torch.stack([ib.mismatch(torch.arange(8), 4)[0][4:] != torch.arange(4, 8) for _ in range(300)]).float()
     assert kinds.mean() == pytest.approx(0.5, abs=0.06)                     # image or sentence, evenly
-    assert ib.mismatch(torch.zeros(4, dtype=torch.long), 2)[2].tolist() == [1, 1, 1, 1]        # nobody to swap with: still matched
+    # nobody to swap with: still matched
+    assert ib.mismatch(torch.zeros(4, dtype=torch.long), 2)[2].tolist() == [1, 1, 1, 1]
 
 
 def test_masked_losses_are_of_matched_pairs_only(monkeypatch):
@@ -267,7 +288,8 @@ def test_masked_losses_are_of_matched_pairs_only(monkeypatch):
     labels = seen["mlm_loss"][1]
     assert all(w in batch["text"][i].tolist() for i in range(3) for w in labels[i].tolist() if w != -100)
     target, live = seen["mrfr_loss"][1:]
-    found = [(batch["regions"][i] == t).all(-1).any().item() for i in range(3) for t, ok in zip(target[i], live[i]) if ok]
+    found = [(batch["regions"][i] == t).all(-1).any().item()
+             for i in range(3) for t, ok in zip(target[i], live[i]) if ok]
     assert all(found)                                                       # the features as they were before masking
     assert set(out["logs"]) == {"mlm", "moc", "mrfr", "itm", "itm_acc"}
     want = sum(out["logs"][k] for k in ("mlm", "moc", "mrfr", "itm"))
@@ -279,7 +301,8 @@ def test_mismatched_pairs_are_masked_too(monkeypatch):
     model, batch = make_model(region_prob=1.0, region_zero=1.0, mlm_prob=0.5), make_batch()
     read = {}
     for module, name, key in ((model.bert.embeddings, "forward", "text"), (model.regions, "forward", "regions")):
-        monkeypatch.setattr(module, name, lambda x, *a, key=key, real=module.forward: read.update({key: x}) or real(x, *a))
+        monkeypatch.setattr(module, name,
+                            lambda x, *a, key=key, real=module.forward: read.update({key: x}) or real(x, *a))
     hidden = []
     for seed in range(20):
         torch.manual_seed(seed)
@@ -309,11 +332,13 @@ def test_a_hidden_region_is_not_in_the_sequence():
         torch.testing.assert_close(a, b)
 
 
-# -------------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------- model
 
-FLAGS = [("pretrain", {}), ("pretrain", dict(mrfr=0.0, global_feature=True)), ("pretrain", dict(mlm=0.0, moc=0.0, mrfr=0.0)),
-         ("pretrain", dict(itm=0.0)), ("pretrain", dict(moc=0.0)), ("retrieval", {}), ("retrieval", dict(bce=0.0, ce=1.0)),
-         ("retrieval", dict(bce=0.0, triplet=1.0, negatives="text")), ("retrieval", dict(ce=1.0, triplet=1.0, negatives="image", global_feature=True))]
+FLAGS = [("pretrain", {}), ("pretrain", dict(mrfr=0.0, global_feature=True)),
+         ("pretrain", dict(mlm=0.0, moc=0.0, mrfr=0.0)), ("pretrain", dict(itm=0.0)), ("pretrain", dict(moc=0.0)),
+         ("retrieval", {}), ("retrieval", dict(bce=0.0, ce=1.0)),
+         ("retrieval", dict(bce=0.0, triplet=1.0, negatives="text")),
+         ("retrieval", dict(ce=1.0, triplet=1.0, negatives="image", global_feature=True))]
 
 
 @pytest.mark.parametrize("task,flags", FLAGS)
@@ -372,7 +397,8 @@ def test_retrieval_losses_against_loops():
     logs = model(batch)["logs"]
     torch.manual_seed(5)
     draws = [ib.others(batch["image_id"], 2) for _ in range(2)]
-    one = lambda image, text: model.match({k: v[[image if k.startswith("regions") else text]] for k, v in batch.items()}).item()
+    one = lambda image, text: model.match({k: v[[image if k.startswith("regions") else text]]
+                                           for k, v in batch.items()}).item()
     bce, ce, triplet = [(one(i, i), 1.0) for i in range(6)], [], []
     for way, (index, ok) in enumerate(draws):
         assert ok.all()
@@ -381,8 +407,10 @@ def test_retrieval_losses_against_loops():
             bce += [(x, 0.0) for x in s]
             ce.append(-math.log(math.exp(one(i, i)) / sum(map(math.exp, [one(i, i)] + s))))
             triplet.append(max(0, 0.2 - sigmoid(one(i, i)) + sigmoid(max(s))))
-    assert logs["bce"].item() == pytest.approx(-sum(y * math.log(sigmoid(x)) + (1 - y) * math.log(1 - sigmoid(x)) for x, y in bce) / len(bce), rel=1e-4)
-    assert logs["ce"].item() == pytest.approx(sum(ce) / 12, rel=1e-4) and logs["triplet"].item() == pytest.approx(sum(triplet) / 12, rel=1e-4)
+    assert logs["bce"].item() == pytest.approx(-sum(y * math.log(sigmoid(x)) + (1 - y) * math.log(1 - sigmoid(x))
+                                                    for x, y in bce) / len(bce), rel=1e-4)
+    assert (logs["ce"].item() == pytest.approx(sum(ce) / 12, rel=1e-4)
+            and logs["triplet"].item() == pytest.approx(sum(triplet) / 12, rel=1e-4))
 
 
 def test_scores_do_not_depend_on_company():
@@ -427,10 +455,12 @@ def test_masked_predictions():
 
 def test_recipe_is_the_papers():
     base = ib.Config()
-    assert base.max_text + base.max_regions == 144 and (base.width, base.layers, base.heads, base.mlp_ratio * base.width) == (768, 12, 12, 3072)
+    assert (base.max_text + base.max_regions == 144
+            and (base.width, base.layers, base.heads, base.mlp_ratio * base.width) == (768, 12, 12, 3072))
     for stage in (0, 1):
         loop, cfg = train.settings(ib, "base", "pretrain", {}, stage)
-        assert (loop.optimizer, loop.lr, loop.batch_size, loop.epochs, loop.schedule) == ("adam", 1e-4, 48, 17, "constant")
+        assert ((loop.optimizer, loop.lr, loop.batch_size, loop.epochs, loop.schedule)
+                == ("adam", 1e-4, 48, 17, "constant"))
         assert loop.limit == (2_000_000, 0)[stage]
     loop, _ = train.settings(ib, "base", "retrieval", {})
     assert (loop.optimizer, loop.lr, loop.batch_size, loop.epochs) == ("adam", 5e-5, 24, 130)
@@ -472,16 +502,20 @@ def test_bert_weights(tmp_path, heads):
             p.normal_()
     state = {}
     for key, value in source.state_dict().items():                          # as bert-base-uncased names them
-        key = key.replace("mlm_head.transform.", "cls.predictions.transform.").replace("mlm_head.bias", "cls.predictions.bias")
+        key = (key.replace("mlm_head.transform.", "cls.predictions.transform.")
+               .replace("mlm_head.bias", "cls.predictions.bias"))
         if key.startswith("bert.") or heads and key.startswith("cls."):
-            key = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta") if heads else key[5:]
+            key = (key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+                   if heads else key[5:])
             state[key] = value.clone()
-    state |= {"bert.pooler.dense.weight": torch.zeros(2), "cls.seq_relationship.bias": torch.zeros(2)} if heads else {"pooler.dense.bias": torch.zeros(2)}
+    state |= ({"bert.pooler.dense.weight": torch.zeros(2), "cls.seq_relationship.bias": torch.zeros(2)}
+              if heads else {"pooler.dense.bias": torch.zeros(2)})
     save_file(state, tmp_path / "bert.safetensors")
     line = ib.load_pretrained(model, text=str(tmp_path / "bert.safetensors"))
     new = "itm_head, mlm_head, moc_head, mrfr_head, regions".replace("mlm_head, ", "" if heads else "mlm_head, ")
     count = sum(k.startswith(("bert.", "mlm_head.")[:1 + heads]) for k in model.state_dict())
-    assert f"which fill {count} here; missing 0; unexpected" in line and "pooler.dense" in line and line.endswith(f"not in this file: {new}")
+    assert (f"which fill {count} here; missing 0; unexpected" in line and "pooler.dense" in line
+            and line.endswith(f"not in this file: {new}"))
     for key, value in model.state_dict().items():
         loaded = key.startswith("bert.") or heads and key.startswith("mlm_head.")
         assert torch.equal(value, source.state_dict()[key]) == loaded, key
@@ -502,10 +536,12 @@ def test_bert_weights(tmp_path, heads):
                         ("list.pt", "not a state dict"), (".", "holds neither")):
         with pytest.raises(SystemExit, match=words):
             ib.load_pretrained(make_model(), text=str(tmp_path / name))
-    (tmp_path / "hub").mkdir()                                              # as train.py fetches it: a folder with its config.json
+    (tmp_path / "hub").mkdir()                                  # as train.py fetches it: a folder with its config.json
     shutil.copy(tmp_path / "bert.safetensors", tmp_path / "hub" / "model.safetensors")
-    for words, changes in (("", {}), ("num_attention_heads", {"num_attention_heads": 4}), ("model_type", {"model_type": "roberta"})):
-        (tmp_path / "hub" / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_act": "gelu", "num_attention_heads": 2} | changes))
+    for words, changes in (("", {}), ("num_attention_heads", {"num_attention_heads": 4}),
+                           ("model_type", {"model_type": "roberta"})):
+        (tmp_path / "hub" / "config.json").write_text(
+            json.dumps({"model_type": "bert", "hidden_act": "gelu", "num_attention_heads": 2} | changes))
         if words:
             with pytest.raises(SystemExit, match=words):
                 ib.load_pretrained(make_model(), text=str(tmp_path / "hub"))
@@ -513,12 +549,13 @@ def test_bert_weights(tmp_path, heads):
             assert "missing 0" in ib.load_pretrained(make_model(), text=str(tmp_path / "hub"))
 
 
-# ------------------------------------------------------------------------------------------------------------ region files
+# --------------------------------------------------------------------------------------------------------- region files
 
 def found(name, n, seed=0, dim=6):
     g = np.random.default_rng([seed, n])
     corner = g.random((n, 2)) * 20
-    return {"name": name, "size": (64, 48), "boxes": np.concatenate([corner, corner + 9], 1), "labels": g.integers(0, 3, n), "scores": -np.sort(-g.random(n)),
+    return {"name": name, "size": (64, 48), "boxes": np.concatenate([corner, corner + 9], 1),
+            "labels": g.integers(0, 3, n), "scores": -np.sort(-g.random(n)),
             "features": g.standard_normal((n, dim))}
 
 
@@ -539,8 +576,10 @@ def test_regions_file_round_trip(tmp_path):
         assert r[n]["sizes"].tolist() == [64, 48]
     assert next(r.tables())["7.jpg"] == 7
     official = load_file(out)                                               # the format is what it says it is
-    assert official["features"].shape == (sum(n % 5 for n in range(23)), 6) and official["offsets"][-1] == len(official["labels"])
-    assert isinstance(r.files[0][0]["features"].base, np.ndarray) and not r.files[0][0]["features"].flags.owndata      # mapped, not read
+    assert (official["features"].shape == (sum(n % 5 for n in range(23)), 6)
+            and official["offsets"][-1] == len(official["labels"]))
+    # mapped, not read
+    assert isinstance(r.files[0][0]["features"].base, np.ndarray) and not r.files[0][0]["features"].flags.owndata
     assert len(pickle.dumps(r)) < 300 and np.array_equal(pickle.loads(pickle.dumps(r))[9]["features"], r[9]["features"])
     two = data.Regions([out, out])
     assert len(two) == 46 and np.array_equal(two[30]["features"], r[7]["features"])
@@ -548,7 +587,8 @@ def test_regions_file_round_trip(tmp_path):
     with pytest.raises(data.DataError, match="differ in feature size"):
         data.Regions([out, out + "2"])
     with pytest.raises(data.DataError, match="picture 1.jpg: .* not finite"):
-        data.collect_regions(out + "3", items, len(items), lambda i: i and {**found(*i), "features": np.full((i[1], 6), 1e6)}, META, quiet=True)
+        data.collect_regions(out + "3", items, len(items),
+                             lambda i: i and {**found(*i), "features": np.full((i[1], 6), 1e6)}, META, quiet=True)
     Path(out).write_bytes(Path(out).read_bytes()[:300])
     with pytest.raises(data.DataError, match="not a whole"):
         data.Regions([out])
@@ -565,7 +605,8 @@ def test_regions_go_on_after_a_stop(tmp_path):
     out = str(tmp_path / "r.safetensors")
     with pytest.raises(KeyboardInterrupt):
         data.collect_regions(out, items, 10, look, META, shard=3, quiet=True)
-    for other in (dict(metadata={**META, "detector": "another"}), dict(metadata=META, source="other pictures, as many")):
+    for other in (dict(metadata={**META, "detector": "another"}),
+                  dict(metadata=META, source="other pictures, as many")):
         with pytest.raises(data.DataError, match="begun with other settings or other pictures"):
             data.collect_regions(out, items, 10, look, **other, shard=3, quiet=True)
     data.collect_regions(out, items, 10, look, META, shard=3, quiet=True)
@@ -576,8 +617,9 @@ def test_regions_go_on_after_a_stop(tmp_path):
 
 
 def test_regions_survive_kill_9_at_every_point(tmp_path, monkeypatch):
-    """A process that dies without a chance to tidy up, at each look, each renaming and each removal: the same command then makes
-    the file that an undisturbed one makes, and another command is refused as long as a part of the first one lies there."""
+    """A process that dies without a chance to tidy up, at each look, each renaming and each removal: the same command
+    then makes the file that an undisturbed one makes, and another command is refused as long as a part of the first one
+    lies there."""
     items, events = [(f"{n}.jpg", 2) for n in range(7)], []
 
     def at_last():
@@ -588,7 +630,8 @@ def test_regions_survive_kill_9_at_every_point(tmp_path, monkeypatch):
     def dying(real):
         return lambda *args: (at_last(), real(*args), at_last())[1]
     look = lambda item: found(*item)
-    collect = lambda out, look=look, meta=META: data.collect_regions(str(out), items, 7, look, meta, shard=3, quiet=True)
+    collect = lambda out, look=look, meta=META: data.collect_regions(str(out), items, 7, look, meta,
+                                                                     shard=3, quiet=True)
     collect(tmp_path / "whole")
     whole, last, deaths = (tmp_path / "whole").read_bytes(), 0, 0
     for last in range(1, 100):
@@ -607,15 +650,16 @@ def test_regions_survive_kill_9_at_every_point(tmp_path, monkeypatch):
                 collect(out, meta={**META, "detector": "another"})
         collect(out)
         assert out.read_bytes() == whole and not Path(f"{out}.parts").exists()
-    assert deaths == 2 * (7 + 5 + 4 + 1)                                    # looks; plan, parts, whole; what is removed; the folder
+    assert deaths == 2 * (7 + 5 + 4 + 1)                        # looks; plan, parts, whole; what is removed; the folder
 
 
 def stub_detector(monkeypatch):
     """A detector that finds one box in every picture, at no cost."""
     model = SimpleNamespace(to=lambda device: None, transform=SimpleNamespace(min_size=(800,), max_size=1333))
     monkeypatch.setattr(data, "load_detector", lambda *a: (model, ["none", "thing"], "a stub"))
-    monkeypatch.setattr(data, "detect", lambda model, image: {"features": np.ones((1, 4)), "boxes": np.array([[0.0, 0, 2, 2]]),
-                                                              "labels": np.array([1]), "scores": np.ones(1)})
+    monkeypatch.setattr(data, "detect",
+                        lambda model, image: {"features": np.ones((1, 4)), "boxes": np.array([[0.0, 0, 2, 2]]),
+                                              "labels": np.array([1]), "scores": np.ones(1)})
 
 
 def test_extraction_goes_on_with_the_same_pictures_only(tmp_path, monkeypatch, capsys):
@@ -626,7 +670,8 @@ def test_extraction_goes_on_with_the_same_pictures_only(tmp_path, monkeypatch, c
         Image.new("RGB", (20, 10), (9, 9, 9)).save(os.path.join(os.fsencode(folder), name), format="png")
     (folder / "e.jpg").write_bytes(b"no picture")
     Image.new("RGB", (1, 3000)).save(folder / "f.png")                      # resized, it would have no width left
-    args = ["regions", "--images", str(folder), "--out", str(tmp_path / "r.safetensors"), "--shard", "1", "--device", "cpu"]
+    args = ["regions", "--images", str(folder), "--out", str(tmp_path / "r.safetensors"),
+            "--shard", "1", "--device", "cpu"]
     real, seen = data.detect, []
 
     def stops(model, image):
@@ -643,13 +688,15 @@ def test_extraction_goes_on_with_the_same_pictures_only(tmp_path, monkeypatch, c
     (folder / "z.png").rename(folder / "a.png")
     assert data.main(args) == 0 and len(seen) == 5
     out, err = capsys.readouterr()
-    assert re.search(r"unreadable, left out +2\n", out) and "e.jpg: no image format" in err and "1x3000 pixels, too narrow" in err
+    assert (re.search(r"unreadable, left out +2\n", out) and "e.jpg: no image format" in err
+            and "1x3000 pixels, too narrow" in err)
     names = next(data.Regions([str(tmp_path / "r.safetensors")]).tables())
     assert set(names) == {"a.png", os.fsdecode(b"caf\xe9.png"), "c.png", "d.png"}
 
 
 def test_a_file_larger_than_memory(tmp_path):
-    """100,000 pictures of 36 regions, 15 GB: opened, listed and read here and there in less than 100 MB (the file has holes)."""
+    """100,000 pictures of 36 regions, 15 GB: opened, listed and read here and there in less than 100 MB
+    (the file has holes)."""
     n, path = 100_000, tmp_path / "r.safetensors"
     names = [f"{i}.jpg".encode() for i in range(n)]
     small = {"offsets": np.arange(0, 36 * n + 1, 36, dtype=np.int64), "names": np.frombuffer(b"".join(names), np.uint8),
@@ -681,7 +728,7 @@ def test_a_file_larger_than_memory(tmp_path):
 
 
 def test_making_a_file_takes_the_memory_of_one_part(tmp_path):
-    look = lambda n: {**found(f"{n}.jpg", 36), "features": np.ones((36, 2048), np.float16)}        # 150 kB each, 30 MB in all
+    look = lambda n: {**found(f"{n}.jpg", 36), "features": np.ones((36, 2048), np.float16)}  # 150 kB each, 30 MB in all
     tracemalloc.start()
     data.collect_regions(str(tmp_path / "r"), range(200), 200, look, META, shard=5, quiet=True)
     peak = tracemalloc.get_traced_memory()[1]
@@ -691,7 +738,8 @@ def test_making_a_file_takes_the_memory_of_one_part(tmp_path):
 
 def test_pictures_are_found_by_name(tmp_path):
     def file(name, names, root):
-        data.collect_regions(str(tmp_path / name), names, None, lambda n: found(n, 1, seed=len(n)), {**META, "root": root}, quiet=True)
+        data.collect_regions(str(tmp_path / name), names, None, lambda n: found(n, 1, seed=len(n)),
+                             {**META, "root": root}, quiet=True)
         return str(tmp_path / name)
 
     def records(*images):
@@ -734,7 +782,8 @@ def b64(array):
 
 def tsv_row(image_id, n, labels=False, dim=8):
     g = np.random.default_rng(image_id)
-    boxes, features, scores = g.random((n, 4)).astype("f4"), g.standard_normal((n, dim)).astype("f4"), g.random(n).astype("f4")
+    boxes, features, scores = (g.random((n, 4)).astype("f4"), g.standard_normal((n, dim)).astype("f4"),
+                               g.random(n).astype("f4"))
     kinds = g.integers(0, 1600, n)
     if labels:
         cells = [image_id, 48, 64, b64(kinds), b64(scores), b64(kinds), b64(scores), n, b64(boxes), b64(features)]
@@ -760,10 +809,11 @@ def test_bottom_up_attention_files(tmp_path, labels, capsys):
         assert r[n]["sizes"].tolist() == [64, 48]
 
 
-@pytest.mark.parametrize("change,words", [(lambda c: c[:4], "6 or 10 columns"), (lambda c: c[:5] + ["%%"], "features is not base64"),
-                                          (lambda c: c[:4] + [c[4][:16], c[5]], "boxes holds 3 numbers for 3 boxes"),
-                                          (lambda c: c[:3] + ["0"] + c[4:], "num_boxes is '0'"),
-                                          (lambda c: c[:5] + ["\u00e9" + c[5][1:]], "features is not base64")])
+@pytest.mark.parametrize("change,words",
+                         [(lambda c: c[:4], "6 or 10 columns"), (lambda c: c[:5] + ["%%"], "features is not base64"),
+                          (lambda c: c[:4] + [c[4][:16], c[5]], "boxes holds 3 numbers for 3 boxes"),
+                          (lambda c: c[:3] + ["0"] + c[4:], "num_boxes is '0'"),
+                          (lambda c: c[:5] + ["\u00e9" + c[5][1:]], "features is not base64")])
 def test_damaged_tsv(tmp_path, change, words):
     """One line, with file and line."""
     good = tsv_row(1, 3)[0]
@@ -779,7 +829,8 @@ def test_tsv_files_that_do_not_belong_together(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.tsv").write_text("".join(r[0] for r in rows))
     file = lambda folder, name: str(tmp_path / folder / name)
-    convert = lambda folder, *more: data.main(["regions", "--tsv", file(folder, "x.tsv"), "--out", file(folder, "o"), *more])
+    convert = lambda folder, *more: data.main(["regions", "--tsv", file(folder, "x.tsv"),
+                                               "--out", file(folder, "o"), *more])
     for shard in ("1", "1000"):                                             # within a part, and from part to part
         with pytest.raises(data.DataError, match="features of 8 numbers and .* features of 7 numbers"):
             convert("c", "--shard", shard)
@@ -788,7 +839,7 @@ def test_tsv_files_that_do_not_belong_together(tmp_path, monkeypatch):
         convert("a", "--global_feature", "resnet50")
     with pytest.raises(data.DataError, match="--tsv .*nowhere.*: no such file"):
         data.main(["regions", "--tsv", str(tmp_path / "nowhere.tsv"), "--out", str(tmp_path / "o")])
-    plans = []                                                              # the same name, another file: not to be gone on with
+    plans = []                                                  # the same name, another file: not to be gone on with
     monkeypatch.setattr(data, "collect_regions", lambda *args, source="", **more: plans.append(source) or sys.exit())
     for folder in "aba":
         with pytest.raises(SystemExit):
@@ -797,26 +848,31 @@ def test_tsv_files_that_do_not_belong_together(tmp_path, monkeypatch):
 
 
 def test_detector(tmp_path, monkeypatch, capsys):
-    """Torchvision's Faster R-CNN with random weights on small pictures: boxes inside, features of the boxes, one picture unreadable."""
+    """Torchvision's Faster R-CNN with random weights on small pictures: boxes inside, features of the boxes,
+    one picture unreadable."""
     folder = tmp_path / "pictures" / "sub"
     folder.mkdir(parents=True)
     for n in range(2):
-        Image.fromarray(np.random.default_rng(n).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+        Image.fromarray(np.random.default_rng(n).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(
+            folder / f"{n}.png")
     (folder / "2.jpg").write_bytes(b"no picture")
     real = data.load_detector
 
     def small(*args):
         model, names, about = real(*args)
-        model.transform.min_size, model.rpn._post_nms_top_n = (64,), {"training": 30, "testing": 30}      # a test's patience
+        # a test's patience
+        model.transform.min_size, model.rpn._post_nms_top_n = (64,), {"training": 30, "testing": 30}
         return model, names, about
     monkeypatch.setattr(data, "load_detector", small)
     out = str(tmp_path / "r.safetensors")
-    args = ["regions", "--images", str(tmp_path / "pictures"), "--out", out, "--random_weights", "--top", "7", "--min_score", "0", "--device", "cpu"]
+    args = ["regions", "--images", str(tmp_path / "pictures"), "--out", out, "--random_weights", "--top", "7",
+            "--min_score", "0", "--device", "cpu"]
     assert data.main(args + ["--global_feature", "resnet50"]) == 0
     text = capsys.readouterr()
     assert "RANDOM" in text.out and "not the 1,600 of Visual Genome" in text.out and "2.jpg" in text.err
     r = data.Regions([out])
-    assert (len(r), r.dim, r.classes, r.most, r.global_dim) == (2, 1024, 91, 7, 2048) and r.label_names[1] == "person" and "RANDOM" in r.about
+    assert ((len(r), r.dim, r.classes, r.most, r.global_dim) == (2, 1024, 91, 7, 2048)
+            and r.label_names[1] == "person" and "RANDOM" in r.about)
     for n in range(2):
         boxes = r[n]["boxes"]
         assert len(boxes) == 7 and (boxes >= 0).all() and (boxes[:, 2] <= 60).all() and (boxes[:, 3] <= 40).all()
@@ -830,7 +886,7 @@ def test_detector(tmp_path, monkeypatch, capsys):
     again = data.detect(model, torch.from_numpy(np.array(Image.open(folder / "1.png"))).permute(2, 0, 1).float() / 255)
     np.testing.assert_allclose(again["features"].astype("f2"), r[1]["features"], rtol=1e-2, atol=1e-3)
     none = data.detect(small("", 7, 0.99, True)[0], torch.rand(3, 40, 60))
-    assert none["features"].shape == (0, 1024) and none["boxes"].shape == (0, 4)               # an image without regions is one
+    assert none["features"].shape == (0, 1024) and none["boxes"].shape == (0, 4)    # an image without regions is one
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
     for weights, words in (("nowhere.pth", "no such file"), (str(tmp_path / "w.safetensors"), "no Faster R-CNN")):
         with pytest.raises(data.DataError, match=words):
@@ -838,7 +894,8 @@ def test_detector(tmp_path, monkeypatch, capsys):
     state = model.state_dict()
     torch.save(state, tmp_path / "good.pth")
     loaded, names, about = real(str(tmp_path / "good.pth"), 5, 0.1)
-    assert torch.equal(loaded.state_dict()["rpn.head.cls_logits.weight"], state["rpn.head.cls_logits.weight"]) and "RANDOM" not in about and len(names) == 91
+    assert (torch.equal(loaded.state_dict()["rpn.head.cls_logits.weight"], state["rpn.head.cls_logits.weight"])
+            and "RANDOM" not in about and len(names) == 91)
 
 
 @pytest.mark.parametrize("name,dim", [("densenet121", 1024), ("googlenet", 1024)])
@@ -848,7 +905,7 @@ def test_global_features(tmp_path, name, dim):
         assert model(torch.rand(1, 3, 64, 64)).shape == (1, dim) and "RANDOM" in about
 
 
-# ------------------------------------------------------------------------------------------------------------ a little world
+# ------------------------------------------------------------------------------------------------------- a little world
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red blue green white black and circle square".split()
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "white": (255, 255, 255), "black": (0, 0, 0)}
@@ -866,7 +923,8 @@ def world(tmp_path_factory):
         image.paste(COLORS[left], (2, 2, 18, 18))
         image.paste(COLORS[right], (22, 2, 38, 18))
         image.save(root / f"{n}.png")
-        rows.append({"image": f"{n}.png", "image_id": n, "caption": [f"a {left} square and a {right} square", f"{right} and {left}"],
+        rows.append({"image": f"{n}.png", "image_id": n,
+                     "caption": [f"a {left} square and a {right} square", f"{right} and {left}"],
                      "boxes": [[2, 2, 18, 18], [22, 2, 38, 18]], "labels": [names.index(left), names.index(right)]})
     for name, part in (("pairs", rows), ("small", rows[:10])):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
@@ -877,7 +935,8 @@ def world(tmp_path_factory):
 
 
 def command(world, out, *more, model="imagebert"):
-    return ["--model", model, "--data", str(world / "pairs.jsonl"), "--vocab", str(world / "vocab.txt"), "--out", str(out), "--batch_size", "8", "--steps", "3",
+    return ["--model", model, "--data", str(world / "pairs.jsonl"), "--vocab", str(world / "vocab.txt"),
+            "--out", str(out), "--batch_size", "8", "--steps", "3",
             "--workers", "0", "--device", "cpu", "--evals", "none", *map(str, more)]
 
 
@@ -886,14 +945,18 @@ def ours(world, out, *more):
 
 
 def test_the_regions_view(world):
-    records = data.with_regions(data.open_source("pairs", str(world / "small.jsonl"), "test"), ib.VIEWS["pretrain"], str(world / "r.safetensors"))
+    records = data.with_regions(data.open_source("pairs", str(world / "small.jsonl"), "test"), ib.VIEWS["pretrain"],
+                                str(world / "r.safetensors"))
     tok = data.get_tokenizer(world / "vocab.txt")
     ds = data.Views(records, ib.VIEWS["pretrain"], tok, None, 8, max_regions=3)
     s = ds[4, 0]
-    assert s["regions"].shape == (3, 128) and s["regions"].dtype == torch.float16 and s["regions_mask"].tolist() == [1, 1, 0]
-    assert s["regions_box"].tolist() == [[2, 2, 18, 18], [22, 2, 38, 18], [0] * 4] and s["regions_size"].tolist() == [40, 20]
+    assert (s["regions"].shape == (3, 128) and s["regions"].dtype == torch.float16
+            and s["regions_mask"].tolist() == [1, 1, 0])
+    assert (s["regions_box"].tolist() == [[2, 2, 18, 18], [22, 2, 38, 18], [0] * 4]
+            and s["regions_size"].tolist() == [40, 20])
     assert s["regions_label"].tolist()[2] == -1 and not s["regions"][2].any() and s["regions"][:2].any()
-    assert data.Views(records, ib.VIEWS["pretrain"], tok, None, 8, max_regions=1)[4]["regions_box"].tolist() == [[2, 2, 18, 18]]
+    assert (data.Views(records, ib.VIEWS["pretrain"], tok, None, 8, max_regions=1)[4]["regions_box"].tolist()
+            == [[2, 2, 18, 18]])
     batch = next(data.iter_eval(records, ib.VIEWS["pretrain"], tok, None, 8, what="image", batch_size=4))
     assert batch["regions"].shape == (4, 2, 128) and "text" not in batch
     batch = next(data.iter_eval(records, ib.VIEWS["pretrain"], tok, None, 8, what="text", batch_size=4))
@@ -908,8 +971,9 @@ def test_training_fine_tuning_and_evaluation(world, tmp_path, capsys):
     assert result["protocol"]["images"] == 6 and result["protocol"]["regions"] == data.STAND_IN
     masked = json.loads((tmp_path / "pre" / "eval-masked.json").read_text())["metrics"]
     assert set(masked) == {"mlm", "mlm_baseline", "moc", "moc_baseline"}
-    train.main(ours(world, tmp_path / "ft", "--task", "retrieval", "--init", tmp_path / "pre", "--ce", 1, "--triplet", 1, "--steps", 0))
-    assert "new: none; dropped: mlm_head, moc_head, mrfr_head" in capsys.readouterr().out       # the matching head stays
+    train.main(ours(world, tmp_path / "ft", "--task", "retrieval", "--init", tmp_path / "pre", "--ce", 1,
+                    "--triplet", 1, "--steps", 0))
+    assert "new: none; dropped: mlm_head, moc_head, mrfr_head" in capsys.readouterr().out   # the matching head stays
     model, info = ev.load_run(tmp_path / "ft")
     before = ev.load_run(tmp_path / "pre")[0].state_dict()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -920,7 +984,8 @@ def test_training_fine_tuning_and_evaluation(world, tmp_path, capsys):
 
 
 def test_regions_stand_for_the_pictures(world, tmp_path, capsys):
-    """Who has features has often no pictures: nothing opens them, nothing asks for them. A model that looks at them does."""
+    """Who has features has often no pictures: nothing opens them, nothing asks for them.
+    A model that looks at them does."""
     shutil.copy(world / "pairs.jsonl", tmp_path / "pairs.jsonl")
     extra = json.dumps({"image": "unknown.png", "image_id": 99, "caption": ["a red square"]}) + "\n"
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text() + extra)
@@ -941,10 +1006,12 @@ def test_all_pairs_and_a_shortlist(world, tmp_path, capsys):
     """A shortlist of everything gives what scoring every pair gives; a short one is another run's, and says so."""
     train.main(ours(world, tmp_path / "run", "--steps", 0))
     train.main(command(world, tmp_path / "dual", "--steps", 0, "--image_size", 64, model="codis"))
-    opts = [str(tmp_path / "run"), "--task", "retrieval", "--split", "train", "--data", str(world / "small.jsonl"), "--pairs", "7"]
+    opts = [str(tmp_path / "run"), "--task", "retrieval", "--split", "train",
+            "--data", str(world / "small.jsonl"), "--pairs", "7"]
     every = ev.main(opts)["retrieval"]
     model, info = ev.load_run(tmp_path / "run")
-    records = data.with_regions(data.open_source("pairs", str(world / "small.jsonl"), "train"), ib.VIEWS["pretrain"], str(world / "r.safetensors"))
+    records = data.with_regions(data.open_source("pairs", str(world / "small.jsonl"), "train"), ib.VIEWS["pretrain"],
+                                str(world / "r.safetensors"))
     tok = data.get_tokenizer(world / "vocab.txt")
     ds = data.Views(records, ib.VIEWS["pretrain"], tok, None, model.cfg.max_text, train=False, max_regions=3)
     texts, owner = data.flat_captions(records)
@@ -960,7 +1027,8 @@ def test_all_pairs_and_a_shortlist(world, tmp_path, capsys):
     assert full["metrics"] == pytest.approx(every["metrics"])
     some = ev.main(opts + ["--candidates", "2", "--candidates_from", str(tmp_path / "dual")])["retrieval"]
     assert some["protocol"]["candidates_from"] == str(tmp_path / "dual") and some["protocol"]["rerank_k"] == [2, 2]
-    assert [r["scores"] for r in some["rows"]] == ["chance", f"dual encoder of {tmp_path / 'dual'}", "re-ranked, itm, k=2"]
+    assert ([r["scores"] for r in some["rows"]]
+            == ["chance", f"dual encoder of {tmp_path / 'dual'}", "re-ranked, itm, k=2"])
     with pytest.raises(SystemExit, match="--candidates_from"):
         ev.main(opts + ["--candidates", "2"])
     with pytest.raises(SystemExit, match="has no dual encoder"):
@@ -969,8 +1037,10 @@ def test_all_pairs_and_a_shortlist(world, tmp_path, capsys):
 
 def test_two_processes(world, tmp_path):
     """No parameter goes unused under DDP; a shared evaluation has the numbers of one process."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / "train.py"),
-                           *ours(world, tmp_path / "two", "--evals", "retrieval", "--eval_split", "train", "--log_every", 1)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           str(HERE / "train.py"),
+                           *ours(world, tmp_path / "two", "--evals", "retrieval",
+                                 "--eval_split", "train", "--log_every", 1)],
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes x 1 x 4" in done.stdout
@@ -979,7 +1049,7 @@ def test_two_processes(world, tmp_path):
     assert two["metrics"] == pytest.approx(one["metrics"]) and two["protocol"]["captions"] == 48
 
 
-# -------------------------------------------------------------------------------------------------------------------- stages
+# --------------------------------------------------------------------------------------------------------------- stages
 
 def states(out):
     return [{k: v for k, v in load_file(p).items()} for p in sorted(Path(out).glob("stage-*/model.safetensors"))]
@@ -995,12 +1065,15 @@ def test_stages_by_data_are_separate_commands_with_init(world, tmp_path, capsys)
     text = capsys.readouterr().out
     assert "10 records of" in text and "24 records of" in text and text.count("3 steps of 8") == 2
     infos = [json.loads((tmp_path / "two" / f"stage-{n}" / "config.json").read_text())["loop"] for n in (1, 2)]
-    assert [Path(i["data"]).name for i in infos] == ["small.jsonl", "pairs.jsonl"] and infos[1]["init"] == str(tmp_path / "two" / "stage-1")
+    assert ([Path(i["data"]).name for i in infos] == ["small.jsonl", "pairs.jsonl"]
+            and infos[1]["init"] == str(tmp_path / "two" / "stage-1"))
     one = ours(world, tmp_path / "one", "--stage_data", a)
-    train.main(one)                                                         # one datum: one stage, in the run's own folder
-    assert (tmp_path / "one" / "model.safetensors").exists() and same(load_file(tmp_path / "one" / "model.safetensors"), states(tmp_path / "two")[0])
+    train.main(one)                                                     # one datum: one stage, in the run's own folder
+    assert ((tmp_path / "one" / "model.safetensors").exists()
+            and same(load_file(tmp_path / "one" / "model.safetensors"), states(tmp_path / "two")[0]))
     train.main(ours(world, tmp_path / "next", "--init", tmp_path / "one"))
-    assert same(load_file(tmp_path / "next" / "model.safetensors"), states(tmp_path / "two")[1])    # optimizer and schedule began anew
+    # optimizer and schedule began anew
+    assert same(load_file(tmp_path / "next" / "model.safetensors"), states(tmp_path / "two")[1])
     assert ev.find_run(tmp_path / "two").name == "stage-2"
     train.main(ours(world, tmp_path / "three", "--stage_data", a, b, a, "--steps", 1))
     assert len(states(tmp_path / "three")) == 3
@@ -1022,7 +1095,7 @@ def test_resume_knows_the_stage(world, tmp_path, monkeypatch):
     for stop in (2, 5):                                                     # in the first stage, then in the second
         steps.clear()
         with pytest.raises(KeyboardInterrupt):
-            train.main(args("cut"))                                         # what an earlier run left there is not this run's
+            train.main(args("cut"))                                 # what an earlier run left there is not this run's
         stop = 0
         steps.clear()
         train.main(args("cut", "--resume"))
@@ -1032,7 +1105,8 @@ def test_resume_knows_the_stage(world, tmp_path, monkeypatch):
 
 
 def test_recipes_with_stages(world, tmp_path, monkeypatch):
-    """A list of dicts = stages, each with its own settings; the preset's list, the command line's data and the recipe's agree on how many."""
+    """A list of dicts = stages, each with its own settings; the preset's list, the command line's data and the recipe's
+    agree on how many."""
     with pytest.raises(train.Stop, match="pretrain has 2 stages: name the data of each"):
         train.main(ours(world, tmp_path / "b", "--preset", "base"))
     with pytest.raises(train.Stop, match="1 --stage_root for 2 stages"):
@@ -1041,18 +1115,21 @@ def test_recipes_with_stages(world, tmp_path, monkeypatch):
     presets["tiny"]["pretrain"] = [dict(lr=1e-3, moc=0.0), dict(lr=3e-4, schedule="constant", width=16)]
     monkeypatch.setattr(ib, "PRESETS", presets)
     got = [train.settings(ib, "tiny", "pretrain", {}, n) for n in (0, 1, 2)]
-    assert [(loop.lr, loop.schedule, cfg.moc) for loop, cfg in got] == [(1e-3, "constant", 0.0), (3e-4, "constant", 1.0), (3e-4, "constant", 1.0)]
+    assert ([(loop.lr, loop.schedule, cfg.moc) for loop, cfg in got]
+            == [(1e-3, "constant", 0.0), (3e-4, "constant", 1.0), (3e-4, "constant", 1.0)])
     train.main(ours(world, tmp_path / "s", "--stage_data", world / "small.jsonl", world / "pairs.jsonl", "--steps", 1))
     first, second = states(tmp_path / "s")
     assert "moc_head.weight" not in first and "moc_head.weight" in second
 
 
 def test_noisy_and_clean(world, tmp_path, capsys):
-    assert data.main(["noisy", str(world / "pairs.jsonl"), "--out", str(tmp_path), "--clean", "6", "--share", "0.5", "--seed", "3"]) == 0
+    assert data.main(["noisy", str(world / "pairs.jsonl"), "--out", str(tmp_path), "--clean", "6", "--share", "0.5",
+                      "--seed", "3"]) == 0
     assert "18 records, 9 with captions of another" in capsys.readouterr().out
     true = {r["image_id"]: r for r in data.open_source("pairs", str(world / "pairs.jsonl"), "train")}
     clean, noisy = (data.open_source("pairs", str(tmp_path / f"{n}.jsonl"), "train") for n in ("clean", "noisy"))
-    assert all(r["caption"] == true[r["image_id"]]["caption"] and r["image"] == true[r["image_id"]]["image"] for r in clean)
+    assert all(r["caption"] == true[r["image_id"]]["caption"] and r["image"] == true[r["image_id"]]["image"]
+               for r in clean)
     ids = [{r["image_id"] for r in part} for part in (clean, noisy)]
     assert ids[0] | ids[1] == set(true) and not ids[0] & ids[1]
     moved = [r for r in noisy if r["caption"] != true[r["image_id"]]["caption"]]

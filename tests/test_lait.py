@@ -1,4 +1,5 @@
-"""lait.py on a small web that this file writes: each trap, planted a known number of times, must be counted where it belongs."""
+"""lait.py on a small web that this file writes: each trap, planted a known number of times,
+must be counted where it belongs."""
 
 import argparse
 import gzip
@@ -28,21 +29,23 @@ import eval as evaluation
 import lait
 
 ROOT = Path(__file__).resolve().parent.parent
-COLORS, BEASTS = "red green blue yellow brown white black grey".split(), "dog cat horse bird cow sheep goat pig duck fox".split()
+COLORS, BEASTS = ("red green blue yellow brown white black grey".split(),
+                  "dog cat horse bird cow sheep goat pig duck fox".split())
 VERBS, PLACES = "runs sleeps stands waits".split(), "garden field street river forest kitchen".split()
-FILLER = ("This is the page of a man who has been to the hills and to the sea. There was rain in the morning and it was cold, "
-          "but the sun came out after that, and they went on with the walk as they had said they would.")
-GERMAN = ("Das ist die Seite von einem Mann, der lange in den Bergen und am Meer gewesen ist. Es gab am Morgen viel Regen und es "
-          "war recht kalt, aber dann kam die Sonne heraus und alle gingen weiter.")
-FRENCH = ("Cette page parle d'un homme qui est allé longtemps dans les montagnes et vers la mer. Il pleuvait le matin et il "
-          "faisait froid, puis le soleil est revenu et tout le monde a continué la promenade.")
+FILLER = ("This is the page of a man who has been to the hills and to the sea. There was rain in the morning and it "
+          "was cold, but the sun came out after that, and they went on with the walk as they had said they would.")
+GERMAN = ("Das ist die Seite von einem Mann, der lange in den Bergen und am Meer gewesen ist. Es gab am Morgen viel "
+          "Regen und es war recht kalt, aber dann kam die Sonne heraus und alle gingen weiter.")
+FRENCH = ("Cette page parle d'un homme qui est allé longtemps dans les montagnes et vers la mer. Il pleuvait le matin "
+          "et il faisait froid, puis le soleil est revenu et tout le monde a continué la promenade.")
 WORDS = {*COLORS, *BEASTS, *VERBS, *PLACES,
          *"a an the in of and on with one two near stands old house tree walks beside large small".split()}
 
 
 def photo(seed, width=304, height=302):
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC)
     return Image.fromarray((np.asarray(coarse) * 0.8 + rng.integers(0, 50, (height, width, 1))).astype(np.uint8))
 
 
@@ -60,7 +63,8 @@ def bomb_png():
 
 
 class Web:
-    """Writes pages and pictures; `expected` counts what must come of them. texts: text -> the pictures it must be kept with."""
+    """Writes pages and pictures; `expected` counts what must come of them.
+    texts: text -> the pictures it must be kept with."""
 
     def __init__(self, root):
         self.root, self.n, self.expected, self.kept = root, 0, Counter(), {}
@@ -77,9 +81,9 @@ class Web:
             self.expected[tuple(key.split("/", 1))] += n
 
     def html(self, img, text=FILLER, lang="en", head="", extra=""):
-        return (f'<!doctype html><html lang="{lang}"><head><meta charset="utf-8"><title>Page {self.n}</title>{head}</head><body>'
-                f'{extra}<section><p>{text}</p></section><article><div><div><figure>{img}</figure></div></div></article>'
-                '</body></html>')
+        return (f'<!doctype html><html lang="{lang}"><head><meta charset="utf-8"><title>Page {self.n}</title>{head}'
+                f'</head><body>{extra}<section><p>{text}</p></section>'
+                f'<article><div><div><figure>{img}</figure></div></div></article></body></html>')
 
     def page(self, img, name=None, **parts):
         """A page file in site S; its one or more <img> come from the caller. Counts the page as kept."""
@@ -131,12 +135,14 @@ def archives(web):
     pages = [http(html[0]),
              http(gzip.compress(html[1]), **zipped),
              http(b"%x\r\n%s\r\n0\r\n\r\n" % (len(html[2]), html[2]), **{"Transfer-Encoding": "chunked"})]
-    out = [record("warcinfo", "", b"software: test"), record("request", "http://news.example/", b"GET / HTTP/1.1\r\n\r\n")]
+    out = [record("warcinfo", "", b"software: test"),
+           record("request", "http://news.example/", b"GET / HTTP/1.1\r\n\r\n")]
     for k, page in enumerate(pages):
         out.append(record("response", f"http://news.example/2020/{k}.html", page))
         web.count("pages/in", "pages/out", "images/in", "images/out", "texts/in", "texts/out", "pairs/in")
         web.keep(*keep[k])
-    for reason, block in (("HTTP status not 200", http(html[0], status="404 Not Found")), ("not HTML", http(b"x", "image/jpeg")),
+    for reason, block in (("HTTP status not 200", http(html[0], status="404 Not Found")),
+                          ("not HTML", http(b"x", "image/jpeg")),
                           ("decompression bomb", http(gzip.compress(b"<p>" + b"\0" * 30_000_000), **zipped)),
                           ("unknown encoding", http(html[0], **{"Content-Encoding": "br"})),
                           ("page too large", http(b"<p>" * 3_000_000)),
@@ -144,7 +150,8 @@ def archives(web):
         out.append(record("response", "http://news.example/x", block))
         web.count("pages/in", f"pages/{reason}")
     trick = web.html(f'<img src="../../../../etc/x.jpg" alt="{next(web.sentences)}">').encode()
-    for uri, reason in (("http://../../etc/index.html", "path trick"), ("http://news.example/%2e%2e/%2e%2e/", "missing file")):
+    for uri, reason in (("http://../../etc/index.html", "path trick"),
+                        ("http://news.example/%2e%2e/%2e%2e/", "missing file")):
         out.append(record("response", uri, http(trick)))
         web.count("pages/in", "pages/out", "images/in", f"images/{reason}")
     web.file("crawl/a.warc.gz", b"".join(map(gzip.compress, out)))
@@ -164,7 +171,7 @@ def web(tmp_path_factory):
     web = Web(home / "web")
     for _ in range(120):
         web.keep(*web.good())
-    for lang in ("de", "zh"):                                                       # English that calls itself something else
+    for lang in ("de", "zh"):                                               # English that calls itself something else
         web.keep(*web.good(lang=lang))
     # pages
     for _ in range(6):
@@ -214,19 +221,23 @@ def web(tmp_path_factory):
     web.bad_image("unnatural: flat", "/" + web.file("img/chart.png", encoded(chart, "PNG")))
     web.bad_image("unnatural: flat", "/" + web.file("img/chart.jpg", encoded(chart)))
     rng = np.random.default_rng(0)
-    one, few = rng.integers(96, 112, (302, 302, 3)), rng.integers(0, 2, (302, 302, 3)) * 99 + rng.integers(0, 9, (302, 302, 3))
-    web.bad_image("unnatural: one color", "/" + web.file("img/one.png", encoded(Image.fromarray(one.astype(np.uint8)), "PNG")))
-    web.bad_image("unnatural: few colors", "/" + web.file("img/few.png", encoded(Image.fromarray(few.astype(np.uint8)), "PNG")))
+    one, few = (rng.integers(96, 112, (302, 302, 3)),
+                rng.integers(0, 2, (302, 302, 3)) * 99 + rng.integers(0, 9, (302, 302, 3)))
+    web.bad_image("unnatural: one color",
+                  "/" + web.file("img/one.png", encoded(Image.fromarray(one.astype(np.uint8)), "PNG")))
+    web.bad_image("unnatural: few colors",
+                  "/" + web.file("img/few.png", encoded(Image.fromarray(few.astype(np.uint8)), "PNG")))
     web.bad_image("unnatural: banner", "/" + web.file("img/banner.jpg", encoded(photo(6, 1300, 305))))
     moving = encoded(photo(7), "GIF", save_all=True, append_images=[photo(8)])
     web.bad_image("unnatural: animated", "/" + web.file("img/moving.gif", moving))
-    web.bad_image("unsafe: labelled adult", "/img/0.jpg", head='<meta name="rating" content="RTA-5042-1996-1400-1577-RTA">')
+    web.bad_image("unsafe: labelled adult", "/img/0.jpg",
+                  head='<meta name="rating" content="RTA-5042-1996-1400-1577-RTA">')
     web.bad_image("unsafe: unsafe words", "/img/0.jpg", alt="free porn videos in the garden")
     web.count("images/in", "images/not dominant")      # a logo beside a picture, and a page of logos only
     web.keep(*web.good(extra='<nav><img src="/img/0.jpg" alt="the logo of the site"></nav>'))
     web.bad_image("not dominant", "/img/logo.png", extra='<nav><img src="/img/0.jpg" class="icon"></nav>', alt="x")
     web.count("images/in", "images/not dominant")
-    web.count("images/not dominant", "images/in")                                   # of two alike the first in the DOM stays
+    web.count("images/not dominant", "images/in")                           # of two alike the first in the DOM stays
     first, alt = web.file("img/first.jpg", encoded(photo(8010))), next(web.sentences)
     web.count("images/in", "images/out", "texts/in", "texts/out", "pairs/in")
     web.page(f'<img src="/{first}" alt="{alt}"></figure><figure><img src="/img/0.jpg" alt="{next(web.sentences)}">')
@@ -257,10 +268,12 @@ def web(tmp_path_factory):
     for name, alt in [web.good(alt="a large house in the garden") for _ in range(4)]:
         web.keep(name, alt)
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(WORDS - {"a"}), *letters, *("##" + c for c in letters)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(WORDS - {"a"}), *letters,
+             *("##" + c for c in letters)]
     (home / "vocab.txt").write_text("\n".join(words) + "\n")
     web.flags = ["--in", str(web.root), "--vocab", str(home / "vocab.txt"), "--max_page", "1", "--max_image", "1",
-                 "--page_seconds", "0.1", "--part", "37", "--max_images", "4", "--sort_lines", "20", "--shard_size", "50"]
+                 "--page_seconds", "0.1", "--part", "37", "--max_images", "4", "--sort_lines", "20",
+                 "--shard_size", "50"]
     return web
 
 
@@ -285,7 +298,8 @@ def same_result(a, b):
 def flat(report):
     rows = Counter()
     for stage, row in report["stages"].items():
-        rows.update({(stage, "in"): row["in"], (stage, "out"): row["out"]} | {(stage, k): n for k, n in row["dropped"].items()})
+        rows.update({(stage, "in"): row["in"], (stage, "out"): row["out"]}
+                    | {(stage, k): n for k, n in row["dropped"].items()})
     return +rows
 
 
@@ -356,7 +370,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(web, whole, tmp_path):
               "    return steps[name](path, *args)\n"
               "lait.write, lait.pack = (lambda *a, name=name: stop(name, *a) for name in steps)\n"
               "lait.main(sys.argv[2:])\n")
-    for left in (4, 8):                                     # at the third part of the map, then at the second tar of the reduce
+    for left in (4, 8):                             # at the third part of the map, then at the second tar of the reduce
         argv = [sys.executable, "-c", script, str(left), *web.flags, "--out", str(out)]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
         killed += done.returncode == -signal.SIGKILL
@@ -366,7 +380,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(web, whole, tmp_path):
     assert before
     run(web, out)
     same_result(whole[0], out)
-    assert all(p.stat().st_mtime_ns == t for p, t in before.items())                # what was finished was not made again
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())            # what was finished was not made again
 
 
 def test_a_second_call_makes_nothing_again_and_other_settings_are_refused(web, whole, tmp_path):
@@ -394,7 +408,7 @@ def test_a_picture_that_changed_since_the_map_is_left_out_and_counted(tmp_path):
     assert {k: t for k, (t, _) in content(tmp_path / "out").items()} == web.kept
 
 
-# ----------------------------------------------------------------------------------------------------------------------- scoring
+# -------------------------------------------------------------------------------------------------------------- scoring
 
 @pytest.fixture(scope="module")
 def scored(web, tmp_path_factory):
@@ -445,7 +459,8 @@ def test_score_chooses_the_text_and_the_threshold_drops(web, scored, tmp_path):
         if r["score"] >= least:
             best[r["image"]] = r["text"]
     shared = Counter(lait.normal(t) for t in best.values())
-    assert {k: t for k, (t, _) in content(tmp_path).items()} == {k: t for k, t in best.items() if shared[lait.normal(t)] <= 4}
+    assert ({k: t for k, (t, _) in content(tmp_path).items()}
+            == {k: t for k, t in best.items() if shared[lait.normal(t)] <= 4})
     for shard in ("1/2", "0/2"):
         run(web, tmp_path / "b", "--score", scored, "--shard", shard)
     merge(web, tmp_path / "b", "--chance_quantile", 0.5)
@@ -462,7 +477,7 @@ def test_a_threshold_needs_scores_enough(scored, tmp_path):
     assert len(content(tmp_path / "out")) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------- small parts
+# ---------------------------------------------------------------------------------------------------------- small parts
 
 def test_external_sort_equals_sorted_in_bounded_memory(tmp_path):
     rng = np.random.default_rng(0)
@@ -472,7 +487,8 @@ def test_external_sort_equals_sorted_in_bounded_memory(tmp_path):
 
 
 def test_texts_around_an_image_come_from_its_own_part_of_the_page():
-    page = lait.parse("<body><p>Far above.</p><div><div><div><p>Just before. The nearest one.</p><p><img src=a.jpg alt='x'></p>"
+    page = lait.parse("<body><p>Far above.</p><div><div><div><p>Just before. The nearest one.</p>"
+                      "<p><img src=a.jpg alt='x'></p>"
                       "<p>Just after.</p></div></div></div><footer>Far below.</footer></body>", "")
     image, = page.images
     assert (image["before"], image["after"]) == ("Just before. The nearest one.", "Just after.")
@@ -482,7 +498,8 @@ def test_texts_around_an_image_come_from_its_own_part_of_the_page():
 
 def test_dominant_image_by_tags_and_place():
     html = ("<head><meta property=og:image content='http://x.example/c.jpg'></head><body>"
-            "<header><img src=a.jpg alt='one two three'></header><article><h1>T</h1><img src=b.jpg><img src=/c.jpg></article>"
+            "<header><img src=a.jpg alt='one two three'></header>"
+            "<article><h1>T</h1><img src=b.jpg><img src=/c.jpg></article>"
             "<div class='sidebar ad'><img src=d.jpg></div>"
             "<p>open<p>again<td><img src=e.jpg width=20 height=20><picture><source srcset='f1.jpg 300w, f2.jpg 900w'>"
             "<img src=f.jpg></picture></body>")
@@ -520,8 +537,8 @@ def test_sentences_take_no_longer_on_hostile_text(text):
 
 @pytest.mark.parametrize("html", ["<![<![<!", "<!x" * 99, "</" * 999, "<img", "<img src=a.jpg", "&#xffffffff;&#0;",
                                   "<p" + "\0" * 9, "<base href='http://[x'><img src=a.jpg alt='a b c'>",
-                                  "<html lang><meta name content><img width=x height=9e9 alt>", "</figure></figure><figcaption>x",
-                                  "<svg><style><img src=x>"])
+                                  "<html lang><meta name content><img width=x height=9e9 alt>",
+                                  "</figure></figure><figcaption>x", "<svg><style><img src=x>"])
 def test_broken_html_is_parsed_or_dropped(html):
     page = lait.parse(html, "")
     for image in page.images:
@@ -587,8 +604,9 @@ def test_own_filters(web, tmp_path):
 @pytest.mark.parametrize("flags,message", [
     (["--in", "nowhere"], "--in nowhere: no such file or folder"), ([], "name the folder of the pages"),
     (["--in", "empty"], "in it"),
-    (["--in", "web", "--images", "nowhere"], "--images nowhere: no such directory"), (["--in", "web", "--shard", "3/3"], "I/N"),
-    (["--in", "web", "--shard", "x"], "I/N"), (["--merge"], "no candidates here"), (["--in", "web", "--part", "0"], "at least 1"),
+    (["--in", "web", "--images", "nowhere"], "--images nowhere: no such directory"),
+    (["--in", "web", "--shard", "3/3"], "I/N"), (["--in", "web", "--shard", "x"], "I/N"),
+    (["--merge"], "no candidates here"), (["--in", "web", "--part", "0"], "at least 1"),
     (["--in", "web", "--vocab", "nowhere"], "--vocab nowhere: no such file"),
     (["--in", "web", "--score", "nowhere"], "no run here"),
     (["--in", "web", "--spam", "nowhere"], "nowhere"),

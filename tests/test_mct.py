@@ -1,4 +1,5 @@
-"""models/mct.py against the paper, written down a second time with explicit loops in float64; its tasks, its data, its metrics."""
+"""models/mct.py against the paper, written down a second time with explicit loops in float64; its tasks, its data,
+its metrics."""
 
 import copy
 import json
@@ -17,26 +18,28 @@ from PIL import Image
 import data
 import eval as evaluation
 from models import mct
-from models.mct import (Config, Mct, QueueHinge, QueueLSE, SplitBatchNorm, demo_batch, hinge, info_nce, pmi_vectors, push_, shuffle,
-                        tag_nce, tag_positives, tag_sums, unshuffle, vse_loss)
+from models.mct import (Config, Mct, QueueHinge, QueueLSE, SplitBatchNorm, demo_batch, hinge, info_nce,
+                        pmi_vectors, push_, shuffle, tag_nce, tag_positives, tag_sums, unshuffle, vse_loss)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TAU, ALPHA, EPS = 0.07, 0.2, 2
 
 
-# ---------------------------------------------------------------------------------------------------- small models and batches
+# --------------------------------------------------------------------------------------------- small models and batches
 
 def small(**over):
     return Config(**{**dict(
-        image_size=32, block="basic", layers=(1, 1, 1, 1), stem="small", vision_width=4, width=24, text_layers=1, text_heads=3,
-        mlp_ratio=2, act="relu", dropout=0.0, max_text=9, positions=12, vocab_size=57,
-        head_hidden=20, intra_dim=16, inter_dim=14, queue_size=21, momentum=0.9, lambda_ic=0.1, lambda_ci=0.2, bn_groups=1, tag_width=6,
-        queue_chunk=8, word_dim=10, joint_dim=18, tag_dim=16, tag_hidden=12, detect_sizes=(64,), detect_max=80,
-        anchors=(8, 16, 24, 32, 48), rois=16, fpn_width=16, proposals=(30, 20)), **over})
+        image_size=32, block="basic", layers=(1, 1, 1, 1), stem="small", vision_width=4, width=24,
+        text_layers=1, text_heads=3, mlp_ratio=2, act="relu", dropout=0.0, max_text=9, positions=12, vocab_size=57,
+        head_hidden=20, intra_dim=16, inter_dim=14, queue_size=21, momentum=0.9, lambda_ic=0.1, lambda_ci=0.2,
+        bn_groups=1, tag_width=6, queue_chunk=8, word_dim=10, joint_dim=18, tag_dim=16, tag_hidden=12,
+        detect_sizes=(64,), detect_max=80, anchors=(8, 16, 24, 32, 48), rois=16, fpn_width=16,
+        proposals=(30, 20)), **over})
 
 
 def make_model(task="pretrain", fill=True, **over):
-    """In training mode; momentum copies unlike the students, queues full of ids 0..9 and -1, tags, and some missing captions."""
+    """In training mode; momentum copies unlike the students, queues full of ids 0..9 and -1, tags,
+    and some missing captions."""
     model = Mct(small(**over), task, 20).train()
     if task == "pretrain" and fill:
         with torch.no_grad():
@@ -86,14 +89,15 @@ def problem(b=5, k=13, d=6):
     return units(b, d), units(b, d), units(k, d), ids, queue_ids, present, hidden
 
 
-# ---------------------------------------------------------------------------------------------------------------- the equations
+# -------------------------------------------------------------------------------------------------------- the equations
 
 def embed_loops(encoder, head, x):
     """f(x) of the paper: an encoder's feature, Linear, ReLU, Linear, unit norm; number by number in float64."""
     out = []
     for feature in encoder(*x).double():
         w1, b1, w2, b2 = (head[n].get_parameter(p).double() for n in (0, 2) for p in ("weight", "bias"))
-        h = [max(0.0, sum(w * f for w, f in zip(row, feature.tolist())) + b) for row, b in zip(w1.tolist(), b1.tolist())]
+        h = [max(0.0, sum(w * f for w, f in zip(row, feature.tolist())) + b)
+             for row, b in zip(w1.tolist(), b1.tolist())]
         z = [sum(w * f for w, f in zip(row, h)) + b for row, b in zip(w2.tolist(), b2.tolist())]
         out.append([v / math.sqrt(sum(u * u for u in z)) for v in z])
     return torch.tensor(out)
@@ -174,7 +178,8 @@ test_mct_eq8 = test_mct_eq3  # the same loss, on captions
 
 
 def overlap_loops(tags, queue_tags):
-    return torch.tensor([[len({t for t in a if t >= 0} & set(b)) > EPS for b in queue_tags.tolist()] for a in tags.tolist()])
+    return torch.tensor([[len({t for t in a if t >= 0} & set(b)) > EPS for b in queue_tags.tolist()]
+                         for a in tags.tolist()])
 
 
 def test_mct_eq4():
@@ -208,7 +213,8 @@ def test_mct_eq5():
 def test_mct_eq11():
     q, k, queue, ids, queue_ids, present, hidden = problem()
     q.requires_grad_()
-    wanted = torch.stack([sum((ALPHA - q[j] @ k[j] + q[j] @ queue[n]).clamp(min=0) for n in range(13) if not hidden[j, n])
+    wanted = torch.stack([sum((ALPHA - q[j] @ k[j] + q[j] @ queue[n]).clamp(min=0)
+                              for n in range(13) if not hidden[j, n])
                           for j in range(5)])
     rows = QueueHinge.apply(q, (q * k).sum(-1), queue, ids, queue_ids, present, ALPHA, 4)
     close(hinge(q, k, queue, ALPHA, hidden), wanted)
@@ -220,7 +226,8 @@ test_mct_eq14 = test_mct_eq11
 
 
 def test_mct_eq15():
-    """The loss of a batch from the plain forms, float64 loops over its parts, and the masks of records without caption or tags."""
+    """The loss of a batch from the plain forms, float64 loops over its parts, and the masks of records without
+    caption or tags."""
     model, batch = make_model(), make_batch()
     state = copy.deepcopy(model.state_dict())
     out = model(batch)
@@ -233,8 +240,10 @@ def test_mct_eq15():
     v, t, kv, kt = q["vision"], q["text"], k["vision"], k["text"]
     p = overlap_loops(batch["tags"], model.queue_tags)
     rows = {"ii": nce_loops(v["intra"].double(), kv["intra"].double(), model.queue_vision_intra.double(), hid),
-            "tag": has_tags * nce_loops(v["intra"].double(), kv["intra"].double(), model.queue_vision_intra.double(), hid, p),
-            "cc": has_text * nce_loops(t["intra"].double(), kt["intra"].double(), model.queue_text_intra.double(), hid_text),
+            "tag": has_tags * nce_loops(v["intra"].double(), kv["intra"].double(),
+                                        model.queue_vision_intra.double(), hid, p),
+            "cc": has_text * nce_loops(t["intra"].double(), kt["intra"].double(),
+                                       model.queue_text_intra.double(), hid_text),
             "ic": has_text * hinge(v["inter"], kt["inter"], model.queue_text_inter, ALPHA, hid_text).double(),
             "ci": has_text * hinge(t["inter"], kv["inter"], model.queue_vision_inter, ALPHA, hid).double()}
     for name, row in rows.items():
@@ -246,7 +255,8 @@ def test_mct_eq15():
 
 
 def test_mct_rows_without_a_negative_or_without_a_modality():
-    """All queue entries the own image or absent: loss 0, gradient finite; no caption and no tag in a batch: gradients all there, 0."""
+    """All queue entries the own image or absent: loss 0, gradient finite; no caption and no tag in a batch:
+    gradients all there, 0."""
     q, queue = units(2, 6).requires_grad_(), units(4, 6)
     ids, same = torch.tensor([3, 3]), torch.full((4,), 3)
     lse, own = fast_nce(q, units(2, 6), queue, ids, same, None)
@@ -261,7 +271,8 @@ def test_mct_rows_without_a_negative_or_without_a_modality():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert not any(p.grad.any() for p in model.text.parameters())
     model.after_backward(out)
-    assert not model.queue_captioned[:6].any() and (model.queue_tags[:6] == -1).all() and model.queue_captioned[6:].sum() == 12
+    assert (not model.queue_captioned[:6].any() and (model.queue_tags[:6] == -1).all()
+            and model.queue_captioned[6:].sum() == 12)
 
 
 def test_mct_low_precision():
@@ -272,7 +283,7 @@ def test_mct_low_precision():
     close(lse, nce_loops(q.double(), k.double(), queue.double(), hidden) + own, 1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------ memory and copies
+# ---------------------------------------------------------------------------------------------------- memory and copies
 
 def test_mct_push_is_a_list_that_forgets():
     rings, ptr, kept = [torch.zeros(10, 2), torch.zeros(10, dtype=torch.long)], torch.zeros((), dtype=torch.long), []
@@ -304,7 +315,8 @@ def test_mct_queues_and_momentum():
     for side, keys in out["keys"].items():
         for space, z in keys.items():
             close(getattr(model, f"queue_{side}_{space}")[:6], z)
-    assert torch.equal(model.queue_tags[:6], batch["tags"]) and model.queue_captioned[:6].tolist() == [True, False] + [True] * 4
+    assert (torch.equal(model.queue_tags[:6], batch["tags"])
+            and model.queue_captioned[:6].tolist() == [True, False] + [True] * 4)
     ptr = int(model.ptr)
     model.eval().encode_image(batch), model.encode_text(batch)
     assert int(model.ptr) == ptr
@@ -329,7 +341,8 @@ def test_mct_split_batch_norm():
 
 
 def test_mct_one_process_shuffles_its_keys():
-    """Keys come back in their order, from other company: with two virtual groups a key's batch norm hangs on the draw."""
+    """Keys come back in their order, from other company: with two virtual groups a key's batch norm hangs on the draw.
+    """
     model, batch = make_model(bn_groups=2), make_batch()
     z, restore = shuffle(batch["image_key"])
     assert torch.equal(unshuffle(z, restore), batch["image_key"])
@@ -341,7 +354,7 @@ def test_mct_one_process_shuffles_its_keys():
     close(keys(0), keys(1))
 
 
-# ------------------------------------------------------------------------------------------------------------------ all the tasks
+# -------------------------------------------------------------------------------------------------------- all the tasks
 
 @pytest.mark.parametrize("task", mct.TASKS)
 def test_mct_every_parameter_learns(task):
@@ -368,9 +381,9 @@ def test_mct_param_groups():
 
 
 @pytest.mark.parametrize("over, spaces", [
-    (dict(lambda_tag=0.0, lambda_cc=0.0, lambda_ic=0.0, lambda_ci=0.0), {"vision": ["intra"], "text": []}),           # MoCo-v2
-    (dict(lambda_cc=0.0, lambda_ic=0.0, lambda_ci=0.0), {"vision": ["intra"], "text": []}),                           # + J_tag
-    (dict(lambda_ii=0.0, lambda_tag=0.0, lambda_cc=0.0), {"vision": ["inter"], "text": ["inter"]}),                   # Table 7
+    (dict(lambda_tag=0.0, lambda_cc=0.0, lambda_ic=0.0, lambda_ci=0.0), {"vision": ["intra"], "text": []}),  # MoCo-v2
+    (dict(lambda_cc=0.0, lambda_ic=0.0, lambda_ci=0.0), {"vision": ["intra"], "text": []}),                 # + J_tag
+    (dict(lambda_ii=0.0, lambda_tag=0.0, lambda_cc=0.0), {"vision": ["inter"], "text": ["inter"]}),         # Table 7
     (dict(heads="unified", intra_dim=14), {"vision": ["intra", "inter"], "text": ["intra", "inter"]})])
 def test_mct_ablations_build_only_what_they_use(over, spaces):
     model = make_model(**over)
@@ -385,7 +398,8 @@ def test_mct_ablations_build_only_what_they_use(over, spaces):
 
 
 def test_mct_refuses():
-    for over in (dict(lambda_ii=0.0, lambda_tag=0.0, lambda_ic=0.0, lambda_ci=0.0), dict(heads="unified"), dict(heads="none")):
+    for over in (dict(lambda_ii=0.0, lambda_tag=0.0, lambda_ic=0.0, lambda_ci=0.0), dict(heads="unified"),
+                 dict(heads="none")):
         with pytest.raises(SystemExit, match="models/mct.py"):
             make_model(**over)
 
@@ -397,7 +411,8 @@ def test_mct_frozen_backbone_stays_bit_equal():
     before = copy.deepcopy(model.vision.state_dict())
     batch.pop("features")
     batch["image"] = torch.randn(6, 3, 32, 32)
-    optimizer = torch.optim.SGD([p for g in model.param_groups(mock.Mock(lr=30.0, weight_decay=0.0)) for p in g["params"]], 30.0, 0.9)
+    optimizer = torch.optim.SGD([p for g in model.param_groups(mock.Mock(lr=30.0, weight_decay=0.0))
+                                 for p in g["params"]], 30.0, 0.9)
     for _ in range(3):
         model(batch)["loss"].backward()
         optimizer.step()
@@ -427,7 +442,8 @@ def test_mct_pmi():
     vectors = pmi_vectors(rows, 12, 12)
     sets, n = [{t for t in r if t >= 0} for r in rows.tolist()], len(rows)
     count = lambda *tags: sum(all(t in s for t in tags) for s in sets)
-    pmi = torch.tensor([[max(0.0, math.log(count(i, j) * n / (count(i) * count(j)))) if count(i, j) else 0.0 for j in range(12)]
+    pmi = torch.tensor([[max(0.0, math.log(count(i, j) * n / (count(i) * count(j)))) if count(i, j) else 0.0
+                         for j in range(12)]
                         for i in range(12)])
     u, s, _ = torch.linalg.svd(pmi)
     wanted = F.normalize(u * s.sqrt(), dim=-1)
@@ -437,8 +453,10 @@ def test_mct_pmi():
 
 
 def test_mct_backbone_is_torchvisions(tmp_path):
-    """The exported file loads in torchvision's resnet50 and gives the same features; and the way back, with the momentum copy."""
-    model = Mct(Config(width=24, text_layers=1, text_heads=3, vocab_size=50, queue_size=8, bn_groups=1), "pretrain", 5).eval()
+    """The exported file loads in torchvision's resnet50 and gives the same features;
+    and the way back, with the momentum copy."""
+    model = Mct(Config(width=24, text_layers=1, text_heads=3, vocab_size=50, queue_size=8, bn_groups=1),
+                "pretrain", 5).eval()
     evaluation.save_model(model, tmp_path / "model.safetensors")
     mct.export_backbone(tmp_path / "model.safetensors", tmp_path / "resnet50.pth")
     theirs = torchvision.models.resnet50()
@@ -467,15 +485,19 @@ def test_mct_backbone_is_torchvisions(tmp_path):
 
 
 def test_mct_bert_weights(tmp_path):
-    """Hugging Face's names, with and without `bert.`, old LayerNorm names, heads left out; what does not fit is one line."""
+    """Hugging Face's names, with and without `bert.`, old LayerNorm names, heads left out;
+    what does not fit is one line."""
     model = make_model(act="gelu")
-    mine = {n.removeprefix("text."): torch.randn_like(v) for n, v in model.state_dict().items() if n.startswith("text.")}
+    mine = {n.removeprefix("text."): torch.randn_like(v) for n, v in model.state_dict().items()
+            if n.startswith("text.")}
     foreign = {"bert." + n.replace("LayerNorm.weight", "LayerNorm.gamma"): v for n, v in mine.items()}
     foreign |= {"cls.predictions.bias": torch.zeros(3), "bert.embeddings.position_ids": torch.arange(3)}
     torch.save(foreign, tmp_path / "b.pth")
     said = mct.load_pretrained(model, text=tmp_path / "b.pth")
-    assert f"matched {len(mine)} of {len(foreign)} tensors" in said and "missing 0; unexpected 1: cls.predictions.bias" in said
-    assert all(torch.equal(v, mine[n]) and torch.equal(model.text_m.state_dict()[n], v) for n, v in model.text.state_dict().items())
+    assert (f"matched {len(mine)} of {len(foreign)} tensors" in said
+            and "missing 0; unexpected 1: cls.predictions.bias" in said)
+    assert all(torch.equal(v, mine[n]) and torch.equal(model.text_m.state_dict()[n], v)
+               for n, v in model.text.state_dict().items())
     (tmp_path / "hub").mkdir()
     torch.save(mine, tmp_path / "hub" / "pytorch_model.bin")
     write(tmp_path / "hub" / "config.json", {"model_type": "bert", "num_attention_heads": 3})
@@ -494,10 +516,11 @@ def test_mct_bert_weights(tmp_path):
             mct.load_pretrained(make_model(task, act="gelu"), text=tmp_path / path)
 
 
-# -------------------------------------------------------------------------------------------------------------- two processes
+# -------------------------------------------------------------------------------------------------------- two processes
 
 def two_steps(rank=0, world=1):
-    """Losses, gradients and the state after two steps; batch norm in evaluation mode, as its statistics are per process."""
+    """Losses, gradients and the state after two steps; batch norm in evaluation mode,
+    as its statistics are per process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     raw = make_model()
@@ -551,7 +574,7 @@ def test_mct_two_processes_equal_one(tmp_path):
         assert torch.equal(ranks[0][1][name], ranks[1][1][name]), name
 
 
-# -------------------------------------------------------------------------------------------------------------- data and metrics
+# ----------------------------------------------------------------------------------------------------- data and metrics
 
 @pytest.fixture
 def tok(tmp_path):
@@ -567,23 +590,28 @@ def write(path, value):
 
 
 def photos(root, n=12, size=(40, 32)):
-    """Pictures with one bright rectangle each, COCO instances for them, records with tags and captions, and an ImageFolder."""
+    """Pictures with one bright rectangle each, COCO instances for them, records with tags and captions,
+    and an ImageFolder."""
     images, notes, rows = [], [], []
     for i in range(n):
         x, y, w, h = 4 + i % 5, 3 + i % 7, 14, 12
         picture = Image.new("RGB", size, (20, 20, 20))
         picture.paste((250, 30, 30) if i % 2 else (30, 30, 250), (x, y, x + w, y + h))
-        for path in (root / "im" / f"{i}.png", root / "classes" / ("val" if i > 7 else "train") / ("red" if i % 2 else "blue") / f"{i}.png"):
+        for path in (root / "im" / f"{i}.png",
+                     root / "classes" / ("val" if i > 7 else "train") / ("red" if i % 2 else "blue") / f"{i}.png"):
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
         images.append({"id": i, "file_name": f"im/{i}.png", "height": size[1], "width": size[0]})
         polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        notes.append({"id": i + 1, "image_id": i, "category_id": 3 + 4 * (i % 2), "iscrowd": 0, "bbox": [x, y, w, h], "area": w * h,
+        notes.append({"id": i + 1, "image_id": i, "category_id": 3 + 4 * (i % 2), "iscrowd": 0,
+                      "bbox": [x, y, w, h], "area": w * h,
                       "segmentation": polygon})
         color = "red" if i % 2 else "blue"
-        rows.append({"image": f"im/{i}.png", "image_id": i, "caption": [f"a {color} square"] if i else [], "tags": [color, "square", "a"][:i % 4]})
+        rows.append({"image": f"im/{i}.png", "image_id": i, "caption": [f"a {color} square"] if i else [],
+                     "tags": [color, "square", "a"][:i % 4]})
     crowd = {"size": [size[1], size[0]], "counts": [0, 32, size[0] * size[1] - 32]}
-    notes.append({"id": 99, "image_id": 0, "category_id": 3, "iscrowd": 1, "bbox": [0, 0, 1, 32], "area": 32, "segmentation": crowd})
+    notes.append({"id": 99, "image_id": 0, "category_id": 3, "iscrowd": 1, "bbox": [0, 0, 1, 32], "area": 32,
+                  "segmentation": crowd})
     categories = [{"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]
     return (write(root / "instances.json", {"images": images, "annotations": notes, "categories": categories}),
             write(root / "pairs.jsonl", "".join(json.dumps(r) + "\n" for r in rows)))
@@ -600,7 +628,8 @@ def test_mct_detection_source(tmp_path):
     for draw in range(8):
         s = views[0, draw]
         (image,), (boxes,), (labels,), (masks,) = (s[k] for k in ("image", "boxes", "labels", "masks"))
-        assert image.shape == (3, 32, 40) and 0 <= image.min() and image.max() <= 1 and labels.tolist() == [0], "crowds are no targets"
+        assert (image.shape == (3, 32, 40) and 0 <= image.min() and image.max() <= 1
+                and labels.tolist() == [0]), "crowds are no targets"
         x0, y0, x1, y1 = boxes[0].int().tolist()
         assert masks.shape == (1, 32, 40) and masks[0, y0:y1, x0:x1].all() and masks.sum() == 14 * 12
         assert image[2, y0:y1, x0:x1].min() > 0.9 > image[2].flatten().sort().values[-14 * 12 - 1]
@@ -615,8 +644,10 @@ def test_mct_detection_source(tmp_path):
     assert views[3, 0]["bad"] == 1 and views[3, 0]["index"] != 3
 
 
-XML = """<annotation><filename>{0}.jpg</filename><size><width>40</width><height>32</height><depth>3</depth></size>{1}</annotation>"""
-OBJECT = "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+XML = ("<annotation><filename>{0}.jpg</filename>"
+       "<size><width>40</width><height>32</height><depth>3</depth></size>{1}</annotation>")
+OBJECT = ("<object><name>{}</name><difficult>{}</difficult>"
+          "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>")
 
 
 def test_mct_voc_source(tmp_path):
@@ -624,15 +655,18 @@ def test_mct_voc_source(tmp_path):
         home = tmp_path / "VOCdevkit" / f"VOC{year}"
         write(home / "ImageSets" / "Main" / f"{part}.txt", "\n".join(names.split()) + "\n")
         for n in names.split():
-            write(home / "Annotations" / f"{n}.xml", XML.format(n, OBJECT.format("dog", 0, 1, 1, 10, 20) + OBJECT.format("car", 1, 5, 5, 5, 9)))
+            write(home / "Annotations" / f"{n}.xml",
+                  XML.format(n, OBJECT.format("dog", 0, 1, 1, 10, 20) + OBJECT.format("car", 1, 5, 5, 5, 9)))
             (home / "JPEGImages").mkdir(exist_ok=True)
             Image.new("RGB", (40, 32)).save(home / "JPEGImages" / f"{n}.jpg")
     records = data.open_source("detection", str(tmp_path / "VOCdevkit"), "train")
     assert len(records) == 3 and len(data.open_source("detection", str(tmp_path), "test")) == 1
     first = records[0]
-    assert first["boxes"] == [[0, 0, 10, 20], [4, 4, 5, 9]] and first["difficult"] == [0, 1] and len(records.label_names) == 20
+    assert (first["boxes"] == [[0, 0, 10, 20], [4, 4, 5, 9]] and first["difficult"] == [0, 1]
+            and len(records.label_names) == 20)
     assert [records.label_names[n] for n in first["labels"]] == ["dog", "car"]
-    write(tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / "4.xml", XML.format(4, OBJECT.format("unicorn", 0, 1, 1, 3, 3)))
+    write(tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / "4.xml",
+          XML.format(4, OBJECT.format("unicorn", 0, 1, 1, 3, 3)))
     with pytest.raises(data.DataError, match="4.xml"):
         data.open_source("detection", str(tmp_path), "test")
 
@@ -641,18 +675,20 @@ def test_mct_voc_source(tmp_path):
 def test_mct_real_detection_data():
     voc = data.open_source("detection", str(SHARED / "voc" / "VOCdevkit"), "train")
     views = data.Views(voc, mct.VIEWS["detection"], None, None, None, train=False)
-    assert len(voc) == 10 and sum(int(views[i]["bad"]) for i in range(10)) == 2          # two JPEGs are truncated at the source
+    assert len(voc) == 10 and sum(int(views[i]["bad"]) for i in range(10)) == 2  # two JPEGs are truncated at the source
     pytest.importorskip("pycocotools")
     coco = data.open_source("detection", str(SHARED / "coco" / "annotations" / "instances_val2017.json"), "val")
     assert len(coco) == 80 and len(coco.label_names) == 80 and any(sum(r["crowd"]) for r in coco)
     crowded = next(i for i, r in enumerate(coco) if sum(r["crowd"]))
     sample = data.Views(coco, mct.VIEWS["segmentation"], None, None, None, seed=1)[crowded, 0]
-    assert len(sample["masks"][0]) == len(sample["boxes"][0]) == len(coco[crowded]["boxes"]) - sum(coco[crowded]["crowd"])
+    assert (len(sample["masks"][0]) == len(sample["boxes"][0]) == len(coco[crowded]["boxes"])
+            - sum(coco[crowded]["crowd"]))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the cuts of public data are not here")
 @pytest.mark.parametrize("task, flags", [("detection", f"--data {SHARED}/voc/VOCdevkit"),
-                                         ("segmentation", f"--data {SHARED}/coco/annotations/instances_val2017.json --split val")])
+                                         ("segmentation",
+                                          f"--data {SHARED}/coco/annotations/instances_val2017.json --split val")])
 def test_mct_detectors_train_on_real_data(task, flags, tmp_path, tok):
     """VOC's and COCO's files as they are published, crowds and truncated pictures among them: a step, and the table."""
     pytest.importorskip("pycocotools")
@@ -663,17 +699,20 @@ def test_mct_detectors_train_on_real_data(task, flags, tmp_path, tok):
 
 
 def test_mct_whole_picture_is_the_baseline_of_detection(tmp_path):
-    """Of two classes, one whose only object fills its picture is found (AP 100), one whose object is small is not (AP 0)."""
+    """Of two classes, one whose only object fills its picture is found (AP 100), one whose object is small is not
+    (AP 0)."""
     pytest.importorskip("pycocotools")
     images = [{"id": i, "file_name": f"{i}.png", "height": 30, "width": 40} for i in (1, 2)]
     for i in (1, 2):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{i}.png")
-    notes = [{"id": i, "image_id": i, "category_id": i, "iscrowd": 0, "bbox": box, "area": box[2] * box[3], "segmentation": []}
+    notes = [{"id": i, "image_id": i, "category_id": i, "iscrowd": 0, "bbox": box,
+              "area": box[2] * box[3], "segmentation": []}
              for i, box in ((1, [0, 0, 40, 30]), (2, [4, 4, 9, 9]))]
     file = write(tmp_path / "instances.json", {"images": images, "annotations": notes,
                                                "categories": [{"id": 1, "name": "wide"}, {"id": 2, "name": "small"}]})
     model = make_model("detection")
-    model.detect = lambda batch: [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)} for _ in batch["image"]]
+    model.detect = lambda batch: [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}
+                                  for _ in batch["image"]]
     opts = evaluation.parser().parse_args(["x", "--data", str(file), "--image_root", str(tmp_path)])
     ev = mock.Mock(opts=opts, task="detection", info={}, world=1, model=model, protocol={})
     ev.open.return_value = data.open_source("detection", str(file), "train", str(tmp_path))
@@ -698,13 +737,15 @@ def test_mct_optional_views(tmp_path, tok):
     assert stats["num_labels"] == 2 and stats["tag_width"] == 3 and "red" in stats["tags"]
     views = data.Views(records, mct.VIEWS["pretrain"], data.get_tokenizer(tok), 32, 6, tag_names=stats["tags"])
     first, second, sixth = views[0], views[1], views[5]
-    assert (first["text_valid"], second["text_valid"], second["text_key_is_copy"], sixth["text_key_is_copy"]) == (0, 1, 0, 1)
+    assert ((first["text_valid"], second["text_valid"], second["text_key_is_copy"], sixth["text_key_is_copy"])
+            == (0, 1, 0, 1))
     assert first["text_mask"].sum() == 2 and not torch.equal(second["text"], second["text_key"])
     assert torch.equal(sixth["text"], sixth["text_key"]) and (sixth["tags"] == -1).all()
-    assert sorted(t for t in second["tags"].tolist() if t >= 0) == [stats["tags"].index("red")] or len(set(second["tags"].tolist())) == 3
+    assert (sorted(t for t in second["tags"].tolist() if t >= 0) == [stats["tags"].index("red")]
+            or len(set(second["tags"].tolist())) == 3)
     assert torch.equal(views.tag_rows()[1], second["tags"])
     shown = data.Views(records, mct.VIEWS["pretrain"], data.get_tokenizer(tok), 32, 6, train=False)
-    assert set(shown.keys) == {"image", "text"}                            # the key views and the tags are training's alone
+    assert set(shown.keys) == {"image", "text"}                     # the key views and the tags are training's alone
     cfg = small()
     mct.setup(cfg, "pretrain", {})
     assert cfg.lambda_tag == 0 and not Mct(cfg, "pretrain", 0).tagged
@@ -716,7 +757,8 @@ def test_mct_tags_from_captions(tmp_path, tok):
     records = data.open_source("pairs", str(pairs), "train", str(tmp_path))
     made = data.caption_tags(records, write(tmp_path / "nouns.txt", "Square\n\nred\ncircle\n"))
     assert made[0]["tags"] == ["red", "square"] and made[1]["tags"] == ["square"]
-    assert (len(made), made.notes["with_tags"], records[0]["tags"]) == (11, 11, ["red"])      # photo 0 has an empty caption: left out
+    # photo 0 has an empty caption: left out
+    assert (len(made), made.notes["with_tags"], records[0]["tags"]) == (11, 11, ["red"])
     assert data.tag_list(made) == ["square", "red"]
     for bad in ("missing.txt", write(tmp_path / "empty.txt", "\n")):
         with pytest.raises(data.DataError, match=Path(bad).name):
@@ -733,7 +775,8 @@ def test_mct_voc_ap_by_hand():
     box = lambda x: np.array([x, 0.0, x + 10, 10])
     truth = {0: (np.stack([box(0), box(20)]), np.array([0, 0])), 1: (np.stack([box(0), box(50)]), np.array([0, 1]))}
     found = [(0.9, 0, box(0)), (0.8, 0, box(0)), (0.7, 1, box(50)), (0.6, 1, box(1)), (0.5, 2, box(0))]
-    # right, wrong (second time), left out (difficult), right (IoU 9/11), wrong; three objects: recall 1/3 at 1, 2/3 at 2/3
+    # right, wrong (second time), left out (difficult), right (IoU 9/11), wrong; three objects:
+    # recall 1/3 at 1, 2/3 at 2/3
     wanted = (4 * 1 + 3 * (2 / 3) + 4 * 0) / 11                            # recall 0..0.3, 0.4..0.6, 0.7..1
     close(evaluation.voc_ap(found, truth, 0.5), wanted)
     close(evaluation.voc_ap(found, truth, 9 / 11), (4 * 1) / 11)           # at the threshold is not over it
@@ -746,7 +789,8 @@ def test_mct_ap_of_the_truth_is_100(tmp_path):
     records = data.open_source("detection", str(file), "train", str(tmp_path))
     found = {i: {"boxes": np.array(r["boxes"][:1]), "labels": np.array(r["labels"][:1]), "scores": np.ones(1),
                  "masks": [data.coco_rle(r["segmentation"][0], 32, 40)]} for i, r in enumerate(records)}
-    for scores in (evaluation.voc_scores(found, records, 2), evaluation.coco_scores(found, records, "bbox"), evaluation.coco_scores(found, records, "segm")):
+    for scores in (evaluation.voc_scores(found, records, 2), evaluation.coco_scores(found, records, "bbox"),
+                   evaluation.coco_scores(found, records, "segm")):
         assert all(abs(v - 100) < 1e-6 for v in scores.values()), scores
     empty = {i: {"boxes": np.zeros((0, 4)), "labels": np.zeros(0), "scores": np.zeros(0)} for i in found}
     assert evaluation.voc_scores(empty, records, 2)["AP"] == evaluation.coco_scores(empty, records, "bbox")["AP"] == 0
@@ -769,8 +813,8 @@ def test_mct_fit_linear():
 
 
 def test_mct_probe_fits_features_of_any_scale():
-    """Features that are all positive and unlike in size: as they are SGD does not get there, brought to one scale it does. A unit
-    that is dead in train does no harm."""
+    """Features that are all positive and unlike in size: as they are SGD does not get there, brought to one scale it
+    does. A unit that is dead in train does no harm."""
     torch.manual_seed(0)
     z, way = torch.randn(400, 6), torch.randn(6, 4)
     y = (z @ way).argmax(1)
@@ -786,10 +830,10 @@ def test_mct_probe_fits_features_of_any_scale():
         assert train < 50 and test < 50
 
 
-# -------------------------------------------------------------------------------------------------- as a user would call it
+# ---------------------------------------------------------------------------------------------- as a user would call it
 
-TINY = ("--image_size 32 --vision_width 4 --width 24 --text_layers 1 --text_heads 3 --head_hidden 20 --queue_size 16 --max_text 6 --rois 8 "
-        "--batch_size 4 --steps 2 --workers 0 --detect_max 48").split()
+TINY = ("--image_size 32 --vision_width 4 --width 24 --text_layers 1 --text_heads 3 --head_hidden 20 "
+        "--queue_size 16 --max_text 6 --rois 8 --batch_size 4 --steps 2 --workers 0 --detect_max 48").split()
 
 
 def test_mct_every_task_trains(tmp_path, tok, monkeypatch, capsys):
@@ -802,8 +846,8 @@ def test_mct_every_task_trains(tmp_path, tok, monkeypatch, capsys):
     sources = {"pairs": pairs, "classes": tmp_path / "classes", "detection": instances}
     results = {}
     for task in mct.TASKS:
-        argv = ["--model", "mct", "--task", task, "--data", str(sources[mct.VIEWS[task]["source"]]), "--image_root", str(tmp_path),
-                "--vocab", str(tok), "--out", str(tmp_path / task), *TINY]
+        argv = ["--model", "mct", "--task", task, "--data", str(sources[mct.VIEWS[task]["source"]]),
+                "--image_root", str(tmp_path), "--vocab", str(tok), "--out", str(tmp_path / task), *TINY]
         if task != "pretrain":
             argv += ["--init", str(tmp_path / "pretrain")]
         if task == "linear":
@@ -818,12 +862,17 @@ def test_mct_every_task_trains(tmp_path, tok, monkeypatch, capsys):
     assert results["detection"]["detection"]["rows"][0]["measure"].startswith("boxes, VOC07")
     rows = results["segmentation"]["segmentation"]["rows"]
     assert [r["measure"] for r in rows][2:4] == ["masks, pycocotools", "whole picture, VOC07 11-point"]
-    probe = evaluation.main([str(tmp_path / "pretrain"), "--task", "probe", "--data", str(tmp_path / "classes"), "--probe_lr", "1"])
-    assert {"random weights", "model"} < set(probe["probe"]["metrics"]) and set(probe["probe"]["rows"][2]) > {"train top-1", "top-1"}
+    probe = evaluation.main([str(tmp_path / "pretrain"), "--task", "probe",
+                             "--data", str(tmp_path / "classes"), "--probe_lr", "1"])
+    assert ({"random weights", "model"} < set(probe["probe"]["metrics"])
+            and set(probe["probe"]["rows"][2]) > {"train top-1", "top-1"})
     first = (tmp_path / "linear" / "features.npy").stat().st_mtime_ns
-    train.main(["--model", "mct", "--task", "linear", "--data", str(tmp_path / "classes"), "--vocab", str(tok), "--image_root", str(tmp_path),
-                "--out", str(tmp_path / "linear"), "--init", str(tmp_path / "pretrain"), *TINY, "--lr", "1.0", "--evals", "none"])
+    train.main(["--model", "mct", "--task", "linear", "--data", str(tmp_path / "classes"), "--vocab", str(tok),
+                "--image_root", str(tmp_path), "--out", str(tmp_path / "linear"), "--init", str(tmp_path / "pretrain"),
+                *TINY, "--lr", "1.0", "--evals", "none"])
     assert (tmp_path / "linear" / "features.npy").stat().st_mtime_ns == first
-    train.main(["--model", "mct", "--task", "linear", "--data", str(tmp_path / "classes"), "--vocab", str(tok), "--image_root", str(tmp_path),
-                "--out", str(tmp_path / "linear"), *TINY, "--lr", "1.0", "--evals", "none"])         # other weights: other features
+    train.main(["--model", "mct", "--task", "linear", "--data", str(tmp_path / "classes"), "--vocab", str(tok),
+                "--image_root", str(tmp_path),
+                # other weights: other features
+                "--out", str(tmp_path / "linear"), *TINY, "--lr", "1.0", "--evals", "none"])
     assert (tmp_path / "linear" / "features.npy").stat().st_mtime_ns != first

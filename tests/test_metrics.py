@@ -19,12 +19,13 @@ import data
 import eval as ev
 
 
-# ------------------------------------------------------------------------------------------------------------- retrieval
+# ------------------------------------------------------------------------------------------------------------ retrieval
 
 def brute_ranks(sim, owner):
     """The definition, with loops: in the worst order of the ties, where does the first right candidate stand?"""
     n, m = sim.shape
-    i2t = [1 + min(sum(sim[i, c] >= sim[i, own] for c in range(m) if owner[c] != i) for own in range(m) if owner[own] == i)
+    i2t = [1 + min(sum(sim[i, c] >= sim[i, own] for c in range(m) if owner[c] != i)
+                   for own in range(m) if owner[own] == i)
            for i in range(n)]
     t2i = [1 + sum(sim[i, c] >= sim[owner[c], c] for i in range(n) if i != owner[c]) for c in range(m)]
     return [int(r) for r in i2t], [int(r) for r in t2i]
@@ -37,7 +38,8 @@ def brute_order(query, base, new, k):
 
 
 def gallery(counts, seed=0, levels=None):
-    """Random scores of len(counts) images with counts[i] captions; with `levels`, only so many different values (ties)."""
+    """Random scores of len(counts) images with counts[i] captions;
+    with `levels`, only so many different values (ties)."""
     g = torch.Generator().manual_seed(seed)
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     sim = torch.rand(len(counts), len(owner), generator=g)
@@ -49,7 +51,7 @@ def test_hand_matrix():
                         [.3, .7, .6, .5]])                      # captions 0, 1 -> image 0; 2, 3 -> image 1
     owner = torch.tensor([0, 0, 1, 1])
     i2t, t2i = ev.ranks(sim, owner)
-    assert i2t.tolist() == [1, 2]                               # image 1: its best, .6, is beaten by .7 of image 0's caption
+    assert i2t.tolist() == [1, 2]                       # image 1: its best, .6, is beaten by .7 of image 0's caption
     assert t2i.tolist() == [1, 2, 2, 1]
     out = ev.recall(sim, owner, ks=(1, 2))
     assert out["i2t_r1"] == 50 and out["i2t_r2"] == 100 and out["t2i_r1"] == 50 and out["t2i_r2"] == 100
@@ -92,7 +94,8 @@ def test_chance_is_the_mean_over_random_orders(counts):
     exact = ev.chance(owner)
     for k in (1, 5, 10):
         assert exact[f"t2i_r{k}"] == pytest.approx(100 * min(k, n) / n)
-        assert exact[f"i2t_r{k}"] == pytest.approx(100 * np.mean([1 - math.comb(m - c, k) / math.comb(m, k) for c in counts]))
+        assert (exact[f"i2t_r{k}"]
+                == pytest.approx(100 * np.mean([1 - math.comb(m - c, k) / math.comb(m, k) for c in counts])))
     g = torch.Generator().manual_seed(0)
     seen = ev.average([ev.recall(torch.rand(n, m, generator=g), owner) for _ in range(400)])
     assert all(abs(seen[key] - exact[key]) < 4 for key in exact if "_r" in key)
@@ -107,7 +110,7 @@ def test_chance_of_a_thousand_images_with_five_captions():
 @pytest.mark.parametrize("counts, k", [([5] * 6, 3), ([1, 5, 6, 7, 2], 4), ([2] * 5, 1), ([3] * 4, 1000)])
 def test_reranking_against_brute_force(counts, k):
     sim, owner = gallery(counts, seed=1)
-    new = gallery(counts, seed=2)[0] * 20 - 10                  # negative scores too: nothing un-ranked may slip between
+    new = gallery(counts, seed=2)[0] * 20 - 10              # negative scores too: nothing un-ranked may slip between
     top_i, top_t = ev.shortlist(sim, k)
     assert top_i.shape[1] == min(k, len(owner)) and top_t.shape[1] == min(k, len(counts))
     i2t, t2i = ev.reranked(sim, owner, top_i, top_t, new.gather(1, top_i), new.T.gather(1, top_t))
@@ -136,12 +139,13 @@ def test_scores_that_agree_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(again, ev.ranks(sim, owner)))
 
 
-# ------------------------------------------------------------------------------------------------------------------- vqa
+# ------------------------------------------------------------------------------------------------------------------ vqa
 
 @pytest.mark.parametrize("answer, answers, score", [
     ("2", ["2"] * 10, 1.0),
     ("2", ["two"] * 5 + ["2"] * 5, 1.0),
-    ("2", ["two", "2", "2"] + ["3"] * 7, (3 * 2 / 3 + 7 * 1) / 10),          # 3 matches: min(1, 2/3) when one of them is left out
+    # 3 matches: min(1, 2/3) when one of them is left out
+    ("2", ["two", "2", "2"] + ["3"] * 7, (3 * 2 / 3 + 7 * 1) / 10),
     ("red", ["red"] + ["blue"] * 9, 9 / 30),
     ("red", ["red"] * 2 + ["blue"] * 8, (2 * 1 / 3 + 8 * 2 / 3) / 10),
     ("red", ["red"] * 4 + ["blue"] * 6, 1.0),
@@ -162,7 +166,7 @@ def test_vqa_accuracy_against_leave_one_out():
         assert ev.vqa_accuracy(answer, answers) == pytest.approx(sum(each) / 10)
 
 
-# ----------------------------------------------------------------------------------------------------------------- boxes
+# ---------------------------------------------------------------------------------------------------------------- boxes
 
 def test_box_cover_is_exact():
     cover = ev.box_cover([[10, 0, 30, 20]], (40, 40), (4, 2))   # 4 rows of 10 pixels, 2 columns of 20
@@ -177,9 +181,9 @@ def test_wordpieces_become_words():
     assert [w for w, _ in words] == ["snowboarder"] and words[0][1].eq(2).all()
 
 
-# ----------------------------------------------------------------------------------------- the loops, around a tiny model
-# Picture i is a grey square of level 10 * i, and the word of caption j says which of the tables' rows it is: what the model must
-# find is known without it.
+# --------------------------------------------------------------------------------------- the loops, around a tiny model
+# Picture i is a grey square of level 10 * i, and the word of caption j says which of the tables' rows it is: what the
+# model must find is known without it.
 
 VIEWS = {"pretrain": dict(source="pairs", image="plain", norm="half", text="caption"),
          "vqa": dict(source="vqa", image="plain", norm="half", text="question", answer="answer"),
@@ -246,7 +250,8 @@ class Answerer(Tables):
         return level(batch["image"]) % len(answer_ids)
 
     def predict(self, batch):
-        return torch.stack([level(batch["image"]), level(batch["image2"])], 1).float()       # True where the right one is lighter
+        # True where the right one is lighter
+        return torch.stack([level(batch["image"]), level(batch["image2"])], 1).float()
 
     def gradcam(self, batch, block=None):
         assert torch.is_grad_enabled()
@@ -269,12 +274,14 @@ def world(tmp_path_factory):
     rows = [{"image": picture(root, i), "caption": [WORDS[next(word)] for _ in range(c)]} for i, c in enumerate(counts)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     lines = [{"image": r["image"], "caption": c} for k in range(7) for r in rows for c in r["caption"][k:k + 1]]
-    (root / "lines.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))          # one caption a line, interleaved
+    (root / "lines.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))  # one caption a line, interleaved
     questions = [{"question_id": 100 - i, "image_id": i, "image": f"{i}.png", "question": "word1"} for i in range(10)]
-    notes = [{"question_id": 100 - i, "answers": [{"answer": "word0"}] * 6 + [{"answer": f"word{i % 3}"}] * 4} for i in range(10)]
+    notes = [{"question_id": 100 - i, "answers": [{"answer": "word0"}] * 6 + [{"answer": f"word{i % 3}"}] * 4}
+             for i in range(10)]
     (root / "questions.json").write_text(json.dumps({"questions": questions, "data_subtype": "x"}))
     (root / "annotations.json").write_text(json.dumps({"annotations": notes, "data_subtype": "x"}))
-    pairs = [(0, 1, "True", "dev-1-0-0"), (3, 2, "True", "dev-1-1-0"), (5, 4, "False", "dev-2-0-0"), (6, 1, "False", "dev-2-1-0"),
+    pairs = [(0, 1, "True", "dev-1-0-0"), (3, 2, "True", "dev-1-1-0"), (5, 4, "False", "dev-2-0-0"),
+             (6, 1, "False", "dev-2-1-0"),
              (7, 8, "True", "dev-2-0-1")]
     rows = [{"identifier": n, "sentence": "word3", "label": t, "left_image": f"{a}.png", "right_image": f"{b}.png"}
             for a, b, t, n in pairs]
@@ -298,7 +305,8 @@ def expected(model, world, rule="itm", k=4, images=slice(0, 10)):
         sim = nn.functional.normalize(model.images[rows], dim=-1) @ nn.functional.normalize(model.words[word], dim=-1).T
         new = model.pairs[rows][:, word] + (sim if rule == "sum" else 0)
     top_i, top_t = ev.shortlist(sim, k)
-    return ev.recall(sim, owner), ev.summary(*ev.reranked(sim, owner, top_i, top_t, new.gather(1, top_i), new.T.gather(1, top_t)))
+    return (ev.recall(sim, owner),
+            ev.summary(*ev.reranked(sim, owner, top_i, top_t, new.gather(1, top_i), new.T.gather(1, top_t))))
 
 
 @pytest.mark.parametrize("rule", ["itm", "sum"])
@@ -313,7 +321,7 @@ def test_retrieval_is_what_the_tables_say(world, file, rule, capsys):
     assert out["metrics"] == pytest.approx(reranked)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.calls["image"] == 10 and model.calls["text"] == 44             # states are computed once
-    assert model.calls["match"] <= 4 * 10 + 4 * 44                              # and a pair of both shortlists is scored once
+    assert model.calls["match"] <= 4 * 10 + 4 * 44                      # and a pair of both shortlists is scored once
     assert out["protocol"]["captions"] == 44 and out["protocol"]["images"] == 10 and out["protocol"]["split"] == "test"
     assert ev.RULES[rule] in " ".join(capsys.readouterr().out.split())
 
@@ -332,7 +340,8 @@ def test_folds_rerank_within_the_fold(world):
 def test_k_beyond_the_gallery_and_no_reranking(world):
     model = Tables(Config())
     out = ev.evaluate(model, info_of(world, "pairs.jsonl"), "retrieval", {"rerank_k": 1000})
-    assert out["metrics"] == pytest.approx(expected(model, world, k=1000)[1]) and out["protocol"]["rerank_k"] == [44, 10]
+    assert (out["metrics"] == pytest.approx(expected(model, world, k=1000)[1])
+            and out["protocol"]["rerank_k"] == [44, 10])
     for opts in ({"rerank": "none"}, {"rerank_k": 0}):
         out = ev.evaluate(model, info_of(world, "pairs.jsonl"), "retrieval", opts)
         assert out["metrics"] == pytest.approx(expected(model, world)[0]) and len(out["rows"]) == 2
@@ -353,12 +362,12 @@ def test_vqa_writes_every_question_once_and_scores_it(world, tmp_path):
     written = json.loads((tmp_path / "vqa_test_results.json").read_text())
     assert sorted(r["question_id"] for r in written) == list(range(91, 101))
     assert {r["question_id"]: r["answer"] for r in written} == {100 - i: f"word{i % 3}" for i in range(10)}
-    assert out["metrics"] == pytest.approx({"accuracy": 100.0, "baseline": 100.0})           # 6 or 4 annotators of 10 suffice
+    assert out["metrics"] == pytest.approx({"accuracy": 100.0, "baseline": 100.0})  # 6 or 4 annotators of 10 suffice
     assert json.loads((tmp_path / "eval-vqa.json").read_text())["protocol"]["answers"] == 3
     (tmp_path / "few.txt").write_text("word1\nword0\n")
     out = ev.evaluate(Answerer(Config()), info, "vqa", {"answers": str(tmp_path / "few.txt")})
     assert out["metrics"]["baseline"] == pytest.approx(30) and out["metrics"]["accuracy"] == pytest.approx(60)
-    info["loop"]["data"] = str(world / "questions.json")                                    # the test split has no annotations
+    info["loop"]["data"] = str(world / "questions.json")                            # the test split has no annotations
     assert ev.evaluate(Answerer(Config()), info, "vqa")["metrics"] == {}
 
 
@@ -380,10 +389,12 @@ def test_gradcam_draws_any_picture(world, tmp_path):
 
 
 def test_pointing_measures_the_mass_in_the_box(world, tmp_path):
-    row = {"image": str(world / "1.png"), "caption": "square word1", "boxes": [[0, 0, 4, 4], [4, 4, 8, 8]], "labels": [0, 1],
+    row = {"image": str(world / "1.png"), "caption": "square word1",
+           "boxes": [[0, 0, 4, 4], [4, 4, 8, 8]], "labels": [0, 1],
            "label_names": ["square", "other"]}
     (tmp_path / "boxes.jsonl").write_text(json.dumps(row))
-    out = ev.evaluate(Answerer(Config()), info_of(world, "pairs.jsonl"), "pointing", {"data": str(tmp_path / "boxes.jsonl")})
+    out = ev.evaluate(Answerer(Config()), info_of(world, "pairs.jsonl"), "pointing",
+                      {"data": str(tmp_path / "boxes.jsonl")})
     assert out["metrics"] == {"inside the box": 75, "uniform": 25, "ratio": 3, "peak in the box": 100}
 
 
@@ -392,7 +403,8 @@ def distributed_job(rank, world, port, results):
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     info = info_of(world, "questions.json", "vqa", answers=["word0", "word1", "word2"])
     info["loop"]["data"] += f",{world / 'annotations.json'}"
-    out = {"retrieval": ev.evaluate(Tables(Config()), info_of(world, "lines.jsonl"), "retrieval", {"batch_size": 3}, rank, 2),
+    out = {"retrieval": ev.evaluate(Tables(Config()), info_of(world, "lines.jsonl"), "retrieval",
+                                    {"batch_size": 3}, rank, 2),
            "vqa": ev.evaluate(Answerer(Config()), {**info, "path": str(results)}, "vqa", {"batch_size": 3}, rank, 2),
            "one": ev.evaluate(Tables(Config()), info_of(world, "pairs.jsonl"), "retrieval", {"limit": 1}, rank, 2)}
     torch.save({k: v["metrics"] for k, v in out.items()}, results / f"{rank}.pt")
@@ -400,17 +412,20 @@ def distributed_job(rank, world, port, results):
 
 
 def test_two_processes_find_what_one_finds(world, tmp_path):
-    torch.multiprocessing.spawn(distributed_job, (world, 29400 + random.SystemRandom().randrange(1000), tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(distributed_job,
+                                (world, 29400 + random.SystemRandom().randrange(1000), tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first == second and first["retrieval"] == pytest.approx(expected(Tables(Config()), world)[1])
     assert first["vqa"]["accuracy"] == pytest.approx(100) and first["one"]["i2t_r1"] == 100    # rank 1 had no picture
-    assert sorted(r["question_id"] for r in json.loads((tmp_path / "vqa_test_results.json").read_text())) == list(range(91, 101))
+    assert (sorted(r["question_id"] for r in json.loads((tmp_path / "vqa_test_results.json").read_text()))
+            == list(range(91, 101)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 @pytest.mark.parametrize("task, opts, message", [
-    ("vqa", {}, r"vqa.*offers: retrieval"), ("nope", {}, "nope.*known: retrieval"), ("retrieval", {"folds": 11}, "--folds 11"),
+    ("vqa", {}, r"vqa.*offers: retrieval"), ("nope", {}, "nope.*known: retrieval"),
+    ("retrieval", {"folds": 11}, "--folds 11"),
     ("retrieval", {"data": "missing.json"}, "missing.json"), ("retrieval", {"vocab": "no.txt"}, "no.txt")])
 def test_what_the_user_can_get_wrong_is_one_line(world, task, opts, message):
     with pytest.raises(SystemExit, match=message) as e:
@@ -423,7 +438,7 @@ def test_a_vocabulary_of_another_size_is_refused(world):
         ev.evaluate(Tables(Config(vocab_size=70)), info_of(world, "pairs.jsonl"), "retrieval")
 
 
-# ------------------------------------------------------------------------------------------------------------------ runs
+# ----------------------------------------------------------------------------------------------------------------- runs
 
 class Tied(nn.Module):
     def __init__(self, cfg=None, task="pretrain", num_labels=0):
@@ -441,7 +456,8 @@ def test_weights_survive_the_round_trip_and_stay_tied(tmp_path):
     ev.save_model(torch.compile(model, backend="eager"), tmp_path / "w.safetensors")
     assert sorted(ev.read_weights(tmp_path / "w.safetensors")) == ["embed.weight", "empty", "out.bias", "ptr"]
     ev.load_weights(other, tmp_path / "w.safetensors")
-    assert torch.equal(other.embed.weight, model.embed.weight) and other.out.weight is other.embed.weight and other.ptr == 3
+    assert (torch.equal(other.embed.weight, model.embed.weight)
+            and other.out.weight is other.embed.weight and other.ptr == 3)
 
 
 def test_damaged_runs_are_one_line(tmp_path, world, monkeypatch):
@@ -478,7 +494,8 @@ def test_a_run_is_loaded_and_evaluated_from_the_command_line(world, tmp_path, mo
     out = ev.main([str(tmp_path / "run")])
     assert out["retrieval"]["metrics"] == pytest.approx(expected(Tables(Config()), world)[1])
     saved = json.loads((run / "eval-retrieval.json").read_text())
-    assert len(saved["protocol"]["sha256"]) == 64 and saved["protocol"]["step"] == 7 and saved["protocol"]["world_size"] == 1
+    assert (len(saved["protocol"]["sha256"]) == 64 and saved["protocol"]["step"] == 7
+            and saved["protocol"]["world_size"] == 1)
     assert "in domain, pre-trained only" in saved["protocol"]["protocol"] and "i2t R@1" in capsys.readouterr().out
     out = ev.main([str(tmp_path / "run"), "--data", str(world / "lines.jsonl"), "--limit", "5"])
     assert out["retrieval"]["protocol"]["records"] == 5 and "zero-shot" in out["retrieval"]["protocol"]["protocol"]

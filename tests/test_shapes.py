@@ -1,4 +1,5 @@
-"""The built-in world: official formats that their own readers read, a perfect reader's ceiling, balance, and all-or-nothing writing."""
+"""The built-in world: official formats that their own readers read, a perfect reader's ceiling, balance,
+and all-or-nothing writing."""
 import csv
 import json
 import multiprocessing
@@ -59,9 +60,10 @@ def test_oracle_reaches_95_percent(real_test_split):
 def test_oracle_by_brute_force(world):
     records = jsonl(world / "pairs_test.jsonl")
     scenes = [tuple(shapes.Obj(*o) for o in r["scene"]) for r in records]
-    true = np.array([[[shapes.holds(shapes.parse(c), s) for c in r["caption"]] for r in records] for s in scenes])      # (N, N, 5)
+    true = np.array([[[shapes.holds(shapes.parse(c), s) for c in r["caption"]] for r in records]
+                     for s in scenes])                                                                       # (N, N, 5)
     n = len(scenes)
-    own = true[np.arange(n), np.arange(n)]                                                                              # (N, 5)
+    own = true[np.arange(n), np.arange(n)]                                                                   # (N, 5)
     assert own.all()
     expected = {"t2i_r1": (true.sum(0) == 1).mean(), "i2t_r1": (true.sum((1, 2)) == 5).mean()}
     assert shapes.oracle_recall(world) == pytest.approx(expected)
@@ -91,11 +93,13 @@ def test_parse_inverts_say():
 
 def test_holds_on_hand_cases():
     scene = (shapes.Obj(0, 0, "large", "red", "circle"), shapes.Obj(1, 2, "small", "blue", "star"))
-    for text, truth in [("a red circle", True), ("a scarlet disk in the upper left", True), ("a small red circle", False),
+    for text, truth in [("a red circle", True), ("a scarlet disk in the upper left", True),
+                        ("a small red circle", False),
                         ("a red circle in the center", False), ("a red star", False), ("two shapes, a blue star", True),
                         ("only a blue star", False), ("a blue star below and to the right of a red dot", True),
                         ("above a blue star is a red circle", True), ("a red circle under a blue star", False),
-                        ("a blue star in the middle right left of a red circle", False), ("three things, a red circle", False)]:
+                        ("a blue star in the middle right left of a red circle", False),
+                        ("three things, a red circle", False)]:
         assert shapes.holds(shapes.parse(text), scene) == truth, text
 
 
@@ -110,7 +114,8 @@ def test_splits_share_no_scene():
 
 def test_records(world):
     vocabulary = (world / "vocab.txt").read_text().splitlines()
-    assert vocabulary[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and len(set(vocabulary)) == len(vocabulary) < 320
+    assert (vocabulary[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+            and len(set(vocabulary)) == len(vocabulary) < 320)
     ids = set()
     for split in shapes.COUNTS:
         records = jsonl(world / f"pairs_{split}.jsonl")
@@ -128,7 +133,8 @@ def test_records(world):
 
 
 def test_pictures_show_what_the_records_say(world):
-    """In each box the color of its object is there, beside it the muted ground; of each shape, every large one is larger than every small one."""
+    """In each box the color of its object is there, beside it the muted ground;
+    of each shape, every large one is larger than every small one."""
     sides = defaultdict(list)
     for r in jsonl(world / "pairs_test.jsonl"):
         pixels = np.asarray(Image.open(world / r["image"]), np.float32)
@@ -172,7 +178,8 @@ def test_vqa(world):
         questions = json.loads((world / f"vqa_{split}_questions.json").read_text())["questions"]
         annotations = json.loads((world / f"vqa_{split}_annotations.json").read_text())["annotations"]
         assert [q["question_id"] for q in questions] == [a["question_id"] for a in annotations]
-        assert len({q["question_id"] for q in questions}) == len(questions) == shapes.COUNTS[split] * SCALE * (1.5 if split == "train" else 2)
+        assert (len({q["question_id"] for q in questions}) == len(questions)
+                == shapes.COUNTS[split] * SCALE * (1.5 if split == "train" else 2))
         counts = Counter(a["multiple_choice_answer"] for a in annotations)
         assert counts.most_common(1)[0][1] / len(annotations) < 0.3
         for q, a in zip(questions, annotations):
@@ -193,7 +200,8 @@ def test_vqa_answers_are_true():
         asked = [shapes.CANON.get(w, w) for w in words(question)]
         assert answer in others, (question, answer)
         if kind in ("color", "shape") and not set(asked) & {"in", "at"}:
-            assert [answer] == [o[3 if kind == "color" else 4] for o in scene if o.shape in asked or o.color in asked], (question, scene)
+            assert [answer] == [o[3 if kind == "color" else 4] for o in scene
+                                if o.shape in asked or o.color in asked], (question, scene)
         if kind == "where":
             assert [answer] == [shapes.place(o) for o in scene if o.shape in asked and o.color in asked]
         if asked[:2] == ["is", "there"] or kind == "exist":
@@ -204,17 +212,20 @@ def test_visual_entailment(world):
     for split in shapes.COUNTS:
         records = jsonl(world / f"ve_{split}.jsonl")
         scenes = {r["image"]: tuple(shapes.Obj(*o) for o in r["scene"]) for r in jsonl(world / f"pairs_{split}.jsonl")}
-        assert len(set(Counter(r["gold_label"] for r in records).values())) == 1 and len({r["pairID"] for r in records}) == len(records)
+        assert (len(set(Counter(r["gold_label"] for r in records).values())) == 1
+                and len({r["pairID"] for r in records}) == len(records))
         for r in records:
             if r["gold_label"] == "neutral":
                 with pytest.raises(ValueError):
                     shapes.parse(r["sentence2"])
             else:
-                assert shapes.holds(shapes.parse(r["sentence2"]), scenes[r["image"]]) == (r["gold_label"] == "entailment"), r
+                assert (shapes.holds(shapes.parse(r["sentence2"]), scenes[r["image"]])
+                        == (r["gold_label"] == "entailment")), r
 
 
 def test_words_alone_do_not_tell_entailment_from_contradiction(tmp_path):
-    """Naive Bayes over words and pairs of neighbours, trained on one world's sentences and tried on others: near 50 %."""
+    """Naive Bayes over words and pairs of neighbours, trained on one world's sentences and tried on others:
+    near 50 %."""
     def sentences(split):
         shapes.write_ve(tmp_path, 0, 0.3, split)
         return [(words(r["sentence2"]), r["gold_label"] == "entailment") for r in jsonl(tmp_path / f"ve_{split}.jsonl")
@@ -245,7 +256,8 @@ def test_nlvr2(world):
                 assert (len(left) > len(right)) == (r["label"] == "True")
             if r["sentence"].startswith("both images") and "number" not in r["sentence"]:
                 asked = {shapes.CANON.get(w) for w in words(r["sentence"])} - {None}
-                assert all(any(asked <= set(o[2:]) for o in side) for side in (left, right)) == (r["label"] == "True"), r
+                assert (all(any(asked <= set(o[2:]) for o in side) for side in (left, right))
+                        == (r["label"] == "True")), r
         assert len({r["identifier"] for r in records}) == len(records)
         assert all(found.count("True") == found.count("False") for found in labels.values())
 
@@ -255,19 +267,24 @@ def test_sts(world):
     assert len(rows) == 180 and all(len(r) == 7 for r in rows)
     scores = np.array([float(r[4]) for r in rows])
     assert scores.min() >= 0 and scores.max() <= 5 and len({round(s) for s in scores}) == 6
-    overlap = np.array([len(set(words(r[5])) & set(words(r[6]))) / len(set(words(r[5])) | set(words(r[6]))) for r in rows])
+    overlap = np.array([len(set(words(r[5])) & set(words(r[6]))) / len(set(words(r[5])) | set(words(r[6])))
+                        for r in rows])
     same = [shapes.parse(r[5]) == shapes.parse(r[6]) for r in rows]
-    assert scores[same].min() > 4 and overlap[(scores > 2.4) & (scores < 3.6)].mean() > overlap[same].mean()    # words alone mislead
+    # words alone mislead
+    assert scores[same].min() > 4 and overlap[(scores > 2.4) & (scores < 3.6)].mean() > overlap[same].mean()
 
 
 def test_hashing_and_classes(world):
     from torchvision.datasets import ImageFolder
-    lists = {f: [line.split() for line in (world / "hashing" / f"{f}.txt").read_text().splitlines()] for f in ("train", "database", "test")}
+    lists = {f: [line.split() for line in (world / "hashing" / f"{f}.txt").read_text().splitlines()]
+             for f in ("train", "database", "test")}
     tags = {r["image"]: set(r["tags"]) for split in ("train", "test") for r in jsonl(world / f"pairs_{split}.jsonl")}
     for file, rows in lists.items():
         for path, *labels in rows:
-            assert {w for w, x in zip((*shapes.SHAPES, *shapes.COLORS), labels) if x == "1"} == {t for t in tags[path] if " " not in t}
-    assert {r[0] for r in lists["train"]} < {r[0] for r in lists["database"]} and not {r[0] for r in lists["test"]} & {r[0] for r in lists["database"]}
+            assert ({w for w, x in zip((*shapes.SHAPES, *shapes.COLORS), labels) if x == "1"}
+                    == {t for t in tags[path] if " " not in t})
+    assert ({r[0] for r in lists["train"]} < {r[0] for r in lists["database"]}
+            and not {r[0] for r in lists["test"]} & {r[0] for r in lists["database"]})
     for split, n in (("train", 120), ("val", 30)):
         folder = ImageFolder(world / "classes" / split)
         assert folder.classes == shapes.CLASSES and len(folder) == n and folder[0][0].size == (64, 64)
@@ -281,7 +298,8 @@ def test_clips(world):
     assert {w for s in info["sentences"] for w in words(s["caption"])} <= vocabulary
     for v in info["videos"]:
         features = np.load(world / "clips" / "features" / f"{v['video_id']}.npy")
-        assert said[v["video_id"]] == 5 and features.dtype == np.float32 and 8 <= len(features) <= 12 and features.shape[1] == 240
+        assert (said[v["video_id"]] == 5 and features.dtype == np.float32 and 8 <= len(features) <= 12
+                and features.shape[1] == 240)
         assert np.isfinite(features).all() and not features[0, 192:].any()
 
 
@@ -289,9 +307,11 @@ def test_clips(world):
 def test_frame_features_know_the_direction(dx, dy):
     rng = np.random.default_rng(0)
     ground = np.full((64, 64, 3), 120, np.float32)
-    frames = np.stack([shapes.paint(ground, [(32 + dx * t, 32 + dy * t, 9.0, 0.0, "red", "circle")], rng)[0] for t in range(-3, 4)])
+    frames = np.stack([shapes.paint(ground, [(32 + dx * t, 32 + dy * t, 9.0, 0.0, "red", "circle")], rng)[0]
+                       for t in range(-3, 4)])
     flow = shapes.frame_features(frames)[1:, 208:].reshape(6, 16, 2).sum((0, 1))
-    assert np.sign(flow[0] if dx else flow[1]) == np.sign(dx or dy) and abs(flow[0 if dx else 1]) > 5 * abs(flow[1 if dx else 0])
+    assert (np.sign(flow[0] if dx else flow[1]) == np.sign(dx or dy)
+            and abs(flow[0 if dx else 1]) > 5 * abs(flow[1 if dx else 0]))
 
 
 def test_same_seed_same_bytes_other_seed_other_world(tmp_path):
@@ -299,7 +319,8 @@ def test_same_seed_same_bytes_other_seed_other_world(tmp_path):
     for root, seed in ((one, 0), (other, 1)):
         shapes.ensure(root, quiet=True, seed=seed, scale=0.02)
     code = f"import shapes, pathlib; shapes.ensure(pathlib.Path({str(two)!r}), quiet=True, scale=0.02)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(shapes.__file__).parent, env={**os.environ, "PYTHONHASHSEED": "7"})
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(shapes.__file__).parent,
+                   env={**os.environ, "PYTHONHASHSEED": "7"})
     assert digest(one) == digest(two)
     assert (one / "pairs_test.jsonl").read_bytes() != (other / "pairs_test.jsonl").read_bytes()
 
@@ -332,7 +353,8 @@ def test_made_once_reused_and_made_anew(tmp_path, monkeypatch):
 
 def test_killed_writer_leaves_nothing_that_counts(tmp_path):
     root = tmp_path / "shapes"
-    writer = subprocess.Popen([sys.executable, shapes.__file__, "--root", str(root)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    writer = subprocess.Popen([sys.executable, shapes.__file__, "--root", str(root)], stderr=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob(".shapes.tmp-*/images/train/000000.jpg")):
         assert writer.poll() is None
         time.sleep(0.02)

@@ -15,8 +15,9 @@ import shapes
 import train
 from models import codis
 
-SIZES = dict(image_size=32, patch=8, vision_width=24, vision_layers=2, vision_heads=3, width=16, text_layers=2, fusion_layers=2, heads=4,
-             dropout=0.0, embed_dim=8, queue_size=8, codewords=4, vocab_size=40, positions=32, mask_id=4, cls_id=2, sep_id=3, first_word=5)
+SIZES = dict(image_size=32, patch=8, vision_width=24, vision_layers=2, vision_heads=3, width=16, text_layers=2,
+             fusion_layers=2, heads=4, dropout=0.0, embed_dim=8, queue_size=8, codewords=4, vocab_size=40,
+             positions=32, mask_id=4, cls_id=2, sep_id=3, first_word=5)
 
 
 def make(task="pretrain", **sizes):
@@ -25,10 +26,12 @@ def make(task="pretrain", **sizes):
 
 def timm(width=24, layers=2, patch=8, grid=4):
     """A random state dict with timm's names, as a ViT classifier has them."""
-    shapes_ = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid * grid, width), "patch_embed.proj.weight": (width, 3, patch, patch),
-               "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,), "head.weight": (10, width), "head.bias": (10,)}
+    shapes_ = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid * grid, width),
+               "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,),
+               "norm.weight": (width,), "norm.bias": (width,), "head.weight": (10, width), "head.bias": (10,)}
     for n in range(layers):
-        for name, out, in_ in (("attn.qkv", 3 * width, width), ("attn.proj", width, width), ("mlp.fc1", 4 * width, width), ("mlp.fc2", width, 4 * width)):
+        for name, out, in_ in (("attn.qkv", 3 * width, width), ("attn.proj", width, width),
+                               ("mlp.fc1", 4 * width, width), ("mlp.fc2", width, 4 * width)):
             shapes_ |= {f"blocks.{n}.{name}.weight": (out, in_), f"blocks.{n}.{name}.bias": (out,)}
         shapes_ |= {f"blocks.{n}.norm{i}.{kind}": (width,) for i in (1, 2) for kind in ("weight", "bias")}
     return {k: 0.3 * torch.randn(s) for k, s in shapes_.items()}
@@ -36,7 +39,8 @@ def timm(width=24, layers=2, patch=8, grid=4):
 
 def bert(width=16, layers=4, vocab=40, prefix="bert.", old=False, head=True):
     """A random state dict with the names of Hugging Face's BertForPreTraining; `old`: LayerNorms as gamma and beta."""
-    out = {f"{prefix}embeddings.{k}_embeddings.weight": torch.randn(n, width) for k, n in (("word", vocab), ("position", 32), ("token_type", 2))}
+    out = {f"{prefix}embeddings.{k}_embeddings.weight": torch.randn(n, width)
+           for k, n in (("word", vocab), ("position", 32), ("token_type", 2))}
     out[prefix + "embeddings.position_ids"] = torch.arange(32)[None]
     weight, bias = ("gamma", "beta") if old else ("weight", "bias")
 
@@ -44,25 +48,30 @@ def bert(width=16, layers=4, vocab=40, prefix="bert.", old=False, head=True):
         out.update({name + ".weight": 0.3 * torch.randn(rows, columns), name + ".bias": 0.3 * torch.randn(rows)})
 
     def norm(name):
-        out.update({f"{name}.LayerNorm.{weight}": 1 + 0.3 * torch.randn(width), f"{name}.LayerNorm.{bias}": 0.3 * torch.randn(width)})
+        out.update({f"{name}.LayerNorm.{weight}": 1 + 0.3 * torch.randn(width),
+                    f"{name}.LayerNorm.{bias}": 0.3 * torch.randn(width)})
     norm(prefix + "embeddings")
     for n in range(layers):
         at = f"{prefix}encoder.layer.{n}."
         for name in ("query", "key", "value"):
             dense(f"{at}attention.self.{name}", width, width)
         dense(at + "attention.output.dense", width, width), norm(at + "attention.output")
-        dense(at + "intermediate.dense", 4 * width, width), dense(at + "output.dense", width, 4 * width), norm(at + "output")
+        (dense(at + "intermediate.dense", 4 * width, width), dense(at + "output.dense", width, 4 * width),
+         norm(at + "output"))
     dense(prefix + "pooler.dense", width, width)
     if head:
-        dense("cls.predictions.transform.dense", width, width), norm("cls.predictions.transform"), dense("cls.seq_relationship", 2, width)
-        out |= {"cls.predictions.bias": torch.randn(vocab), "cls.predictions.decoder.weight": out[prefix + "embeddings.word_embeddings.weight"].clone()}
+        (dense("cls.predictions.transform.dense", width, width), norm("cls.predictions.transform"),
+         dense("cls.seq_relationship", 2, width))
+        out |= {"cls.predictions.bias": torch.randn(vocab),
+                "cls.predictions.decoder.weight": out[prefix + "embeddings.word_embeddings.weight"].clone()}
     return out
 
 
 def reference_vit(state, image, heads):
     """timm's ViT, step by step in float64 from the state dict alone -> (B, P+1, D)."""
     s = {k: v.double() for k, v in state.items()}
-    x = F.conv2d(image.double(), s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], stride=s["patch_embed.proj.weight"].shape[-1])
+    x = F.conv2d(image.double(), s["patch_embed.proj.weight"], s["patch_embed.proj.bias"],
+                 stride=s["patch_embed.proj.weight"].shape[-1])
     x = torch.cat([s["cls_token"].expand(len(x), -1, -1), x.flatten(2).mT], 1) + s["pos_embed"]
     width = x.shape[-1]
 
@@ -73,7 +82,8 @@ def reference_vit(state, image, heads):
         return F.layer_norm(x, (width,), s[name + ".weight"], s[name + ".bias"], 1e-6)
     for n in range(sum(k.endswith("norm1.weight") for k in s)):
         at = f"blocks.{n}."
-        q, k, v = linear(norm(x, at + "norm1"), at + "attn.qkv").reshape(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (linear(norm(x, at + "norm1"), at + "attn.qkv").reshape(*x.shape[:2], 3, heads, -1)
+                   .permute(2, 0, 3, 1, 4))
         a = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
         x = x + linear(a.transpose(1, 2).reshape(x.shape), at + "attn.proj")
         x = x + linear(F.gelu(linear(norm(x, at + "norm2"), at + "mlp.fc1")), at + "mlp.fc2")
@@ -81,7 +91,8 @@ def reference_vit(state, image, heads):
 
 
 def reference_bert(state, ids, mask, heads):
-    """BERT step by step in float64 from a state dict without prefix, LayerNorms as weight and bias -> hidden states, [0] = embeddings."""
+    """BERT step by step in float64 from a state dict without prefix, LayerNorms as weight and bias -> hidden states,
+    [0] = embeddings."""
     s = {k: v.double() for k, v in state.items()}
 
     def linear(x, name):
@@ -93,10 +104,12 @@ def reference_bert(state, ids, mask, heads):
     states = [norm(x + s["embeddings.position_embeddings.weight"][:ids.shape[1]], "embeddings")]
     for n in range(sum(k.endswith("intermediate.dense.weight") for k in s)):
         at, x = f"encoder.layer.{n}.", states[-1]
-        q, k, v = (linear(x, f"{at}attention.self.{p}").unflatten(-1, (heads, -1)).transpose(1, 2) for p in ("query", "key", "value"))
+        q, k, v = (linear(x, f"{at}attention.self.{p}").unflatten(-1, (heads, -1)).transpose(1, 2)
+                   for p in ("query", "key", "value"))
         a = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(mask[:, None, None] == 0, -torch.inf).softmax(-1) @ v
         x = norm(linear(a.transpose(1, 2).flatten(2), at + "attention.output.dense") + x, at + "attention.output")
-        states.append(norm(linear(F.gelu(linear(x, at + "intermediate.dense")), at + "output.dense") + x, at + "output"))
+        states.append(norm(linear(F.gelu(linear(x, at + "intermediate.dense")), at + "output.dense") + x,
+                           at + "output"))
     return states
 
 
@@ -148,12 +161,14 @@ def test_hugging_face_vit_names_become_timms(tmp_path):
     for key, value in state.items():
         if key.endswith(("qkv.weight", "qkv.bias")):
             at, kind = key.split(".")[1], key.split(".")[-1]
-            theirs |= {f"vit.encoder.layer.{at}.attention.attention.{p}.{kind}": v.clone() for p, v in zip(("query", "key", "value"), value.chunk(3))}
+            theirs |= {f"vit.encoder.layer.{at}.attention.attention.{p}.{kind}": v.clone()
+                       for p, v in zip(("query", "key", "value"), value.chunk(3))}
             continue
         for a, b in (("cls_token", "vit.embeddings.cls_token"), ("pos_embed", "vit.embeddings.position_embeddings"),
-                     ("patch_embed.proj", "vit.embeddings.patch_embeddings.projection"), ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
-                     ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"), ("blocks", "vit.encoder.layer"),
-                     ("head.", "classifier.")):
+                     ("patch_embed.proj", "vit.embeddings.patch_embeddings.projection"),
+                     ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+                     ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
+                     ("mlp.fc2", "output.dense"), ("blocks", "vit.encoder.layer"), ("head.", "classifier.")):
             key = key.replace(a, b)
         theirs["vit.layernorm" + key[4:] if key.startswith("norm.") else key] = value
     save_file(theirs, tmp_path / "hf.safetensors")
@@ -162,7 +177,8 @@ def test_hugging_face_vit_names_become_timms(tmp_path):
     torch.testing.assert_close(model.vision(image).double(), reference_vit(state, image, 3), atol=1e-5, rtol=1e-5)
     del theirs["vit.encoder.layer.1.attention.attention.key.bias"]
     save_file(theirs, tmp_path / "hole.safetensors")
-    refused("vision.blocks.1.attn.qkv.bias", lambda: codis.load_pretrained(make(), vision=tmp_path / "hole.safetensors"))
+    refused("vision.blocks.1.attn.qkv.bias",
+            lambda: codis.load_pretrained(make(), vision=tmp_path / "hole.safetensors"))
 
 
 def test_position_embeddings_follow_the_grid(tmp_path):
@@ -171,7 +187,8 @@ def test_position_embeddings_follow_the_grid(tmp_path):
     model = make()
     report = codis.load_pretrained(model, vision=tmp_path / "v.safetensors")
     pos = state["pos_embed"]
-    grid = F.interpolate(pos[:, 1:].reshape(1, 6, 6, 24).permute(0, 3, 1, 2), (4, 4), mode="bicubic", align_corners=False)
+    grid = F.interpolate(pos[:, 1:].reshape(1, 6, 6, 24).permute(0, 3, 1, 2), (4, 4), mode="bicubic",
+                         align_corners=False)
     assert torch.equal(model.vision.pos_embed[:, :1], pos[:, :1])
     torch.testing.assert_close(model.vision.pos_embed[0, 1:].detach(), grid.flatten(2).mT[0])
     assert "6x6 to 4x4" in report
@@ -188,9 +205,11 @@ def test_vision_files_that_do_not_fit_are_one_line(tmp_path):
     refused(["1 of this tower's 30", "vision.blocks.1.mlp.fc1.bias"], load(lambda s: s.pop("blocks.1.mlp.fc1.bias")))
     refused(["patch_embed.proj.weight", "(24, 3, 8, 8)", "(24, 3, 16, 16)"], load(lambda s: None, patch=16))
     refused("not filled: vision.blocks.2.", load(lambda s: None, vision_layers=3))
-    refused("without distillation token", load(lambda s: s.update(dist_token=torch.zeros(1, 1, 24), pos_embed=torch.zeros(1, 18, 24))))
+    refused("without distillation token",
+            load(lambda s: s.update(dist_token=torch.zeros(1, 1, 24), pos_embed=torch.zeros(1, 18, 24))))
     refused("(1, 16, 24)", load(lambda s: s.update(pos_embed=torch.zeros(1, 16, 24))))
-    refused("blocks.0-1.ls1.gamma", load(lambda s: s.update({f"blocks.{n}.ls1.gamma": torch.ones(24) for n in range(2)})))
+    refused("blocks.0-1.ls1.gamma",
+            load(lambda s: s.update({f"blocks.{n}.ls1.gamma": torch.ones(24) for n in range(2)})))
     refused("none of its names fits", load(lambda s: [s.update({"visual." + k: s.pop(k)}) for k in list(s)]))
     assert "unexpected 14: blocks.1.attn.proj.{weight,bias}" in load(lambda s: None, vision_layers=1)()
 
@@ -213,13 +232,18 @@ def test_bert_gives_the_reference_hidden_states(prefix, form, tmp_path):
     for mine, theirs in zip(text_states(model, ids, mask), expected, strict=True):
         torch.testing.assert_close(mine.double(), theirs, atol=2e-5, rtol=1e-5)
     head = plain(state)
-    x = F.gelu(F.linear(mine, head["cls.predictions.transform.dense.weight"], head["cls.predictions.transform.dense.bias"]))
-    x = F.layer_norm(x, (16,), head["cls.predictions.transform.LayerNorm.weight"], head["cls.predictions.transform.LayerNorm.bias"], 1e-12)
+    x = F.gelu(F.linear(mine, head["cls.predictions.transform.dense.weight"],
+                        head["cls.predictions.transform.dense.bias"]))
+    x = F.layer_norm(x, (16,), head["cls.predictions.transform.LayerNorm.weight"],
+                     head["cls.predictions.transform.LayerNorm.bias"], 1e-12)
     x = x @ head["embeddings.word_embeddings.weight"].T + head["cls.predictions.bias"]
-    torch.testing.assert_close(model.mlm_head(mine, model.text.embeddings.word_embeddings.weight), x, atol=1e-4, rtol=1e-4)
-    assert "matched 75 of 80" in report and "unexpected 4: cls.seq_relationship.{weight,bias}, pooler.dense.{weight,bias}" in report
+    torch.testing.assert_close(model.mlm_head(mine, model.text.embeddings.word_embeddings.weight), x,
+                               atol=1e-4, rtol=1e-4)
+    assert ("matched 75 of 80" in report
+            and "unexpected 4: cls.seq_relationship.{weight,bias}, pooler.dense.{weight,bias}" in report)
     assert "ignored: embeddings.position_ids" in report and "missing 0" in report
-    assert "fusion.layer.0-1.crossattention.self.query.{weight,bias}" in report and "fusion.layer.0-1.attention" not in report
+    assert ("fusion.layer.0-1.crossattention.self.query.{weight,bias}" in report
+            and "fusion.layer.0-1.attention" not in report)
 
 
 def test_teachers_are_copies_and_queues_start_anew(tmp_path):
@@ -248,7 +272,8 @@ def test_a_file_of_the_text_layers_alone_leaves_fusion_new(tmp_path):
             assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("task,copies", [("vqa", ["fusion.layer.{}.", "decoder.layer.{}."]), ("nlvr2", ["fusion.layer.{}."])])
+@pytest.mark.parametrize("task,copies",
+                         [("vqa", ["fusion.layer.{}.", "decoder.layer.{}."]), ("nlvr2", ["fusion.layer.{}."])])
 def test_upper_layers_also_fill_decoder_and_both_nlvr2_copies(task, copies, tmp_path):
     state = bert()
     save_file(state, tmp_path / "t.safetensors")
@@ -258,7 +283,8 @@ def test_upper_layers_also_fill_decoder_and_both_nlvr2_copies(task, copies, tmp_
     for n in range(len(model.fusion.layer)):
         for place in copies:
             source = 2 + (n // 2 if task == "nlvr2" else n)
-            assert torch.equal(mine[place.format(n) + "output.dense.weight"], state[f"bert.encoder.layer.{source}.output.dense.weight"])
+            assert torch.equal(mine[place.format(n) + "output.dense.weight"],
+                               state[f"bert.encoder.layer.{source}.output.dense.weight"])
 
 
 def test_text_files_that_do_not_fit_are_one_line_and_change_nothing(tmp_path):
@@ -280,17 +306,20 @@ def test_text_files_that_do_not_fit_are_one_line_and_change_nothing(tmp_path):
     refused(["embeddings.word_embeddings.weight", "(40, 16)", "(41, 16)", "--vocab"], load(vocab_size=41))
     refused(["(32, 16)", "(24, 16)", "position"], load(positions=24))
     refused(["(16,)", "(64,)", "intermediate"], load(mlp_ratio=1))
-    refused("text.encoder.layer.1.attention.self.key.bias", load(lambda s: s.pop("bert.encoder.layer.1.attention.self.key.bias")))
+    refused("text.encoder.layer.1.attention.self.key.bias",
+            load(lambda s: s.pop("bert.encoder.layer.1.attention.self.key.bias")))
     refused("fusion.layer.1.output.dense.bias", load(lambda s: s.pop("bert.encoder.layer.3.output.dense.bias")))
     refused("not filled: text.encoder.layer.4.", load(text_layers=5))
     refused("mlm_head.bias", load(lambda s: s.pop("cls.predictions.bias")))
     refused("cls.predictions.decoder.weight differs", load(lambda s: s["cls.predictions.decoder.weight"].add_(1)))
     refused("encoder.layer.0.attention.self.distance_embedding.weight",
-            load(lambda s: s.update({"bert.encoder.layer.0.attention.self.distance_embedding.weight": torch.ones(3, 4)})))
+            load(lambda s: s.update({"bert.encoder.layer.0.attention.self.distance_embedding.weight":
+                                     torch.ones(3, 4)})))
     refused(["hidden_act", "gelu", "relu"], load(act="relu"))
     refused(["num_attention_heads 2", "4"], load(config={"num_attention_heads": 2}))
     refused("roberta", load(config={"model_type": "roberta"}))
-    assert "differs" not in load(lambda s: s["cls.predictions.decoder.weight"].add_(1), task="ve")()   # no such head in that task
+    # no such head in that task
+    assert "differs" not in load(lambda s: s["cls.predictions.decoder.weight"].add_(1), task="ve")()
 
 
 def test_files_that_are_no_weights_are_one_line(tmp_path):
@@ -311,9 +340,11 @@ def test_train_starts_from_a_bert_file_and_says_what_it_filled(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     vocab = len((root / "vocab.txt").read_text().split())
     save_file(bert(vocab=vocab, layers=2), "bert.safetensors")
-    flags = ["--model", "codis", "--data", str(root / "pairs_train.jsonl"), "--vocab", str(root / "vocab.txt"), "--steps", "2",
+    flags = ["--model", "codis", "--data", str(root / "pairs_train.jsonl"),
+             "--vocab", str(root / "vocab.txt"), "--steps", "2",
              "--evals", "none", "--batch_size", "4", "--workers", "0", "--queue_size", "16", "--codewords", "8",
-             "--vision_layers", "1", "--width", "16", "--text_layers", "1", "--positions", "32", "--log_every", "1", "--out", "out"]
+             "--vision_layers", "1", "--width", "16", "--text_layers", "1", "--positions", "32",
+             "--log_every", "1", "--out", "out"]
     refused(["gelu", "relu"], lambda: train.main([*flags, "--init_text", "bert.safetensors"]))
     train.main([*flags, "--act", "gelu", "--init_text", "bert.safetensors"])
     said = capsys.readouterr().out
@@ -330,7 +361,8 @@ def test_a_hub_name_offline_says_what_to_download_and_where_to_put_it(monkeypatc
 def test_a_downloaded_hub_folder_is_what_load_pretrained_reads(tmp_path, monkeypatch):
     import huggingface_hub
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, allow_patterns: asked.append(allow_patterns) or str(tmp_path))
     save_file(bert(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "num_attention_heads": 4}))
     assert "matched" in codis.load_pretrained(make(), text=train.local_weights("some/bert", 0, 1))
@@ -364,7 +396,8 @@ def test_minilm_gives_the_hidden_states_of_bert():
     if importlib.util.find_spec("transformers"):
         from transformers import BertModel
         with torch.no_grad():
-            states = BertModel.from_pretrained(minilm(), attn_implementation="eager").eval()(ids, mask, output_hidden_states=True).hidden_states
+            states = (BertModel.from_pretrained(minilm(), attn_implementation="eager")
+                      .eval()(ids, mask, output_hidden_states=True).hidden_states)
         for expected, reference in zip(theirs, states, strict=True):
             assert (reference - expected)[mask.bool()].abs().max() < 1e-5
         difference = (model.text(ids, mask) - states[-1])[mask.bool()].abs().max().item()

@@ -114,7 +114,8 @@ class Config:
     mlm_distill: float = 0.0        # weight of a fusion teacher in the MLM targets; 0 builds none
     max_answer: int = 10            # tokens of an answer, [CLS] and [SEP] included
     queue_chunk: int = 8192         # keys scored at a time
-    init_std: float = 0.02          # standard deviation of initial weights and position embeddings
+    init_std: float = 0.02          # standard deviation of initial weights
+    pos_std: float = 0.02           # that of the image encoder's position embeddings and class token
     checkpointing: bool = False     # recompute encoder blocks in backward instead of keeping their activations
 
 
@@ -122,8 +123,9 @@ TINY = dict(image_view="plain", batch_size=32, warmup_steps=100, warmup_lr=1e-5,
 PRESETS = {
     "base": dict(),
     "tiny": dict(image_size=64, stem="conv", vision_width=128, vision_layers=4, vision_heads=4,
-                 width=128, text_layers=2, fusion_layers=1, heads=4, mlp_ratio=4, act="relu", dropout=0.0,
-                 embed_dim=128, queue_size=1024, momentum=0.98, codewords=256, max_text=22, init_std=0.08,
+                 width=128, text_layers=2, fusion_layers=2, heads=4, mlp_ratio=4, act="relu", dropout=0.0,
+                 embed_dim=128, queue_size=1024, momentum=0.98, codewords=256, max_text=22, mlm_prob=0.3,
+                 init_std=0.08, pos_std=0.5,
                  pretrain=dict(TINY, steps=2600, lr=1e-3, rerank_k=16),
                  retrieval=dict(TINY, steps=1000, lr=3e-4, rerank_k=16),
                  vqa=dict(TINY, steps=2400, lr=3e-4),
@@ -274,6 +276,21 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return self.norm(x)
+
+
+def init_vit(vit, pos_std):
+    """Initial weights of an image encoder, where a model's `init_std` is not good: He's for the convolutions of a stem,
+    `pos_std` for places and class token, 0.02 at all sizes for what a block adds to its tokens. With tiny's 0.08 for
+    all three the first block drowned the patches: each knew the colours of the whole picture, few their own place."""
+    for module in vit.patch_embed.proj.children():  # of a conv stem; ViT's single projection has none
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    for token in (vit.pos_embed, vit.cls_token):
+        nn.init.trunc_normal_(token, std=pos_std)
+    for block in vit.blocks:
+        for module in (block.attn.proj, block.mlp.fc2):
+            nn.init.trunc_normal_(module.weight, std=0.02)
 
 
 def resize_pos_embed(pos, height, width):
@@ -703,8 +720,7 @@ class Codis(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=self.cfg.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.vision.pos_embed, std=self.cfg.init_std)
-        nn.init.trunc_normal_(self.vision.cls_token, std=self.cfg.init_std)
+        init_vit(self.vision, self.cfg.pos_std)
         if hasattr(self, "codebook"):
             self.codebook.data = F.normalize(self.codebook.data, dim=-1)
 
@@ -1352,12 +1368,12 @@ Model = Codis
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if k not in VIEWS}, vocab_size=200, mask_id=4, cls_id=2, sep_id=3,
-                 first_word=5)
+    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if k not in VIEWS}, vocab_size=200, mask_id=4, cls_id=2,
+                 sep_id=3, first_word=5)
     words, image = torch.randint(5, 200, (4, cfg.max_text)), torch.randn(4, 3, cfg.image_size, cfg.image_size)
     batch = {"image": image, "image2": image.flip(0), "text": words, "text_mask": torch.ones_like(words),
-             "image_id": torch.arange(4), "label": torch.arange(4) % 2, "answer": words[:, :5], "answer_mask": torch.ones_like(words[:, :5]),
-             "answer_weight": torch.ones(4)}
+             "image_id": torch.arange(4), "label": torch.arange(4) % 2, "answer": words[:, :5],
+             "answer_mask": torch.ones_like(words[:, :5]), "answer_weight": torch.ones(4)}
     for task in VIEWS:
         model = Codis(cfg, task, num_labels=3).train()
         out = model(batch)

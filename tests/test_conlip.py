@@ -809,4 +809,5 @@ def test_pixel_head_and_mask_token_start_small():
     """Whatever the towers start with: at tiny's 0.08 ConMIM ended in one guess for all patches."""
     torch.manual_seed(0)
     model = ConLIP(small(init_std=0.08), "pretrain")
-    assert model.mim_head.weight.std() < 0.03 and model.mask_token.std() < 0.03 < model.vision.pos_embed.std()
+    assert model.mim_head.weight.std() < 0.03 and model.mask_token.std() < 0.03
+    assert model.vision.blocks[0].mlp.fc1.weight.std() > 0.06

@@ -744,8 +744,8 @@ def photos(tmp_path_factory):
     return root
 
 
-SMALL = ("--image_size 32 --width 24 --vision_layers 1 --text_layers 1 --heads 2 --max_text 8 --queue_size 16 "
-         "--batch_size 4 --steps 3 --log_every 1 --workers 0 --eval_split val").split()
+SMALL = ("--image_size 32 --patch 16 --width 24 --vision_layers 1 --text_layers 1 --heads 2 --max_text 8 "
+         "--queue_size 16 --batch_size 4 --steps 3 --log_every 1 --workers 0 --eval_split val").split()
 
 
 def test_train_and_evaluate(photos, tmp_path):

@@ -851,7 +851,7 @@ def test_speed_of_a_model_that_scores_pairs(world, tmp_path):
     """Any model with match(): here CODIS' own, of which both ways are timed."""
     train.main(["--model", "codis", "--data", str(world / "pairs.jsonl"), "--vocab", str(world / "vocab.txt"),
                 "--out", str(tmp_path / "c"), "--steps", "0", "--batch_size", "4", "--evals", "none",
-                "--image_size", "32", "--vision_layers", "1", "--queue_size", "8", "--codewords", "8"])
+                "--image_size", "24", "--vision_layers", "1", "--queue_size", "8", "--codewords", "8"])
     rows = ev.main([str(tmp_path / "c"), "--task", "speed", "--sizes", "2,6"])["speed"]["rows"]
     assert [r["way"] for r in rows] == ["dual encoder"] * 2 + ["match, every pair"] * 2
     model, info = ev.load_run(tmp_path / "c")

@@ -1005,7 +1005,7 @@ def test_regions_stand_for_the_pictures(world, tmp_path, capsys):
 def test_all_pairs_and_a_shortlist(world, tmp_path, capsys):
     """A shortlist of everything gives what scoring every pair gives; a short one is another run's, and says so."""
     train.main(ours(world, tmp_path / "run", "--steps", 0))
-    train.main(command(world, tmp_path / "dual", "--steps", 0, "--image_size", 64, model="codis"))
+    train.main(command(world, tmp_path / "dual", "--steps", 0, "--image_size", 72, model="codis"))
     opts = [str(tmp_path / "run"), "--task", "retrieval", "--split", "train",
             "--data", str(world / "small.jsonl"), "--pairs", "7"]
     every = ev.main(opts)["retrieval"]

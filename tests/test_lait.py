@@ -438,7 +438,8 @@ def test_score_is_the_cosine_of_the_runs_encoders(web, scored, tmp_path):
     for n, path in enumerate(paths):
         records.append({"image": path, "image_id": n, "caption": ["x"]})
     views = {"source": "pairs", "image": "resize", "norm": "clip", "text": "caption"}
-    view = data.Views(records, views, data.get_tokenizer(scored / "vocab.txt"), 64, 16, train=False)
+    view = data.Views(records, views, data.get_tokenizer(scored / "vocab.txt"), model.cfg.image_size,
+                      16, train=False)
     with torch.no_grad():
         for got, o, text in zip(score, owner, texts, strict=True):
             image = model.encode_image({"image": view[o]["image"][None]})[0]

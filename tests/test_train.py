@@ -94,10 +94,10 @@ def test_init_lists_what_is_new_and_refuses_an_empty_backbone(capsys):
     with pytest.raises(SystemExit, match="backbone"):
         train.main(["--model", "codis", "--task", "ve", "--init", "out/pre", "--steps", "1", *deeper,
                     "--out", "out/deeper"])
-    train.main(["--model", "codis", "--steps", "1", *SMALL, "--fusion_layers", "2", "--out", "out/two"])
+    train.main(["--model", "codis", "--steps", "1", *SMALL, "--fusion_layers", "3", "--out", "out/three"])
     # not the lower half of a fusion encoder
     with pytest.raises(SystemExit, match="no place for fusion.*flags of size"):
-        train.main(["--model", "codis", "--task", "vqa", "--init", "out/two", "--steps", "1", *SMALL,
+        train.main(["--model", "codis", "--task", "vqa", "--init", "out/three", "--steps", "1", *SMALL,
                     "--out", "out/cut"])
 
 
@@ -106,7 +106,7 @@ def test_init_lists_what_is_new_and_refuses_an_empty_backbone(capsys):
     (["--model", "codis", "--data", "missing.json", "--vocab", "x"], "missing.json"),
     (["--model", "codis", "--lrr", "1"], "--lrr"),
     (["--model", "codis", "--batch_size", "7", "--accum", "2"], "batch_size"),
-    (["--model", "codis", "--preset", "huge"], "huge"),
+    (["--model", "codis", "--preset", "huge"], "huge"), (["--model", "codis", "--image_size", "64"], "--patch 24"),
     (["--model", "codis", "--init_text", "nothing.safetensors"], "nothing.safetensors"),
     (["--model", "codis", "--init", "nowhere"], "nowhere")])
 def test_what_the_user_gets_wrong_is_one_line(flags, words):

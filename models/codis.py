@@ -132,11 +132,11 @@ PRESETS = {
                  width=128, text_layers=2, fusion_layers=2, heads=4, mlp_ratio=4, act="relu", dropout=0.0,
                  embed_dim=128, queue_size=1024, momentum=0.98, codewords=256, max_text=22, mlm_prob=0.3,
                  init_std=0.08, pos_std=0.5,
-                 pretrain=dict(TINY, steps=2600, lr=1e-3, rerank_k=16),
+                 pretrain=dict(TINY, steps=1900, lr=1e-3, rerank_k=16),
                  retrieval=dict(TINY, steps=1000, lr=3e-4, rerank_k=16),
-                 vqa=dict(TINY, steps=2400, lr=3e-4),
-                 ve=dict(TINY, steps=2400, lr=5e-4),
-                 nlvr2=[dict(TINY, steps=300, lr=4e-4), dict(TINY, steps=1600, lr=5e-4)]),
+                 vqa=dict(TINY, steps=1900, lr=3e-4),
+                 ve=dict(TINY, steps=1800, lr=5e-4),
+                 nlvr2=[dict(TINY, steps=200, lr=4e-4), dict(TINY, steps=1200, lr=5e-4)]),
 }
 
 # Values without a mark are the paper's, section 4.2.1. [A]: ALBEF's, which the paper follows without printing them.
@@ -750,9 +750,9 @@ class Codis(nn.Module):
         fusion = {k: v for k, v in state.items() if k.startswith("fusion.layer.")}
         depth = 1 + max((int(k.split(".")[2]) for k in fusion), default=-1)
         if len(self.fusion.layer) == 2 * depth:
+            state = {k: v for k, v in state.items() if k not in fusion}
             for key in fusion:
                 n, rest = key.removeprefix("fusion.layer.").split(".", 1)
-                state.pop(key)
                 state |= {f"fusion.layer.{2 * int(n) + i}.{rest}": fusion[key] for i in range(2)}
         if hasattr(self, "decoder") and not any(k.startswith("decoder.") for k in state):
             decoder = {"decoder." + k.removeprefix("fusion."): v for k, v in fusion.items()}

@@ -1036,6 +1036,17 @@ def test_codis_two_images_alternate():
     assert (swapped - model.predict(batch)).abs().max() > 1e-4
 
 
+def test_codis_nlvr2_starts_with_every_fusion_layer_twice():
+    """ALBEF's NLVR2 from three pre-trained fusion layers: layers 0 1, 2 3, 4 5 of the new six are copies of 0, 1, 2."""
+    before, model = make_model(fusion_layers=3), make_model(fusion_layers=3, task="nlvr2")
+    adapted = model.adapt(before.state_dict())
+    for name in model.state_dict():
+        if name.startswith("fusion.layer."):
+            n, rest = name.removeprefix("fusion.layer.").split(".", 1)
+            assert torch.equal(adapted[name], before.state_dict()[f"fusion.layer.{int(n) // 2}.{rest}"]), name
+    assert not [k for k in adapted if k.startswith("fusion.") and k not in model.state_dict()]
+
+
 # ---------------------------------------------------------------------------------------------------------- distributed
 
 CASES = [dict(), dict(codebook_features="student", codebook_target="same", intra=False, batch_keys=False)]

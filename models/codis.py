@@ -132,7 +132,7 @@ PRESETS = {
                  width=128, text_layers=2, fusion_layers=2, heads=4, mlp_ratio=4, act="relu", dropout=0.0,
                  embed_dim=128, queue_size=1024, momentum=0.98, codewords=256, max_text=22, mlm_prob=0.3,
                  init_std=0.08, pos_std=0.5,
-                 pretrain=dict(TINY, steps=1900, lr=1e-3, rerank_k=16),
+                 pretrain=dict(TINY, steps=1700, lr=1e-3, rerank_k=16),
                  retrieval=dict(TINY, steps=1000, lr=3e-4, rerank_k=16),
                  vqa=dict(TINY, steps=1900, lr=3e-4),
                  ve=dict(TINY, steps=1800, lr=5e-4),

@@ -47,7 +47,7 @@ Deviations from the paper
         within 60 steps at tiny's learning rate), starts at 0.07 and is clamped to [0.001, 0.5] (ALBEF).
     10. Fine-tuning for retrieval uses the alignment (Eq. 5) and ITM losses, as ALBEF; the paper does not say.
         VQA, VE and NLVR2 use no teachers. The answer decoder shares the text encoder's embeddings.
-    11. `stem="conv"` (three convolutions instead of one 16x16 patch projection) and `act="relu"` exist for `tiny`.
+    11. `stem="conv"` (three convolutions instead of one patch projection), `act="relu"` and `pos_std` exist for `tiny`.
 
 Run: python train.py --model codis      (tiny on shapes, two CPU cores: 5.6 min; R@1 of 1,000 test images re-ranked
                                         77.9 / 65.7, chance 0.1)

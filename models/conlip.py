@@ -111,8 +111,7 @@ class Config:
     head_layers: int = 1            # layers of a token-level head
     head_shared: bool = False       # its layers share their parameters
     queue_chunk: int = 4096         # keys scored at a time
-    init_std: float = 0.02          # standard deviation of initial weights
-    pos_std: float = 0.02           # that of the image tower's position embeddings and class token
+    init_std: float = 0.02          # standard deviation of initial weights and position embeddings
     checkpointing: bool = False     # recompute encoder blocks in backward instead of keeping their activations
 
     @property
@@ -158,11 +157,10 @@ PRESETS = {
     "base": dict(),
     # As in the paper, a queue of three batches. One of many batches is easily told from the new key by its age:
     # with 1,024 keys, batch 32 and m 0.98 both losses fell below 3 (log 1024 = 6.9) while recall stayed at chance.
-    # A patch is a cell of the built-in world's 3x3 grid, as patches of 16 pixels cut most objects. For photos: 16.
-    "tiny": dict(image_size=72, patch=24, stem="conv", width=128, vision_layers=4, text_layers=2, heads=4, mlp_ratio=2,
-                 act="relu", dropout=0.0, max_text=22, queue_size=192, init_std=0.08, pos_std=0.5,
+    "tiny": dict(image_size=64, stem="conv", width=128, vision_layers=4, text_layers=2, heads=4, mlp_ratio=2,
+                 act="relu", dropout=0.0, max_text=22, queue_size=192, init_std=0.08,
                  pretrain=dict(batch_size=64, steps=1300, lr=1e-3, warmup_steps=100, amp="auto"),
-                 retrieval=dict(image_size=72, batch_size=64, steps=500, lr=3e-4, warmup_steps=50, amp="auto")),
+                 retrieval=dict(image_size=64, batch_size=64, steps=500, lr=3e-4, warmup_steps=50, amp="auto")),
 }
 
 TASKS = ("pretrain", "retrieval")
@@ -289,22 +287,6 @@ class MaskedViT(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return self.norm(x)
-
-
-# Copied from models/codis.py::init_vit
-def init_vit(vit, pos_std):
-    """Initial weights of an image encoder, where a model's `init_std` is not good: He's for the convolutions of a stem,
-    `pos_std` for places and class token, 0.02 at all sizes for what a block adds to its tokens. With tiny's 0.08 for
-    all three the first block drowned the patches: each knew the colours of the whole picture, few their own place."""
-    for module in vit.patch_embed.proj.children():  # of a conv stem; ViT's single projection has none
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)
-    for token in (vit.pos_embed, vit.cls_token):
-        nn.init.trunc_normal_(token, std=pos_std)
-    for block in vit.blocks:
-        for module in (block.attn.proj, block.mlp.fc2):
-            nn.init.trunc_normal_(module.weight, std=0.02)
 
 
 # Copied from models/codis.py::resize_pos_embed
@@ -704,7 +686,8 @@ class ConLIP(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=self.cfg.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        init_vit(self.vision, self.cfg.pos_std)
+        for token in (self.vision.pos_embed, self.vision.cls_token):
+            nn.init.trunc_normal_(token, std=self.cfg.init_std)
         # 0.02 at all sizes: with tiny's 0.08 all patches ended in one guess, the median pixel
         for weight in (([self.mask_token] if self.masks_image else [])
                        + ([self.mim_head.weight] if self.mim != "none" else [])):

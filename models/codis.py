@@ -136,7 +136,7 @@ PRESETS = {
                  retrieval=dict(TINY, steps=1000, lr=3e-4, rerank_k=16),
                  vqa=dict(TINY, steps=1900, lr=3e-4),
                  ve=dict(TINY, steps=1800, lr=5e-4),
-                 nlvr2=[dict(TINY, steps=200, lr=4e-4), dict(TINY, steps=1200, lr=5e-4)]),
+                 nlvr2=[dict(TINY, steps=200, lr=3e-4), dict(TINY, steps=1300, lr=3e-4)]),
 }
 
 # Values without a mark are the paper's, section 4.2.1. [A]: ALBEF's, which the paper follows without printing them.

@@ -1,7 +1,7 @@
 """The house rules: what may import what, who may name whom, copied blocks equal their origin, the README's commands
 run.
 
-`python tests/test_house.py --fix` rewrites every marked copy from its origin."""
+`PYTHONPATH=. python tests/test_house.py --fix` rewrites every marked copy from its origin."""
 
 import ast
 import re

@@ -1131,8 +1131,8 @@ def test_codis_eq2_teaches_the_student_the_other_modalitys_plan():
         losses = model.code_losses(z_v, z_t, m_v, m_t)
         gaps.append([losses[name].item() - bound for name, bound in zip(("tp", "ip"), bounds)])
         g_v, g_t = torch.autograd.grad(losses["tp"] + losses["ip"], (z_v, z_t))
-        z_v, z_t = (F.normalize(z - 0.3 * g, dim=-1).detach() for z, g in ((z_v, g_v), (z_t, g_t)))
-    assert all(0 <= last < 0.2 * first for first, last in zip(gaps[0], gaps[-1]))
+        z_v, z_t = (F.normalize(z - 0.03 * g, dim=-1).detach() for z, g in ((z_v, g_v), (z_t, g_t)))
+    assert all(0 <= last < 0.05 * first for first, last in zip(gaps[0], gaps[-1]))
 
 
 def test_codis_eq5_pulls_an_image_to_all_its_captions():
@@ -1152,13 +1152,13 @@ def test_codis_learns_one_batch_by_heart():
     model = make_model(fill=False, queue_size=8, momentum=0.8, distill=0.0)
     batch = make_batch(model.cfg, b=6)
     optimizer, logs = torch.optim.AdamW(model.param_groups(mock.Mock(lr=5e-3, weight_decay=0.0)), lr=5e-3), []
-    for step in range(80):
+    for step in range(160):
         out = model(batch)
         out["loss"].backward()
         model.after_backward(out)
         optimizer.step()
         optimizer.zero_grad()
-        model.after_step(step + 1, 80)
+        model.after_step(step + 1, 160)
         logs.append(out["logs"])
     for name in ("mlm", "itm", "i2t", "t2i", "i2i", "t2t", "ot"):
         first, last = (mean([float(x[name]) for x in part]) for part in (logs[:3], logs[-10:]))
@@ -1182,7 +1182,8 @@ def test_codis_gradcam_points_at_the_named_object():
     rng, cells, colors = np.random.default_rng(0), 4, list(shapes.COLORS)
     cfg = Config(image_size=64, stem="conv", vision_width=64, vision_layers=1, vision_heads=4, width=64, text_layers=1,
                  fusion_layers=2, heads=4, mlp_ratio=2, act="relu", dropout=0.0, embed_dim=16, max_text=3,
-                 vocab_size=16, mask_id=4, cls_id=2, sep_id=3, first_word=5, queue_size=4, codewords=4, init_std=0.08)
+                 vocab_size=16, mask_id=4, cls_id=2, sep_id=3, first_word=5, queue_size=4, codewords=4, init_std=0.08,
+                 pos_std=0.5)
     pictures, present, boxes = [], [], []
     for _ in range(256):
         color, other = rng.choice(len(colors), 2, replace=False)
@@ -1203,7 +1204,7 @@ def test_codis_gradcam_points_at_the_named_object():
 
     model = Codis(cfg, "retrieval").train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for step in range(300):
+    for step in range(600):
         rows = torch.randint(0, 192, (32,))
         absent = (present[rows].sum(1) + torch.randint(1, 7, (32,))) % 8
         truth = torch.arange(32) % 2 == 0

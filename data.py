@@ -16,7 +16,7 @@ as their publishers wrote them:
   vqa        VQA v2 questions.json [+ annotations.json]      ve     SNLI-VE .jsonl    nlvr2   NLVR2 .json/.jsonl
   sts        SentEval folders STS1X-en-test, stsbenchmark/, sts-*.csv                 hashing CSQ list "path 0 1 0 ..."
   classes    ImageFolder                             clips    MSR-VTT videodatainfo.json [+ 1k-A csv] + a folder of .npy
-  detection  COCO instances_*.json (needs pycocotools); a VOCdevkit folder with VOC2007 and/or VOC2012
+  detection  COCO instances_*.json; a VOCdevkit folder with VOC2007 and/or VOC2012
 
 `python data.py check PATH [--image_root R] [--split S] [--source NAME]` reads everything, opens every image, prints
 a table and exits with status 1 if an image is missing or corrupt (duplicates and skipped captions are only reported).
@@ -29,11 +29,9 @@ both have `bad` = 1. Nothing here reads or moves a global random state: a sample
 import argparse
 import array
 import base64
-import contextlib
 import copy
 import csv
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -717,18 +715,24 @@ def detection_names(path, names, ctx):
 def detection_coco(path, root, ctx):
     if not path.endswith(".json") or sniff(path)[0] != "instances":
         fail(f"{path}: detection reads COCO's instances json or a VOCdevkit folder")
-    with contextlib.redirect_stdout(io.StringIO()):                             # it reports its progress there
-        coco = coco_tools("torchvision.datasets").CocoDetection(root or os.path.dirname(path), path).coco
-    categories = sorted(coco.cats.values(), key=lambda c: c["id"])
+    data = read_json(path)
+    categories = sorted(get(path, data, "categories", list), key=lambda c: c["id"])
     detection_names(path, [c["name"] for c in categories], ctx)
     place = {c["id"]: n for n, c in enumerate(categories)}
     bases = folders(path, root, os.path.splitext(os.path.basename(path))[0].split("_")[-1])
-    for key in sorted(coco.imgs):
-        raw, notes = coco.imgs[key], coco.imgToAnns.get(key, [])
-        where = f"{path} image {key}"
-        for ann in notes:
-            if ann.get("category_id") not in place or len(ann.get("bbox", ())) != 4:
-                fail(f"{where}: annotation {ann.get('id')} has no known category_id or no bbox")
+
+    # the annotations of each image, in the file's order
+    of_image = {}
+    for n, ann in enumerate(get(path, data, "annotations", list)):
+        where = f"{path} annotations[{n}]"
+        if ann.get("category_id") not in place or len(ann.get("bbox", ())) != 4:
+            fail(f"{where}: no known category_id, or no bbox of four numbers")
+        of_image.setdefault(get(where, ann, "image_id"), []).append(ann)
+
+    # an image without annotations is a record without objects
+    images = {get(f"{path} images[{n}]", image, "id"): image for n, image in enumerate(data["images"])}
+    for key in sorted(images):
+        where, raw, notes = f"{path} image {key}", images[key], of_image.get(key, [])
         yield where, {"image": ctx.here.first(under(bases, get(where, raw, "file_name", str))), "image_id": key,
                       "height": get(where, raw, "height", int), "width": get(where, raw, "width", int),
                       "boxes": [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in notes)],
@@ -765,21 +769,77 @@ def detection_voc(path, split, ctx):
             yield file, record
 
 
-def coco_tools(module="pycocotools.mask"):
-    """A module that needs pycocotools, or an error that says how to get it."""
+def rle_counts(text):
+    """COCO's compressed run lengths, a str or bytes -> list of int.
+
+    Each number stands in characters of 6 bits over "0": 5 bits of it, the lowest first, and one that says
+    whether more follow. From the third on it is the difference to the number two places before.
+    """
+    counts, number, shift = [], 0, 0
+    for char in text.encode() if isinstance(text, str) else text:
+        bits = char - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:                                                       # the number's last character
+            number -= (1 << shift) * (bits >> 4 & 1)                            # its highest bit is the sign
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number, shift = 0, 0
+    return counts
+
+
+def polygon_mask(polygon, height, width):
+    """[x0, y0, x1, y1, ...] in pixels -> (height, width) bool, the pixels that COCO's own tool fills.
+
+    Its rule: walk the outline on a grid five times finer; wherever it passes into another column of pixels,
+    note the row of that crossing; a pixel is inside if an odd number of crossings lies above it or in columns
+    before its own.
+    """
+    points = (5 * np.asarray(polygon, float).reshape(-1, 2) + 0.5).astype(int)
+    columns, rows = [], []
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0)):
+        # a step along the longer side, always counted from its smaller end, as rounding depends on it
+        steps = max(abs(x1 - x0), abs(y1 - y0))
+        along = np.arange(steps + 1)
+        flat = abs(x1 - x0) >= abs(y1 - y0)
+        back = x0 > x1 if flat else y0 > y1
+        if back:
+            x0, y0, x1, y1 = x1, y1, x0, y0
+        slope = ((y1 - y0) if flat else (x1 - x0)) / max(steps, 1)
+        across = ((y0 if flat else x0) + slope * along + 0.5).astype(int)
+        line = (x0 + along, across) if flat else (across, y0 + along)
+        columns.append(line[0][::-1] if back else line[0])
+        rows.append(line[1][::-1] if back else line[1])
+    x, y = np.concatenate(columns), np.concatenate(rows)
+
+    # crossings, back in whole pixels: of a column's five fine places the third is its middle
+    crossed = np.flatnonzero(x[1:] != x[:-1])
+    column = (np.where(x[crossed + 1] < x[crossed], x[crossed + 1], x[crossed + 1] - 1) + 0.5) / 5 - 0.5
+    row = np.ceil(((np.minimum(y[crossed], y[crossed + 1]) + 0.5) / 5 - 0.5).clip(0, height)).astype(int)
+    valid = (np.floor(column) == column) & (column >= 0) & (column <= width - 1)
+    places = column[valid].astype(int) * height + row[valid]
+    crossings = np.bincount(places, minlength=height * width + 1)[:height * width].cumsum()
+    return (crossings % 2 == 1).reshape(width, height).T
+
+
+def decode_mask(segmentation, height, width, where=""):
+    """One object of COCO's annotations -> (height, width) bool. Polygons are united; run lengths (a list of
+    counts, or its compressed text) go down the columns and begin with a run outside the object."""
     try:
-        importlib.import_module("pycocotools.mask")
-        return importlib.import_module(module)
-    except ImportError:
-        fail("COCO's masks and average precision need pycocotools: pip install pycocotools")
+        if isinstance(segmentation, list):
+            masks = [polygon_mask(polygon, height, width) for polygon in segmentation]
+            return np.logical_or.reduce(masks) if masks else np.zeros((height, width), bool)
+        counts = segmentation["counts"]
+        counts = counts if isinstance(counts, list) else rle_counts(counts)
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    except (ValueError, TypeError, KeyError) as e:
+        fail(f"{where}: not COCO's polygons or run lengths of a {width}x{height} picture ({e})")
 
 
-def coco_rle(segmentation, height, width):
-    """One object's polygons or RLE (uncompressed too) -> pycocotools' compressed RLE."""
-    tools = coco_tools()
-    if isinstance(segmentation, list):
-        return tools.merge(tools.frPyObjects(segmentation, height, width))
-    return tools.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
+def encode_mask(mask):
+    """(height, width) bool -> COCO's uncompressed run lengths {size, counts}."""
+    flat = np.asarray(mask, bool).T.reshape(-1)
+    ends = np.flatnonzero(np.diff(flat, prepend=False, append=~flat[-1:]))      # where each run ends
+    return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
 
 
 SOURCES = {"pairs": read_pairs, "vqa": read_vqa, "ve": read_ve, "nlvr2": read_nlvr2, "sts": read_sts,
@@ -1292,9 +1352,9 @@ def view_objects(views, key, record, rng, c, masks=False):
     boxes = torch.tensor([record["boxes"][i] for i in keep], dtype=torch.float32).reshape(-1, 4)
     out = {key: views.pixels(image), "labels": torch.tensor([record["labels"][i] for i in keep], dtype=torch.long)}
     if masks:
-        shapes = [coco_tools().decode(coco_rle(record["segmentation"][i], image.height, image.width)) for i in keep]
-        shapes = np.stack(shapes) if shapes else np.zeros((0, image.height, image.width), np.uint8)
-        out["masks"] = torch.from_numpy(shapes)
+        shapes = [decode_mask(record["segmentation"][i], image.height, image.width, record["image"]) for i in keep]
+        shapes = np.stack(shapes) if shapes else np.zeros((0, image.height, image.width))
+        out["masks"] = torch.from_numpy(shapes.astype(np.uint8))
     if views.train and rng.random() < 0.5:
         out |= {k: out[k].flip(-1) for k in (key, "masks") if k in out}
         boxes = torch.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)

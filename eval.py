@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import importlib.util
 import io
 import json
 import math
@@ -766,30 +767,37 @@ def tagging(ev):
             "metrics": found["model"]}
 
 
-def box_iou(box, boxes):
-    """IoU of one box with n. (4,), (n, 4) xyxy, numpy -> (n,)."""
-    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
-    both = (high - low).clip(0).prod(1)
-    return both / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - both)
+def box_iou(boxes, others):
+    """IoU of each of n boxes with each of m. (n, 4), (m, 4) xyxy, numpy -> (n, m)."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    both = (high - low).clip(0).prod(-1)
+    areas = [(b[:, 2:] - b[:, :2]).prod(-1) for b in (boxes, others)]
+    return both / (areas[0][:, None] + areas[1] - both)
+
+
+def mask_iou(masks, others):
+    """IoU of each of n masks with each of m. (n, H, W), (m, H, W) bool, numpy -> (n, m)."""
+    flat = [m.reshape(len(m), math.prod(m.shape[1:])).astype(np.float32) for m in (masks, others)]
+    both = flat[0] @ flat[1].T
+    return both / (flat[0].sum(1)[:, None] + flat[1].sum(1) - both).clip(1)
 
 
 def voc_ap(found, truth, threshold):
     """VOC07's 11-point average precision of one class, as VOC's devkit and Detectron2 have it, in 0..1;
     nan without objects.
 
-    found: list of (score, image, box (4,)); truth: {image: (boxes (n, 4), difficult (n,))}. By falling score,
-    a detection goes to the object it overlaps most: over the threshold right the first time and wrong thereafter, no
-    matter if that object is difficult; at or under the threshold wrong."""
-    total = sum((~difficult.astype(bool)).sum() for _, difficult in truth.values())
+    found: list of (score, image, IoU with each object of that image (n,)); truth: {image: difficult (n,)}.
+    By falling score, a detection goes to the object it overlaps most: over the threshold right the first time
+    and wrong thereafter, no matter if that object is difficult; at or under the threshold wrong."""
+    total = sum((~difficult.astype(bool)).sum() for difficult in truth.values())
     if not total:
         return math.nan
     taken, right, wrong = set(), [], []
-    for score, image, box in sorted(found, key=lambda f: -f[0]):
-        boxes, difficult = truth.get(image, (np.zeros((0, 4)), ()))
-        iou = box_iou(box, boxes)
+    for score, image, iou in sorted(found, key=lambda f: -f[0]):
         best = int(iou.argmax()) if len(iou) else -1
         hit = best >= 0 and iou[best] > threshold
-        if hit and difficult[best]:
+        if hit and truth[image][best]:
             continue
         right.append(hit and (image, best) not in taken)
         wrong.append(not right[-1])
@@ -800,20 +808,20 @@ def voc_ap(found, truth, threshold):
     return sum(precision[recall_ >= t].max(initial=0) for t in np.arange(0, 1.1, 0.1)) / 11
 
 
-def voc_scores(found, records, classes):
+def voc_scores(found, records, classes, key="iou"):
     """{AP, AP50, AP75} in percent by voc_ap(), mean over the classes that have objects;
     AP over IoU 0.50 to 0.95 by 0.05.
-    found: {record: dict of boxes, labels, scores (numpy)}."""
+
+    found: {record: dict of labels (n,), scores (n,) and, under `key`, IoU with the record's objects (n, m)}."""
     table = np.full((classes, 10), math.nan)
     for c in range(classes):
         truth, mine = {}, []
         for i, record in enumerate(records):
             which = [k for k, label in enumerate(record["labels"]) if label == c]
             if which:
-                ignored = np.array([record["difficult"][k] or record["crowd"][k] for k in which])
-                truth[i] = np.array([record["boxes"][k] for k in which]), ignored
+                truth[i] = np.array([record["difficult"][k] or record["crowd"][k] for k in which])
             d = found[i]
-            mine += [(d["scores"][k], i, d["boxes"][k]) for k in np.flatnonzero(d["labels"] == c)]
+            mine += [(d["scores"][k], i, d[key][k][which]) for k in np.flatnonzero(d["labels"] == c)]
         if truth:
             table[c] = [voc_ap(mine, truth, (50 + 5 * n) / 100) for n in range(10)]
     mean = 100 * np.nanmean(table, 0) if np.isfinite(table).any() else np.zeros(10)
@@ -821,9 +829,11 @@ def voc_scores(found, records, classes):
 
 
 def coco_scores(found, records, kind):
-    """{AP, AP50, AP75} in percent by pycocotools. kind: "bbox" or "segm".
+    """{AP, AP50, AP75} in percent by pycocotools, which must be installed. kind: "bbox" or "segm".
     Difficult objects count as crowds: ignored."""
-    COCO, COCOeval = data.coco_tools("pycocotools.coco").COCO, data.coco_tools("pycocotools.cocoeval").COCOeval
+    from pycocotools import mask as coco_mask
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
     notes, results = [], []
     for i, r in enumerate(records):
         for k, (x0, y0, x1, y1) in enumerate(r["boxes"]):
@@ -832,12 +842,15 @@ def coco_scores(found, records, kind):
                           "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area,
                           "iscrowd": int(r["crowd"][k] or r["difficult"][k])})
             if kind == "segm":
-                notes[-1]["segmentation"] = data.coco_rle(r["segmentation"][k], r["height"], r["width"])
+                notes[-1]["segmentation"] = r["segmentation"][k]
         d = found[i]
         for k, (x0, y0, x1, y1) in enumerate(d["boxes"].tolist()):
             row = {"image_id": i, "category_id": int(d["labels"][k]), "score": float(d["scores"][k])}
-            results.append(row | ({"segmentation": d["masks"][k]} if kind == "segm"
-                                  else {"bbox": [x0, y0, x1 - x0, y1 - y0]}))
+            if kind == "segm":
+                row["segmentation"] = coco_mask.frPyObjects(d["masks"][k], r["height"], r["width"])
+            else:
+                row["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            results.append(row)
     if not results:
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     with contextlib.redirect_stdout(io.StringIO()):                                         # it prints its progress
@@ -854,41 +867,60 @@ def coco_scores(found, records, kind):
     return {name: 100 * max(0.0, float(value)) for name, value in zip(("AP", "AP50", "AP75"), run.stats)}
 
 
+def detections(ev, records):
+    """detect() on this rank's pictures -> {record: dict of numpy arrays boxes, scores, labels, iou with the
+    record's objects; with masks also mask_iou, and masks as COCO's run lengths}."""
+    found = {}
+    for batch in ev.progress(ev.batches(records, "sample"), len(records), "detecting"):
+        for i, d in zip(batch["index"].tolist(), ev.model.detect(batch)):
+            record, mine = records[i], {k: d[k].float().cpu().numpy() for k in ("boxes", "scores", "labels")}
+            mine["iou"] = box_iou(mine["boxes"], np.array(record["boxes"]).reshape(-1, 4))
+            if "masks" in d:
+                masks, size = d["masks"].cpu().numpy(), (record["height"], record["width"])
+                objects = [data.decode_mask(s, *size, record["image"]) for s in record["segmentation"]]
+                mine["mask_iou"] = mask_iou(masks, np.stack(objects) if objects else np.zeros((0, *size)))
+                mine["masks"] = [data.encode_mask(m) for m in masks]
+            found[i] = mine
+    return found
+
+
 def detection(ev):
-    """Average precision of detect() on every picture of the split: of boxes VOC's 11-point one and pycocotools', of
-    masks the latter. Beside it, what needs no model: in every picture a box of every class that is the whole
-    picture."""
+    """Average precision of detect() on every picture of the split, of boxes and masks: VOC's 11-point one, and
+    COCO's own where pycocotools is installed. Beside it, what needs no model: in every picture a box of every class
+    that is the whole picture."""
     ev.opts.batch_size = min(ev.opts.batch_size, 4)                                     # pictures of up to 1,333 pixels
-    records, found = ev.open(need=("boxes",)), {}
+    records = ev.open(need=("boxes",))
     mine = ev.info.get("stats", {}).get("label_names")
     if mine and mine != records.label_names:
         raise SystemExit(f"{ev.task}: the run's classes ({', '.join(mine[:5])}, ...) are not those of {ev.spec} "
                          f"({', '.join(records.label_names[:5])}, ...)")
-    masks = False
-    for batch in ev.progress(ev.batches(records, "sample"), len(records), "detecting"):
-        for i, d in zip(batch["index"].tolist(), ev.model.detect(batch)):
-            masks = "masks" in d
-            found[i] = {k: d[k].float().cpu().numpy() for k in ("boxes", "scores", "labels")}
-            if masks:
-                tools = data.coco_tools()
-                found[i]["masks"] = [tools.encode(np.asfortranarray(m.cpu().numpy().astype(np.uint8)))
-                                     for m in d["masks"]]
+    found = detections(ev, records)
     if ev.world > 1:
         pieces = [None] * ev.world
-        dist.all_gather_object(pieces, (found, masks))
-        found, masks = {k: v for piece, _ in pieces for k, v in piece.items()}, any(m for _, m in pieces)
-    rows = [{"measure": "boxes, VOC07 11-point", **voc_scores(found, records, len(records.label_names))},
-            {"measure": "boxes, pycocotools", **coco_scores(found, records, "bbox")}]
+        dist.all_gather_object(pieces, found)
+        found = {k: v for piece in pieces for k, v in piece.items()}
+
+    # what needs no model
+    classes, whole = len(records.label_names), {}
+    for i, r in enumerate(records):
+        boxes = np.array([[0.0, 0.0, r["width"], r["height"]]] * classes)
+        whole[i] = {"boxes": boxes, "labels": np.arange(classes), "scores": np.ones(classes),
+                    "iou": box_iou(boxes, np.array(r["boxes"]).reshape(-1, 4))}
+
+    # one row a measure
+    masks, coco = any("masks" in d for d in found.values()), importlib.util.find_spec("pycocotools")
+    rows = [{"measure": "boxes, VOC07 11-point", **voc_scores(found, records, classes)}]
+    rows += [{"measure": "boxes, pycocotools", **coco_scores(found, records, "bbox")}] if coco else []
     if masks:
-        rows.append({"measure": "masks, pycocotools", **coco_scores(found, records, "segm")})
-    classes = len(records.label_names)
-    whole = {i: {"boxes": np.array([[0.0, 0.0, r["width"], r["height"]]] * classes), "labels": np.arange(classes),
-                 "scores": np.ones(classes)} for i, r in enumerate(records)}
-    rows += [{"measure": "whole picture, VOC07 11-point", **voc_scores(whole, records, classes)},
-             {"measure": "whole picture, pycocotools", **coco_scores(whole, records, "bbox")}]
-    objects = sum(len(r["boxes"]) for r in records)
-    count = sum(len(d["scores"]) for d in found.values())
-    ev.protocol.update(objects=objects, classes=classes, detections=count,
+        rows.append({"measure": "masks, VOC07 11-point", **voc_scores(found, records, classes, "mask_iou")})
+        rows += [{"measure": "masks, pycocotools", **coco_scores(found, records, "segm")}] if coco else []
+    rows.append({"measure": "whole picture, VOC07 11-point", **voc_scores(whole, records, classes)})
+    rows += [{"measure": "whole picture, pycocotools", **coco_scores(whole, records, "bbox")}] if coco else []
+    if not coco and ev.rank == 0:
+        print(f"{ev.task}: COCO's own average precision needs pip install pycocotools; VOC's is computed here")
+
+    ev.protocol.update(objects=sum(len(r["boxes"]) for r in records), classes=classes,
+                       detections=sum(len(d["scores"]) for d in found.values()),
                        AP="mean over IoU 0.50:0.05:0.95 and the classes that occur; "
                           "difficult objects and crowds ignored")
     metrics = {f"{row['measure'].split(',')[0].replace(' ', '_')}_{'voc' if 'VOC' in row['measure'] else 'coco'}_{k}": v

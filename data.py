@@ -5,7 +5,7 @@
                                                                                    --iter_eval()--> a split, once
 
 A *source* names what a record means (`pairs`, `vqa`, `ve`, `nlvr2`, `sts`, `hashing`, `classes`, `clips`, `detection`);
-the file format is recognised from the files. The spec is "shapes" (the built-in world, written by shapes.py in these
+the file format is recognised from the files. The spec is "shapes" (the built-in world, written by tools/shapes.py in these
 same formats) or a comma-separated list of files and folders; `{00000..00012}` in a name counts up. Formats read,
 as their publishers wrote them:
 
@@ -862,7 +862,7 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
     if source not in SOURCES:
         fail(f"no source '{source}' (there are: {', '.join(SOURCES)})")
     if spec == "shapes":
-        import shapes                                       # only here: real data needs no drawing code
+        from tools import shapes                            # only here: real data needs no drawing code
         world = str(shapes.ensure())
         image_root = os.path.join(world, "clips", "features") if source == "clips" else world
         names = [f.format(s) for s in ([split] if split else ("train", "val", "database", "test")) for f in
@@ -1092,7 +1092,7 @@ class Tokenizer:
 def get_tokenizer(vocab_path):
     """vocab.txt path (or "shapes" for the built-in world's) -> Tokenizer."""
     if vocab_path == "shapes":
-        import shapes
+        from tools import shapes
         vocab_path = shapes.ensure() / "vocab.txt"
     if not os.path.isfile(vocab_path):
         fail(f"--vocab {vocab_path}: no such file")

@@ -14,9 +14,7 @@ Legend: N images, M captions, B batch, P pairs of an image and a caption, k cand
 
 import argparse
 import contextlib
-import dataclasses
 import hashlib
-import importlib
 import importlib.util
 import io
 import json
@@ -33,114 +31,21 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
-import shapes
+from tools import shapes
+from tools.weights import Stop, find_run, load_run
 
 HERE = Path(__file__).resolve().parent
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs on disk
-
-def load_module(name):
-    """The module models/<name>.py. SystemExit that lists the files there when it is none of them."""
-    names = sorted(p.stem for p in (HERE / "models").glob("*.py"))
-    if name not in names:
-        raise SystemExit(f"there is no models/{name}.py; there are: {', '.join(names)}")
-    return importlib.import_module(f"models.{name}")
-
-
-def bare_name(name):
-    """A parameter's name without what DDP and torch.compile put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
-def tied_names(model):
-    """The names of model.state_dict() grouped by the memory they share: a list of lists, in order;
-    mostly of one name."""
-    groups = defaultdict(list)
-    for name, t in model.state_dict().items():
-        groups[(t.device, t.data_ptr(), t.shape, t.stride()) if t.numel() else name].append(name)
-    return list(groups.values())
-
-
-def save_model(model, path):
-    """Write parameters and buffers as safetensors, whole or not at all. Of tied tensors only the first is kept, for
-    the format refuses shared memory; names carry no `module.` or `_orig_mod.`."""
-    state, path = model.state_dict(), Path(path)
-    tensors = {bare_name(g[0]): state[g[0]].detach().to("cpu", copy=True).contiguous() for g in tied_names(model)}
-    save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def read_weights(path):
-    """{name: CPU tensor} of a safetensors file. SystemExit if it is missing or damaged."""
-    if not Path(path).is_file():
-        raise SystemExit(f"{path}: no such file")
-    try:
-        return {bare_name(k): v for k, v in load_file(path).items()}
-    except safetensors.SafetensorError as e:
-        raise SystemExit(f"{path}: not a whole safetensors file ({e})")
-
-
-def load_weights(model, path):
-    """Fill every parameter and buffer of `model` from a file of save_model(), tied ones again tied. SystemExit that
-    names the first keys that are missing, unknown or of another shape."""
-    state, mine, full = read_weights(path), model.state_dict(), {}
-    for group in tied_names(model):
-        found = [state[bare_name(n)] for n in group if bare_name(n) in state]
-        full.update({n: found[0] for n in group if found})
-    wrong = [f"{n} is missing" for n in mine if n not in full]
-    wrong += [f"{n} is {tuple(full[n].shape)}, not {tuple(mine[n].shape)}"
-              for n in full if full[n].shape != mine[n].shape]
-    wrong += [f"{n} is unknown" for n in sorted(set(state) - {bare_name(n) for n in mine})]
-    if wrong:
-        more = f"; {len(wrong) - 4} more" * (len(wrong) > 4)
-        raise SystemExit(f"{path}: does not fit the model: {'; '.join(wrong[:4])}{more}")
-    model.load_state_dict(full)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-
-
-def find_run(path):
-    """The directory that holds the run: `path`, or the last of its stage-1, stage-2, ...
-    SystemExit when there is none."""
-    path = Path(path)
-    stages = sorted(path.glob("stage-*/config.json"), key=lambda p: int(p.parent.name.split("-")[1]))
-    if not (path / "config.json").is_file() and not stages:
-        raise SystemExit(f"{path}: no run here (no config.json)")
-    return path if (path / "config.json").is_file() else stages[-1].parent
-
-
-def load_run(path, device="cpu"):
-    """A run directory -> (model in eval mode on `device`, info). info is config.json {model, preset, task, config,
-    loop, stats, step, ...} and `path`. SystemExit, one line, for a directory that is no run, an unknown model or field,
-    damaged weights."""
-    path = find_run(path)
-    try:
-        info = json.loads((path / "config.json").read_text())
-        name, task, config = info["model"], info["task"], info["config"]
-    except (ValueError, KeyError) as e:
-        raise SystemExit(f"{path / 'config.json'}: damaged ({type(e).__name__}: {e})")
-    module = load_module(name)
-    unknown = set(config) - {f.name for f in dataclasses.fields(module.Config)}
-    if unknown:
-        raise SystemExit(f"{path / 'config.json'}: models/{name}.py has no setting {', '.join(sorted(unknown))}")
-    model = module.Model(module.Config(**config), task, num_labels=info.get("stats", {}).get("num_labels", 0))
-    load_weights(model, path / "model.safetensors")
-    return model.to(device).eval(), {**info, "path": str(path)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics
 
 def ranks(sim, owner, chunk=1024):
@@ -153,7 +58,7 @@ def ranks(sim, owner, chunk=1024):
     """
     n, m = sim.shape
     if not torch.equal(owner.unique().cpu(), torch.arange(n)) or len(owner) != m:
-        raise SystemExit(f"retrieval: {n} images, {m} captions: each image must have a caption, "
+        raise Stop(f"retrieval: {n} images, {m} captions: each image must have a caption, "
                          "each caption one of the images")
     own = sim[owner, torch.arange(m, device=sim.device)]                                # (M,) score with its own image
     best = sim.new_full((n,), -math.inf).scatter_reduce(0, owner, own, "amax")              # (N,)
@@ -161,7 +66,7 @@ def ranks(sim, owner, chunk=1024):
     i2t, t2i = [], torch.zeros(m, dtype=torch.long, device=sim.device)
     for rows, b in zip(sim.split(chunk), best.split(chunk)):
         if rows.isnan().any():
-            raise SystemExit("retrieval: the scores contain NaN")
+            raise Stop("retrieval: the scores contain NaN")
         i2t.append((rows >= b[:, None]).sum(1))
         t2i += (rows >= own).sum(0)                                                 # it counts itself: the 1 of 1 + ...
     return torch.cat(i2t) - tied + 1, t2i
@@ -180,7 +85,7 @@ def reranked(sim, owner, top_i, top_t, val_i, val_t):
     sim: (N, M); top_i (N, k) captions, top_t (M, k) images; val_i, val_t: their new scores, any float.
     -> as ranks()."""
     if val_i.isnan().any() or val_t.isnan().any():
-        raise SystemExit("retrieval: the matching scores contain NaN")
+        raise Stop("retrieval: the matching scores contain NaN")
     base_i, base_t = ranks(sim, owner)
     out = []
     for base, own, val in ((base_i, owner[top_i] == torch.arange(len(sim), device=sim.device)[:, None], val_i),
@@ -282,14 +187,18 @@ def box_cover(boxes, size, grid):
                    for x0, y0, x1, y1 in boxes], 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a task is given
 
+def offers(model, *names):
+    """Does the model offer these methods? Its attribute `offers` lists those that its task has; without one, all."""
+    listed = getattr(model, "offers", names)
+    return all(name in listed and callable(getattr(model, name, None)) for name in names)
+
+
 def offered(model):
-    """The evaluation tasks whose methods the model has. One that it did not build for its task is None on
-    the instance."""
-    return [t for t, (_, needs) in TASKS.items()
-            if any(all(callable(getattr(model, m, None)) for m in way) for way in needs)]
+    """The evaluation tasks whose methods the model offers."""
+    return [task for task, (_, needs) in TASKS.items() if any(offers(model, *way) for way in needs)]
 
 
 class Eval:
@@ -307,7 +216,7 @@ class Eval:
         vocab = opts.vocab or (own if own and own.is_file() else self.loop.get("vocab") or "shapes")
         self.tokenizer = data.get_tokenizer(vocab)
         if self.tokenizer.vocab_size != self.cfg.vocab_size:
-            raise SystemExit(f"{vocab}: {self.tokenizer.vocab_size} tokens, "
+            raise Stop(f"{vocab}: {self.tokenizer.vocab_size} tokens, "
                              f"the run has {self.cfg.vocab_size}; name its --vocab")
         self.bad, self.protocol = set(), {}
 
@@ -322,7 +231,7 @@ class Eval:
         split, module = self.opts.split or "test", sys.modules[type(self.model).__module__]
         own = module.VIEWS[self.info["task"]]["source"]
         if not self.opts.data and self.views["source"] != own and self.spec == self.loop.get("data") != "shapes":
-            raise SystemExit(f"{self.task}: it reads {self.views['source']}, "
+            raise Stop(f"{self.task}: it reads {self.views['source']}, "
                              f"the run's data are {own}: name files with --data")
         read = lambda split: data.open_source(self.views["source"], self.spec, split, self.root,
                                               limit=self.opts.limit, need=need, missing=data.absent(self.views))
@@ -337,7 +246,7 @@ class Eval:
             theirs, ours = data.stats(records), self.info.get("stats", {})
             wrong = [k for k in ("region_dim", "region_classes", "global_dim") if theirs[k] != ours.get(k, theirs[k])]
             if wrong:
-                raise SystemExit(f"{', '.join(records.regions.paths)}: {wrong[0]} is {theirs[wrong[0]]}, "
+                raise Stop(f"{', '.join(records.regions.paths)}: {wrong[0]} is {theirs[wrong[0]]}, "
                                  f"the run was trained with {ours[wrong[0]]}")
             self.protocol.update(regions=records.regions.about)
         seen, start = self.loop.get("data") or "shapes", f", from {self.loop['init']}" if self.loop.get("init") else ""
@@ -356,7 +265,7 @@ class Eval:
         SystemExit if it does not offer the task."""
         model, info = load_run(path, self.device)
         if self.task not in offered(model):
-            raise SystemExit(f"{path}: {type(model).__name__} trained for {info['task']} does not offer {self.task}")
+            raise Stop(f"{path}: {type(model).__name__} trained for {info['task']} does not offer {self.task}")
         opts = argparse.Namespace(**{**vars(self.opts), "data": self.spec, "image_root": self.root, "vocab": None})
         return Eval(model, info, self.task, opts, self.rank, self.world)
 
@@ -402,12 +311,12 @@ class Eval:
     def states(self, kind, batch):
         """What match() needs of the images or the captions of a batch; the batch's own tensors if the model makes
         no states."""
-        if callable(getattr(self.model, f"{kind}_states", None)):
+        if offers(self.model, f"{kind}_states"):
             return getattr(self.model, f"{kind}_states")(batch)
         return {k: v for k, v in batch.items() if k.startswith(kind)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tasks: Eval -> {"rows": table, "metrics": the numbers that count, ...}
 
 def match_scores(ev, records, texts, keys=None):
@@ -437,8 +346,7 @@ def match_scores(ev, records, texts, keys=None):
 
 def visual_encoder(model):
     """The method that embeds what texts are matched with, pictures or clips; None if the model has neither."""
-    return next((f for f in (getattr(model, name, None) for name in ("encode_image", "encode_clip"))
-                 if callable(f)), None)
+    return next((getattr(model, name) for name in ("encode_image", "encode_clip") if offers(model, name)), None)
 
 
 def retrieval(ev):
@@ -450,7 +358,7 @@ def retrieval(ev):
     n, m, rule = int(owner[-1]) + 1, len(owner), ev.setting("rerank", "itm")
     first, k = (candidates_of(ev), ev.opts.candidates) if ev.opts.candidates else (ev, ev.setting("rerank_k", 128))
     dual = visual_encoder(first.model) is not None
-    rerank = dual and rule != "none" and k > 0 and callable(getattr(ev.model, "match", None)) and not ev.opts.ensemble
+    rerank = dual and rule != "none" and k > 0 and offers(ev.model, "match") and not ev.opts.ensemble
     texts = {}
     if rerank or not dual:
         texts = ev.collect(records, "text", m, lambda b: ev.states("text", b), "texts")
@@ -468,7 +376,7 @@ def retrieval(ev):
         if ev.opts.ensemble:
             sim, base = ensemble(ev, records, sim, order)
     elif ev.opts.ensemble:
-        raise SystemExit(f"--ensemble averages similarities of dual encoders; {type(ev.model).__name__} has none")
+        raise Stop(f"--ensemble averages similarities of dual encoders; {type(ev.model).__name__} has none")
     else:
         base, sim = f"match, all {n * m:,} pairs", match_scores(ev, records, texts).view(n, m)
     owner, how = owner.to(sim.device), f"re-ranked, {rule}, k={k}" if rerank else base
@@ -476,7 +384,7 @@ def retrieval(ev):
     folds = ev.opts.folds or (5 if n == 5000 else 1)
     size = n // folds
     if not size:
-        raise SystemExit(f"--folds {folds}: there are only {n} images")
+        raise Stop(f"--folds {folds}: there are only {n} images")
     galleries = {f"all {n:,}": [(0, n)]}
     if folds > 1:
         galleries[f"{size:,}, mean of {folds} folds"] = [(f * size, (f + 1) * size) for f in range(folds)]
@@ -519,10 +427,10 @@ def retrieval(ev):
 def candidates_of(ev):
     """The Eval of --candidates_from, which must have a dual encoder."""
     if not ev.opts.candidates_from:
-        raise SystemExit("--candidates K: whose? name a run with a dual encoder: --candidates_from RUN")
+        raise Stop("--candidates K: whose? name a run with a dual encoder: --candidates_from RUN")
     run = ev.other(ev.opts.candidates_from)
     if visual_encoder(run.model) is None:
-        raise SystemExit(f"--candidates_from {run.info['path']}: {type(run.model).__name__} has no dual encoder")
+        raise Stop(f"--candidates_from {run.info['path']}: {type(run.model).__name__} has no dual encoder")
     return run
 
 
@@ -553,7 +461,7 @@ def ensemble(ev, records, sim, order):
     others = {p.resolve(): p for p in map(find_run, ev.opts.ensemble)}
     others = [p for full, p in others.items() if full != mine]
     if not others:
-        raise SystemExit("--ensemble: name at least one other run")
+        raise Stop("--ensemble: name at least one other run")
     n, m = sim.shape
     for path in others:
         run = ev.other(path)
@@ -577,7 +485,7 @@ def vqa(ev):
     records, stats = ev.open(), ev.info.get("stats", {})
     answers = read_answers(ev.opts.answers) if ev.opts.answers else stats.get("answers")
     if not answers:
-        raise SystemExit("vqa: the run has no answer list; name one with --answers FILE")
+        raise Stop("vqa: the run has no answer list; name one with --answers FILE")
     ids = [ev.tokenizer.encode(a, ev.cfg.max_text) for a in answers]
     length = max(map(len, ids))
     answer_ids = torch.tensor([i + [ev.tokenizer.pad_id] * (length - len(i)) for i in ids], device=ev.device)   # (A, L)
@@ -608,13 +516,13 @@ def vqa(ev):
 def read_answers(path):
     """An answer list: a JSON list of strings, or one answer a line."""
     if not Path(path).is_file():
-        raise SystemExit(f"--answers {path}: no such file")
+        raise Stop(f"--answers {path}: no such file")
     text = Path(path).read_text(encoding="utf-8")
     try:
         return (json.loads(text) if text.lstrip().startswith("[")
                 else [line.strip() for line in text.splitlines() if line.strip()])
     except ValueError as e:
-        raise SystemExit(f"--answers {path}: {e}")
+        raise Stop(f"--answers {path}: {e}")
 
 
 CLASSES = {"ve": ("entailment", "neutral", "contradiction"), "nlvr2": ("False", "True")}
@@ -629,7 +537,7 @@ def classification(ev):
     label = torch.tensor([r["label"] for r in records])
     logits = ev.collect(records, "sample", len(records), lambda b: {"y": ev.model.predict(b).float()})["y"]     # (N, C)
     if logits.shape[1] != len(names):
-        raise SystemExit(f"{ev.task}: the model has {logits.shape[1]} classes, the task {len(names)}: "
+        raise Stop(f"{ev.task}: the model has {logits.shape[1]} classes, the task {len(names)}: "
                          f"{', '.join(names[:20])}")
     right = logits.argmax(1) == label
     share = torch.bincount(label, minlength=len(names)) / len(label)
@@ -709,7 +617,7 @@ def probe(ev):
     if ev.spec != "shapes" and not all(map(os.path.isdir, ev.spec.split(","))):
         hint = f"not measured, {ev.spec} is no ImageFolder: python eval.py RUN --task probe --data imagenet"
         if ev.opts.data:
-            raise SystemExit(f"probe: {hint}")
+            raise Stop(f"probe: {hint}")
         return {"rows": [{"linear probe": hint}], "metrics": {}}
     splits = {}
     for name, split in (("train", "train"), ("test", "val")):
@@ -892,7 +800,7 @@ def detection(ev):
     records = ev.open(need=("boxes",))
     mine = ev.info.get("stats", {}).get("label_names")
     if mine and mine != records.label_names:
-        raise SystemExit(f"{ev.task}: the run's classes ({', '.join(mine[:5])}, ...) are not those of {ev.spec} "
+        raise Stop(f"{ev.task}: the run's classes ({', '.join(mine[:5])}, ...) are not those of {ev.spec} "
                          f"({', '.join(records.label_names[:5])}, ...)")
     found = detections(ev, records)
     if ev.world > 1:
@@ -988,12 +896,12 @@ def seen_by(views):
 def gradcam(ev):
     """One PNG for --image and --text: where the model looks for each word and for the sentence."""
     if not (ev.opts.image and ev.opts.text):
-        raise SystemExit('gradcam: name a picture and a text: --image a.jpg --text "..." '
+        raise Stop('gradcam: name a picture and a text: --image a.jpg --text "..." '
                          '(--task pointing measures a split)')
     try:
         picture = data.load_image(ev.opts.image)
     except data.BadImage as e:
-        raise SystemExit(f"--image {ev.opts.image}: {e}")
+        raise Stop(f"--image {ev.opts.image}: {e}")
     ev.views, middle = seen_by(ev.views)
     rank, ev.rank, ev.world = ev.rank, 0, 1                     # one picture: every process looks at it
     records = data.Records("pairs", None)
@@ -1019,7 +927,7 @@ def pointing(ev):
     the caption is each record's first."""
     ev.views, middle = seen_by(ev.views)
     if middle:
-        raise SystemExit("pointing: boxes and a center crop do not go together")
+        raise Stop("pointing: boxes and a center crop do not go together")
     records, found = ev.open(need=("caption", "boxes", "labels")), []               # (inside, uniform, peak) per word
     for batch in ev.progress(ev.batches(records, "sample"), len(records), "pointing"):
         for i, bad, (words, _) in zip(batch["index"].tolist(), batch["bad"].tolist(), attention_maps(ev, batch)):
@@ -1037,7 +945,7 @@ def pointing(ev):
         dist.all_gather_object(pieces, found)
         found = sum(pieces, [])
     if not found:
-        raise SystemExit("pointing: no word of a caption that equals a label's name has a map: "
+        raise Stop("pointing: no word of a caption that equals a label's name has a map: "
                          "in a last (or only) fusion layer the words' are zero")
     inside, uniform, peak = (100 * np.mean(found, 0)).tolist()
     row = {"inside the box": inside, "uniform": uniform, "ratio": round(inside / uniform, 2), "peak in the box": peak}
@@ -1075,12 +983,12 @@ def gallery(ev, k=5):
     """One PNG: for --text the k nearest pictures of the split, for --image the k nearest captions, with their cosines.
     What belongs together in the data is framed: pictures that have the text as a caption; captions of the picture."""
     if not (ev.opts.text or ev.opts.image):
-        raise SystemExit('gallery: ask with a text, a picture or both: --text "..." --image a.jpg')
+        raise Stop('gallery: ask with a text, a picture or both: --text "..." --image a.jpg')
     if ev.opts.image:
         try:
             data.load_image(ev.opts.image)
         except data.BadImage as e:
-            raise SystemExit(f"--image {ev.opts.image}: {e}")
+            raise Stop(f"--image {ev.opts.image}: {e}")
     records = ev.open(need=("caption",))
     (captions, owner), pictures = (data.flat_captions(records),
                                    [records[i]["image"] for i in data.unique_images(records)[0]])
@@ -1147,7 +1055,7 @@ def vtm(ev):
     records, width = ev.open(need=("caption",)), ev.cfg.frame_width
     found = data.read_frames(records[0]["feature"]).shape[1]
     if found != width:
-        raise SystemExit(f"{records[0]['feature']}: {found} features a frame, the run was trained on {width}")
+        raise Stop(f"{records[0]['feature']}: {found} features a frame, the run was trained on {width}")
     result = retrieval(ev)
     ev.protocol.update(frames=f"at most {data.FRAMES} a clip, evenly spread")
     result["rows"] = [{"clips": row["images"], **{k: v for k, v in row.items() if k != "images"}}
@@ -1180,7 +1088,7 @@ def sts(ev):
     ev.views = {"source": "sts", "s1": "sentence", "s2": "sentence"}
     records = ev.open()
     if len(records) < 2:
-        raise SystemExit("sts: a correlation needs two pairs of sentences")
+        raise Stop("sts: a correlation needs two pairs of sentences")
     encode = lambda b, key: ev.model.encode_text({"text": b[key], "text_mask": b[key + "_mask"]}).float()
     cosine = ev.collect(records, "sample", len(records),
                         lambda b: {"c": (encode(b, "s1") * encode(b, "s2")).sum(1)})["c"].tolist()
@@ -1205,7 +1113,7 @@ def hashing(ev):
     """MAP@5000 of hash codes: the test list's pictures ask, the database list answers; beside random codes."""
     queries, opts = ev.open(need=("labels",)), ev.opts
     if not (opts.database or ev.spec == "shapes" or os.path.isdir(ev.spec)):
-        raise SystemExit("hashing: --data names the queries' list; name the database's with --database "
+        raise Stop("hashing: --data names the queries' list; name the database's with --database "
                          "(or give the folder of both)")
     database = data.open_source("hashing", opts.database or ev.spec, "database", ev.root, need=("labels",))
     codes, labels, left_out = [], [], []
@@ -1217,7 +1125,7 @@ def hashing(ev):
         labels.append(y[labeled])
         left_out.append(int((~labeled).sum()))
     if labels[0].shape[1] != labels[1].shape[1] or not min(map(len, codes)):
-        raise SystemExit(f"hashing: {labels[0].shape[1]} labels in the queries' list, {labels[1].shape[1]} in the "
+        raise Stop(f"hashing: {labels[0].shape[1]} labels in the queries' list, {labels[1].shape[1]} in the "
                          f"database's; {len(codes[0])} and {len(codes[1])} labeled images")
     r, g = min(opts.map_at, len(codes[1])), torch.Generator().manual_seed(0)
     chance = [torch.randint(0, 2, c.shape, generator=g) * 2.0 - 1 for c in codes]
@@ -1276,7 +1184,7 @@ def attention(ev):
         run.views, middle = seen_by(run.views)
         run.rank, run.world = 0, 1                                              # one picture: each process looks at it
     if bool(ev.opts.image) != bool(ev.opts.text):
-        raise SystemExit("attention: --image and --text go together "
+        raise Stop("attention: --image and --text go together "
                          "(without them: the split's first picture and caption)")
     if ev.opts.image:
         records = data.Records("pairs", None)
@@ -1287,7 +1195,7 @@ def attention(ev):
     try:
         picture = data.load_image(records[0]["image"])
     except data.BadImage as e:
-        raise SystemExit(f"{records[0]['image']}: {e}")
+        raise Stop(f"{records[0]['image']}: {e}")
     panels, rows = [], []
     for run in runs:
         batch = next(run.batches(records, "sample"))
@@ -1354,10 +1262,9 @@ def speed(ev):
         run.rank, run.world, run.views = 0, 1, seen_by(run.views)[0]
         records = run.open(need=("caption",))
         if len(records) < sizes[-1]:
-            raise SystemExit(f"--sizes {ev.opts.sizes}: the split has {len(records)} pictures")
-        has = lambda *names: all(callable(getattr(run.model, n, None)) for n in names)
-        ways = {"dual encoder": score_dual} if has("encode_image", "encode_text") else {}
-        ways |= {"match, every pair": score_pairs} if has("match") else {}
+            raise Stop(f"--sizes {ev.opts.sizes}: the split has {len(records)} pictures")
+        ways = {"dual encoder": score_dual} if offers(run.model, "encode_image", "encode_text") else {}
+        ways |= {"match, every pair": score_pairs} if offers(run.model, "match") else {}
         for way, score in ways.items():
             seconds, name = [], str(run.info.get("path") or run.info["task"])
             for n in sizes:
@@ -1402,7 +1309,7 @@ TASKS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running them
 
 def table(rows):
@@ -1442,7 +1349,7 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
     what the task needs."""
     if task not in TASKS or task not in offered(model):
         known = "" if task in TASKS else f" (known: {', '.join(TASKS)})"
-        raise SystemExit(f"task {task}: {type(model).__name__} trained for {info['task']} does not offer it{known}; "
+        raise Stop(f"task {task}: {type(model).__name__} trained for {info['task']} does not offer it{known}; "
                          f"it offers: {', '.join(offered(model)) or 'none'}")
     given = opts if isinstance(opts, dict) else vars(opts) if opts else {}
     opts = argparse.Namespace(**{**vars(parser().parse_args([info.get("path") or ""])), **given})

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -34,6 +33,8 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+from tools import weights
+from tools.weights import Stop
 
 
 @dataclass
@@ -83,11 +84,7 @@ class Loop:
     save_every: int = 500           # steps per checkpoint
 
 
-class Stop(SystemExit):
-    """Something the user can put right: one line, exit status 1."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
 
 def add_flags(parser, cls, title):
@@ -135,7 +132,7 @@ def parse(argv):
     if name is None:
         add_flags(parser, Loop, "the loop")
         parser.parse_args(argv)                                    # prints the help, or says that --model is missing
-    module = evaluation.load_module(name)
+    module = weights.load_module(name)
     parser.add_argument("--preset", default="tiny", choices=list(module.PRESETS), help="sizes [tiny]")
     parser.add_argument("--task", default=module.TASKS[0], help=f"{', '.join(module.TASKS)} [{module.TASKS[0]}]")
     for side in module.INITS:
@@ -166,7 +163,7 @@ def settings(module, preset, task, given, stage=0):
                  for cls in (Loop, module.Config))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedule and optimizer
 
 def learning_rate(step, total, loop):
@@ -184,6 +181,14 @@ def learning_rate(step, total, loop):
     return loop.lr
 
 
+def decay_matrices(model, loop):
+    """Parameter groups of a model that does not ask for others: weight decay on matrices, none on biases, norms and
+    single numbers, which it would only pull towards zero."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in trained if p.ndim >= 2], "lr": loop.lr, "weight_decay": loop.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "lr": loop.lr, "weight_decay": 0.0}]
+
+
 def make_optimizer(groups, loop):
     groups = [dict(g, peak=g["lr"]) for g in groups if g["params"]]
     if loop.optimizer == "sgd":
@@ -192,39 +197,8 @@ def make_optimizer(groups, loop):
         groups, betas=(0.9, loop.beta2), fused=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights and checkpoints
-
-def initialize(model, module, path):
-    """Fills the model from another run; says what it had too much or too little. A backbone key left unfilled is
-    an error, and so is one left over of a tower that the model has: part of a tower is another tower."""
-    state = evaluation.read_weights(evaluation.find_run(path) / "model.safetensors")
-    if hasattr(model, "adapt"):
-        state = model.adapt(state)
-    for group in evaluation.tied_names(model):                     # of tied tensors a file holds one
-        state |= {name: state[there] for there in group if there in state for name in group}
-    mine = model.state_dict()
-    wrong = [k for k in state if k in mine and state[k].shape != mine[k].shape]
-    if wrong:
-        raise Stop(f"--init {path}: {wrong[0]} is {tuple(state[wrong[0]].shape)} there "
-                   f"and {tuple(mine[wrong[0]].shape)} here: other sizes")
-    new, dropped = [k for k in mine if k not in state], [k for k in state if k not in mine]
-    empty = [k for k in new if k.startswith(module.BACKBONE)]
-    if empty:
-        raise Stop(f"--init {path}: it does not fill {empty[0]}"
-                   + (f" and {len(empty) - 1} more of the backbone" if len(empty) > 1 else ""))
-    here = tuple(tower for tower in module.BACKBONE if any(k.startswith(tower) for k in mine))
-    cut = [k for k in dropped if k.startswith(here)]
-    if cut:
-        raise Stop(f"--init {path}: the backbone here has no place for {prefixes(cut)}: "
-                   "give the flags of size that the run had")
-    model.load_state_dict(state, strict=False)
-    return f"init from {path}: {len(state) - len(dropped)} tensors; new: {prefixes(new)}; dropped: {prefixes(dropped)}"
-
-
-def prefixes(keys):
-    return ", ".join(sorted({k.split(".")[0] for k in keys})) or "none"
-
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
 
 def write(path, fn):
     """fn(temporary path), then rename: a file is whole or not there."""
@@ -243,13 +217,13 @@ def save(out, raw, optimizer, scaler, step, info, rank, world):
         state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "step": step, "rng": everyone}
         write(out / "config.json", lambda p: p.write_text(json.dumps({**info, "step": step}, indent=1)))
-        evaluation.save_model(raw, out / "model.safetensors")
+        weights.save_model(raw, out / "model.safetensors")
         write(out / "state.pt", lambda p: torch.save(state, p))
     if world > 1:
         dist.barrier()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A run
 
 def train(module, name, preset, task, given, out, stage=0, init=""):
@@ -304,11 +278,10 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     # model
     torch.manual_seed(loop.seed)                                   # the same weights on every process
     raw = module.Model(cfg, task, num_labels=stats.get("num_labels", 0))
-    news = [initialize(raw, module, loop.init)] if loop.init else []
-    paths = {side: local_weights(given[f"init_{side}"], rank, world)
-             for side in module.INITS if given.get(f"init_{side}")}
+    news = [weights.initialize(raw, loop.init, module.BACKBONE)] if loop.init else []
+    paths = {side: given[f"init_{side}"] for side in module.INITS if given.get(f"init_{side}")}
     if paths and not stage:
-        news.append(module.load_pretrained(raw, **paths))
+        news += weights.load_towers(module, raw, paths)
     raw.to(device).train()
     if "features" in data.view_keys(views).values():            # of a frozen model: computed once, kept beside the run
         out.mkdir(parents=True, exist_ok=True)
@@ -318,7 +291,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
                                                    cfg.max_text, device, rank=rank, world=world, workers=workers)
     if hasattr(raw, "prepare") and not (loop.resume and (out / "state.pt").exists()):
         raw.prepare(samples)
-    optimizer = make_optimizer(raw.param_groups(loop), loop)
+    groups = raw.param_groups(loop) if hasattr(raw, "param_groups") else decay_matrices(raw, loop)
+    optimizer = make_optimizer(groups, loop)
     amp = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(loop.amp, loop.amp)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -428,35 +402,12 @@ def feature_key(raw, loop, views):
 def default_vocab(loop):
     """The vocabulary of --init's run, else the built-in world's; real data must name one."""
     if loop.init:
-        return str(evaluation.find_run(loop.init) / "vocab.txt")
+        return str(weights.find_run(loop.init) / "vocab.txt")
     if loop.data != "shapes":
         raise Stop("train.py: --data other than shapes needs --vocab, "
                    "a BERT vocabulary file (bert-base-uncased's vocab.txt)")
-    import shapes
+    from tools import shapes
     return str(shapes.ensure() / "vocab.txt")
-
-
-def local_weights(name, rank, world):
-    """A file or folder as it is; else a hub name (`timm/vit_base_patch16_224.augreg_in21k`, `bert-base-uncased`),
-    fetched once -> a path."""
-    if Path(name).exists():
-        return name
-    if name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".pth", ".pt", ".bin")):
-        raise Stop(f"train.py: {name}: no such file")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    files = ["model.safetensors", "pytorch_model.bin", "config.json"]
-    try:
-        for turn in range(2):                                      # rank 0 downloads, the others find it in the cache
-            if (turn == 0) == (rank == 0):
-                folder = snapshot_download(name, allow_patterns=files)
-            if world > 1:
-                dist.barrier()
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e:
-        raise Stop(f"train.py: {name!r} is no file here and the hub does not give it ({type(e).__name__}): "
-                   f"on a machine with network run `hf download {name} model.safetensors config.json "
-                   "--local-dir weights`, copy that folder here and give its path instead of the name") from None
-    return folder
 
 
 def prepare(out, info, loop, raw, optimizer, scaler, rank, world):

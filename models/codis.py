@@ -181,106 +181,147 @@ PAIR_TASKS = ("pretrain", "retrieval")  # those that embed and match pairs
 BACKBONE = ("vision.", "text.", "fusion.")  # `--init` must fill every key that starts so
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Blocks. Keys are named as in timm's ViT and Hugging Face's BERT.
+# --------------------------------------------------------------------------------------------------
+# Blocks: one attention and one layer, of which both encoders and the fusion are built
 
 def activation(name):
     return {"gelu": nn.GELU, "relu": nn.ReLU}[name]()
 
 
-def split_heads(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, S, D) -> (B, heads, S, D/heads)
-
-
-def attend(q, k, v, heads, mask=None, dropout=0.0, maps=None):
-    """Multi-head attention. q: (B, S, D); k, v: (B, L, D); mask: bool, broadcastable to (B, heads, S, L), True = look.
-
-    A list given as `maps` receives the attention probabilities (B, heads, S, L), still in the graph (Grad-CAM).
-    """
-    q, k, v = split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
-    if maps is None:
-        x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-    else:
-        scores = q @ k.mT / math.sqrt(q.shape[-1])
-        maps.append((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1))
-        x = maps[-1] @ v
-    return x.transpose(1, 2).flatten(2)  # (B, S, D)
+def pick(x, at):
+    """The tokens of x (B, S, D) at positions `at` (B, A) -> (B, A, D)."""
+    return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 class Attention(nn.Module):
-    """timm's self-attention."""
+    """Multi-head attention: tokens x (B, S, D) look at one another, or at a context (B, L, C).
 
-    def __init__(self, width, heads):
+    context() makes keys and values apart from forward(), as one image serves many sentences.
+    """
+
+    def __init__(self, width, heads, context_width=None, dropout=0.0):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.heads, self.dropout = heads, dropout
+        if context_width is None:
+            self.qkv = nn.Linear(width, 3 * width)                  # one product for all three
+        else:
+            self.query = nn.Linear(width, width)
+            self.key_value = nn.Linear(context_width, 2 * width)
+        self.out = nn.Linear(width, width)
 
-    def forward(self, x):
-        return self.proj(attend(*self.qkv(x).chunk(3, -1), self.heads))
+    def context(self, tokens):
+        """Keys and values of a context (B, L, C) -> 2 x (B, L, D)."""
+        return self.key_value(tokens).chunk(2, dim=-1)
+
+    def forward(self, x, context=None, mask=None, at=None, maps=None):
+        """-> (B, S, D), or (B, A, D) where only positions `at` (B, A) are asked for.
+
+        mask: bool, True = may look, broadcast to (B, heads, S or A, L).
+        maps: a list that receives the attention probabilities (B, heads, S or A, L), in the graph.
+        """
+        if context is None:
+            query, key, value = self.qkv(x).chunk(3, dim=-1)
+            query = query if at is None else pick(query, at)
+        else:
+            query, (key, value) = self.query(x), context
+        query, key, value = self.split(query), self.split(key), self.split(value)
+
+        if maps is None:
+            dropout = self.dropout if self.training else 0.0
+            x = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        else:
+            # the same written out, as a fused kernel does not show its probabilities
+            scores = query @ key.mT / math.sqrt(query.shape[-1])
+            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            maps.append(scores.softmax(-1))
+            x = maps[-1] @ value
+        return self.out(x.transpose(1, 2).flatten(2))
+
+    def split(self, x):
+        # (B, S, D) -> (B, heads, S, D/heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class MLP(nn.Module):
-    def __init__(self, width, hidden, act):
+class Block(nn.Module):
+    """A transformer layer: self-attention, cross-attention if it has a context, feed-forward.
+
+    norm="pre": each part reads normalised tokens (ViT); "post": the sum behind it is normalised (BERT).
+    """
+
+    def __init__(self, width, heads, norm, mlp_ratio=4, act="gelu", context_width=None,
+                 dropout=0.0):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.act = activation(act)
-        self.fc2 = nn.Linear(hidden, width)
+        eps = {"pre": 1e-6, "post": 1e-12}[norm]                    # timm's ViT, Hugging Face's BERT
+        self.pre, self.drop = norm == "pre", nn.Dropout(dropout)
+        self.attention = Attention(width, heads, dropout=dropout)
+        self.attention_norm = nn.LayerNorm(width, eps)
+        if context_width is not None:
+            self.cross = Attention(width, heads, context_width, dropout)
+            self.cross_norm = nn.LayerNorm(width, eps)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), activation(act),
+                                 nn.Linear(mlp_ratio * width, width))
+        self.mlp_norm = nn.LayerNorm(width, eps)
 
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+    def before(self, x, norm):
+        return norm(x) if self.pre else x
+
+    def after(self, x, change, norm):
+        x = x + self.drop(change)
+        return x if self.pre else norm(x)
+
+    def self_attend(self, x, mask=None, at=None):
+        change = self.attention(self.before(x, self.attention_norm), mask=mask, at=at)
+        return self.after(x if at is None else pick(x, at), change, self.attention_norm)
+
+    def cross_attend(self, x, context, mask=None, maps=None):
+        change = self.cross(self.before(x, self.cross_norm), context, mask, maps=maps)
+        return self.after(x, change, self.cross_norm)
+
+    def feed(self, x):
+        return self.after(x, self.mlp(self.before(x, self.mlp_norm)), self.mlp_norm)
+
+    def forward(self, x, mask=None, context=None, context_mask=None, at=None, maps=None):
+        """x: (B, S, D); context: cross.context() of the other modality -> (B, S or A, D)."""
+        x = self.self_attend(x, mask, at)
+        if context is not None:
+            x = self.cross_attend(x, context, context_mask, maps)
+        return self.feed(x)
 
 
-class ViTBlock(nn.Module):
-    """A pre-norm transformer block, timm's names."""
+# --------------------------------------------------------------------------------------------------
+# Encoders
 
-    def __init__(self, width, heads, mlp_ratio, act):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, mlp_ratio * width, act)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        w, p = cfg.vision_width, cfg.patch
-        if cfg.stem == "patch":
-            self.proj = nn.Conv2d(3, w, p, p)
-        else:  # the same stride p in three steps
-            self.proj = nn.Sequential(nn.Conv2d(3, w // 2, p // 4, p // 4), activation(cfg.act),
-                                      nn.Conv2d(w // 2, w // 2, 3, 2, 1), activation(cfg.act),
-                                      nn.Conv2d(w // 2, w, 3, 2, 1))
-
-    def forward(self, image):
-        return self.proj(image).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, P, D)
+def patch_stem(cfg):
+    """(B, 3, H, W) -> (B, D, H/patch, W/patch): ViT's projection, or three convolutions instead."""
+    width, patch = cfg.vision_width, cfg.patch
+    if cfg.stem == "patch":
+        return nn.Conv2d(3, width, patch, patch)
+    return nn.Sequential(nn.Conv2d(3, width // 2, patch // 4, patch // 4), activation(cfg.act),
+                         nn.Conv2d(width // 2, width // 2, 3, 2, 1), activation(cfg.act),
+                         nn.Conv2d(width // 2, width, 3, 2, 1))
 
 
 class ViT(nn.Module):
-    """(B, 3, H, W) -> (B, P+1, D), the class token first. H and W: any multiples of `patch`;
-    position embeddings follow."""
+    """(B, 3, H, W) -> (B, P+1, D), the class token first. H and W: any multiples of `patch`."""
 
     def __init__(self, cfg):
         super().__init__()
-        w, self.patch, self.checkpointing = cfg.vision_width, cfg.patch, cfg.checkpointing
-        self.patch_embed = PatchEmbed(cfg)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, w))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (cfg.image_size // cfg.patch) ** 2, w))
-        self.blocks = nn.ModuleList(ViTBlock(w, cfg.vision_heads, cfg.mlp_ratio, cfg.act)
+        width, self.patch, self.checkpointing = cfg.vision_width, cfg.patch, cfg.checkpointing
+        self.patch_embed = patch_stem(cfg)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (cfg.image_size // cfg.patch) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, cfg.vision_heads, "pre", cfg.mlp_ratio, cfg.act)
                                     for _ in range(cfg.vision_layers))
-        self.norm = nn.LayerNorm(w, eps=1e-6)
+        self.norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, image):
-        x = self.patch_embed(image)                                                  # (B, P, D)
-        pos = resize_pos_embed(self.pos_embed, image.shape[2] // self.patch, image.shape[3] // self.patch)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + pos           # (B, P+1, D)
+        x = self.patch_embed(image)                                              # (B, D, h, w)
+        pos = resize_pos_embed(self.pos_embed, *x.shape[2:])
+        x = x.flatten(2).transpose(1, 2)                                         # (B, P, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + pos   # (B, P+1, D)
+
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            x = run_block(block, x, save_memory=self.checkpointing)
         return self.norm(x)
 
 
@@ -288,161 +329,82 @@ def init_vit(vit, pos_std):
     """Initial weights of an image encoder, where a model's `init_std` is not good: He's for the convolutions of a stem,
     `pos_std` for places and class token, 0.02 at all sizes for what a block adds to its tokens. With tiny's 0.08 for
     all three the first block drowned the patches: each knew the colours of the whole picture, few their own place."""
-    for module in vit.patch_embed.proj.children():  # of a conv stem; ViT's single projection has none
+    for module in vit.patch_embed.children():  # of a conv stem; ViT's single projection has none
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
     for token in (vit.pos_embed, vit.cls_token):
         nn.init.trunc_normal_(token, std=pos_std)
     for block in vit.blocks:
-        for module in (block.attn.proj, block.mlp.fc2):
+        for module in (block.attention.out, block.mlp[2]):
             nn.init.trunc_normal_(module.weight, std=0.02)
 
 
+def run_block(block, *inputs, save_memory):
+    """block(*inputs); with `save_memory`, backward computes it again instead of keeping it."""
+    if save_memory and block.training:
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
 def resize_pos_embed(pos, height, width):
-    """Interpolates ViT position embeddings (1, 1+h*h, D) bicubically to a grid of height x width;
-    the class token's stays."""
+    """ViT's position embeddings (1, 1+h*h, D), interpolated bicubically to height x width patches.
+    The class token's stays."""
     if pos.shape[1] == 1 + height * width:
         return pos
     side = math.isqrt(pos.shape[1] - 1)
-    grid = pos[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)          # (1, D, h, h)
+    grid = pos[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)     # (1, D, h, h)
     grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-    return torch.cat([pos[:, :1], grid.flatten(2).mT.to(pos.dtype)], 1)               # (1, 1+H*W, D)
+    return torch.cat([pos[:, :1], grid.flatten(2).mT.to(pos.dtype)], dim=1)      # (1, 1+H*W, D)
 
 
-class BertEmbeddings(nn.Module):
+class Embeddings(nn.Module):
+    """BERT's input: ids (B, T) -> (B, T, D), word + position + segment embedding, normalised."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.word_embeddings = nn.Embedding(cfg.vocab_size, cfg.width, padding_idx=cfg.pad_id)
-        self.position_embeddings = nn.Embedding(cfg.positions, cfg.width)
-        self.token_type_embeddings = nn.Embedding(2, cfg.width)
-        self.LayerNorm = nn.LayerNorm(cfg.width, eps=1e-12)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.words = nn.Embedding(cfg.vocab_size, cfg.width, padding_idx=cfg.pad_id)
+        self.positions = nn.Embedding(cfg.positions, cfg.width)
+        self.segments = nn.Embedding(2, cfg.width)
+        self.norm = nn.LayerNorm(cfg.width, 1e-12)
+        self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, text):
-        x = (self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]]
-             + self.token_type_embeddings.weight[0])
-        return self.dropout(self.LayerNorm(x))                                       # (B, T, D)
-
-
-class QueryKeyValue(nn.Module):
-    def __init__(self, width, context_width):
-        super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(context_width, width)
-        self.value = nn.Linear(context_width, width)
-
-
-class BertOutput(nn.Module):
-    def __init__(self, cfg, width):
-        super().__init__()
-        self.dense = nn.Linear(width, cfg.width)
-        self.LayerNorm = nn.LayerNorm(cfg.width, eps=1e-12)
-        self.dropout = nn.Dropout(cfg.dropout)
-
-    def forward(self, x, residual):
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
-
-
-class BertAttention(nn.Module):
-    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many
-    queries."""
-
-    def __init__(self, cfg, context_width):
-        super().__init__()
-        self.heads, self.p = cfg.heads, cfg.dropout
-        self.self = QueryKeyValue(cfg.width, context_width)
-        self.output = BertOutput(cfg, cfg.width)
-
-    def keys(self, context):
-        return self.self.key(context), self.self.value(context)                      # 2 x (B, L, D)
-
-    def forward(self, x, keys, mask=None, maps=None):
-        dropout = self.p if self.training else 0.0
-        return self.output(attend(self.self.query(x), *keys, self.heads, mask, dropout, maps), x)
-
-
-class BertIntermediate(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.dense = nn.Linear(cfg.width, cfg.mlp_ratio * cfg.width)
-        self.act = activation(cfg.act)
-
-    def forward(self, x):
-        return self.act(self.dense(x))
-
-
-class BertLayer(nn.Module):
-    """A post-norm BERT layer; with `context_width`, cross-attention stands between self-attention and feed-forward."""
-
-    def __init__(self, cfg, context_width=None):
-        super().__init__()
-        self.attention = BertAttention(cfg, cfg.width)
-        if context_width:
-            self.crossattention = BertAttention(cfg, context_width)
-        self.intermediate = BertIntermediate(cfg)
-        self.output = BertOutput(cfg, cfg.mlp_ratio * cfg.width)
-
-    def self_attend(self, x, mask, at=None):
-        """x: (B, T, D); mask: bool (B, 1, 1 or T, T); at: (B, S) positions to compute,
-        all where None -> (B, T or S, D)."""
-        keys = self.attention.keys(x)
-        return self.attention(x if at is None else pick(x, at), keys, mask)
-
-    def feed(self, x):
-        return self.output(self.intermediate(x), x)
-
-    def forward(self, x, mask, keys=None, context_mask=None, at=None, maps=None):
-        x = self.self_attend(x, mask, at)
-        if keys is not None:
-            x = self.crossattention(x, keys, context_mask, maps)
-        return self.feed(x)
-
-
-def pick(x, at):
-    """x: (B, T, D), at: (B, S) -> (B, S, D), the tokens at these positions."""
-    return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-class BertLayers(nn.Module):
-    def __init__(self, cfg, layers, context_width=None):
-        super().__init__()
-        self.layer = nn.ModuleList(BertLayer(cfg, context_width) for _ in range(layers))
+        x = self.words(text) + self.positions.weight[:text.shape[1]] + self.segments.weight[0]
+        return self.drop(self.norm(x))
 
 
 class Bert(nn.Module):
-    """(B, T) ids and mask -> (B, T, D)."""
+    """Ids and mask (B, T) -> (B, T, D)."""
 
     def __init__(self, cfg):
         super().__init__()
         self.checkpointing = cfg.checkpointing
-        self.embeddings = BertEmbeddings(cfg)
-        self.encoder = BertLayers(cfg, cfg.text_layers)
+        self.embeddings = Embeddings(cfg)
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, "post", cfg.mlp_ratio, cfg.act,
+                                          dropout=cfg.dropout) for _ in range(cfg.text_layers))
 
     def forward(self, text, text_mask):
-        x, mask = self.embeddings(text), text_mask[:, None, None].bool()             # (B, T, D), (B, 1, 1, T)
-        for layer in self.encoder.layer:
-            x = (checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training
-                 else layer(x, mask))
+        x, mask = self.embeddings(text), text_mask[:, None, None].bool()
+        for block in self.blocks:
+            x = run_block(block, x, mask, save_memory=self.checkpointing)
         return x
 
 
 class MLMHead(nn.Module):
-    """BERT's prediction head; the decoder's weight is the word embedding, handed in."""
+    """BERT's prediction of words, (..., D) -> (..., vocabulary), by the word embeddings handed in."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.transform = nn.Sequential()
-        self.transform.dense = nn.Linear(cfg.width, cfg.width)
-        self.transform.act = activation(cfg.act)
-        self.transform.LayerNorm = nn.LayerNorm(cfg.width, eps=1e-12)
+        self.transform = nn.Sequential(nn.Linear(cfg.width, cfg.width), activation(cfg.act),
+                                       nn.LayerNorm(cfg.width, 1e-12))
         self.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
 
     def forward(self, x, word_embeddings):
-        return F.linear(self.transform(x), word_embeddings, self.bias)               # (..., D) -> (..., vocabulary)
+        return F.linear(self.transform(x), word_embeddings, self.bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes and memory
 
 def world():
@@ -488,7 +450,7 @@ def ema_(teacher, student, alpha):
     torch._foreach_lerp_(teacher, student, 1 - alpha)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The paper's equations
 
 def ot_loss(plan, cost):
@@ -669,7 +631,7 @@ def perplexity(p):
     return torch.special.entr(p.float().mean(0)).sum().exp()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 class Codis(nn.Module):
@@ -1126,7 +1088,7 @@ class Codis(nn.Module):
                 {"params": plain, "lr": cfg.lr, "weight_decay": 0.0}]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Foreign weights
 
 def read_foreign(path, where):

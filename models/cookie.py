@@ -174,7 +174,7 @@ def setup(cfg, task, stats):
         cfg.frame_width = stats["frame_width"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Blocks. Keys are named as in torchvision's ResNet and Hugging Face's BERT.
 
 NETS = {  # name: block, blocks per stage, their planes, groups, width per group
@@ -386,7 +386,7 @@ class GPO(nn.Module):
             return (x.masked_fill(~ranked[..., None], 0.0) * self.weights(ranked)[..., None]).sum(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes and memory
 
 # Copied from models/codis.py::world
@@ -458,7 +458,7 @@ def in_chunks(fn, chunk, norms, *inputs):
                       for part in zip(*(x.split(chunk) for x in inputs))])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The paper's equations
 
 def patch_features(v, weight, bias, pos):
@@ -561,7 +561,7 @@ def augment_tokens(text, text_mask, words, pad_id, mask_id, first_word, vocab_si
     return text.gather(1, order).masked_fill(~keep, pad_id), keep.to(text_mask.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fine-tuning's losses: VSE++ and CSQ
 
 def hinge_triplet(q, k, ids, key_ids, own, margin, hard):
@@ -621,7 +621,7 @@ def csq_loss(a, target, weight, quantization):
     return (share * central).sum(), (share * (a.tanh().abs() - 1).square().mean(1)).sum()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 class Cookie(nn.Module):
@@ -881,7 +881,7 @@ def resize_grid(pos, height, width):
     return grid.flatten(2).mT.to(pos.dtype)                                          # (1, H*W, D)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Foreign weights
 
 # Copied from models/codis.py::read_foreign

@@ -164,7 +164,7 @@ def setup(cfg, task, stats):
                              "make it with data.py regions --global_feature NAME")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Blocks. Keys are named as in Hugging Face's BERT.
 
 # Copied from models/codis.py::activation
@@ -342,7 +342,7 @@ class RegionEmbeddings(nn.Module):
         return self.dropout(embed_region(v, segment, self.box(c), position, self.LayerNorm))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The paper's equations
 
 def box_code(boxes, size):
@@ -491,7 +491,7 @@ def mismatch(ids, n):
     return torch.where(swap & coin, index, own), torch.where(swap & ~coin, index, own), (~swap).float()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 class ImageBert(nn.Module):
@@ -668,7 +668,7 @@ class ImageBert(nn.Module):
         return [{"params": p, "lr": cfg.lr, "weight_decay": d} for p, d in zip(groups, (cfg.weight_decay, 0.0))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # BERT's weights
 
 # Copied from models/codis.py::read_foreign

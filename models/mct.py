@@ -228,7 +228,7 @@ def setup(cfg, task, stats):
         cfg.lambda_tag = 0.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The text encoder. Keys are named as in Hugging Face's BERT.
 
 # Copied from models/codis.py::activation
@@ -403,7 +403,7 @@ def bert_init(module, std):
         nn.init.zeros_(module.bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The image encoder. Keys are torchvision's.
 
 class SplitBatchNorm(nn.BatchNorm2d):
@@ -457,7 +457,7 @@ def mlp(width, hidden, out):
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes and memory
 
 # Copied from models/codis.py::world
@@ -517,7 +517,7 @@ def push_(rings, ptr, rows):
     ptr.add_(count).remainder_(size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The paper's equations. `hidden` (B, K) bool marks queue entries that do not count: the own image, and keys that
 # are not there.
 
@@ -666,7 +666,7 @@ def pmi_vectors(rows, vocab, dim):
     return F.normalize(u[:, :dim] * s[:dim].sqrt(), dim=-1) * (counts.diagonal() > 0)[:, None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Detectors: torchvision's, around our ResNet
 
 class C4Head(nn.Module):
@@ -702,7 +702,7 @@ def fpn_detector(cfg, classes, common):
                     mask_predictor=MaskRCNNPredictor(c, c, classes + 1), **common)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 class Mct(nn.Module):
@@ -1032,7 +1032,7 @@ class Mct(nn.Module):
         return {rename(k.removeprefix("vision.")) if k.startswith("vision.") else k: v for k, v in state.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights from and for elsewhere
 
 # Copied from models/codis.py::read_foreign

@@ -1177,7 +1177,7 @@ def test_codis_gradcam_points_at_the_named_object():
     in the box of the object of that color is at least 1.5 times the box's share of the picture."""
     import numpy as np
 
-    import shapes
+    from tools import shapes
     from eval import box_cover
     rng, cells, colors = np.random.default_rng(0), 4, list(shapes.COLORS)
     cfg = Config(image_size=64, stem="conv", vision_width=64, vision_layers=1, vision_heads=4, width=64, text_layers=1,

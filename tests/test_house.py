@@ -4,6 +4,7 @@ run.
 `PYTHONPATH=. python tests/test_house.py --fix` rewrites every marked copy from its origin."""
 
 import ast
+import os
 import re
 import runpy
 import shlex
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-import shapes
 import train
+from tools import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = sorted((ROOT / "models").glob("*.py"))
@@ -39,13 +40,13 @@ def test_the_loop_the_evaluation_and_the_data_name_no_model():
 
 
 def test_no_name_is_defined_twice():
-    for path in (*ROOT.glob("*.py"), *MODELS, *(ROOT / "tests").glob("*.py")):
+    for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"), *MODELS, *(ROOT / "tests").glob("*.py")):
         names = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
         assert len(names) == len(set(names)), (path.name, [n for n in names if names.count(n) > 1])
 
 
 def test_no_line_is_longer_than_120_characters():
-    long = [f"{path.relative_to(ROOT)}:{n}" for path in (*ROOT.glob("*.py"), *MODELS, *(ROOT / "tests").glob("*.py"))
+    long = [f"{path.relative_to(ROOT)}:{n}" for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"), *MODELS, *(ROOT / "tests").glob("*.py"))
             for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
     assert not long, long
 
@@ -141,7 +142,7 @@ def test_readme_commands_run_with_three_steps(tmp_path, monkeypatch):
     shapes.ensure("datasets/shapes", quiet=True, scale=0.05)
     ran = 0
     for words in commands():
-        script = next(w for w in words if w.endswith(".py"))
+        script = next(w for w in words if w.endswith(".py") or w.startswith("tools."))
         argv = words[words.index(script) + 1:]
         if theirs(words) or "--help" in words:
             if script == "train.py":                                   # its flags exist
@@ -156,7 +157,8 @@ def test_readme_commands_run_with_three_steps(tmp_path, monkeypatch):
         elif script == "eval.py":
             evaluation.main(argv)
         else:
-            subprocess.run([sys.executable, str(ROOT / script), *argv], check=True)
+            program = ["-m", script] if script.startswith("tools.") else [str(ROOT / script)]
+            subprocess.run([sys.executable, *program, *argv], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert ran >= 4
 
 

@@ -1,4 +1,4 @@
-"""lait.py on a small web that this file writes: each trap, planted a known number of times,
+"""tools/lait.py on a small web that this file writes: each trap, planted a known number of times,
 must be counted where it belongs."""
 
 import argparse
@@ -25,8 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
-import eval as evaluation
-import lait
+from tools import lait, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS, BEASTS = ("red green blue yellow brown white black grey".split(),
@@ -359,7 +358,8 @@ def test_shards_of_the_map_in_any_order_give_the_same_tars(web, whole, tmp_path,
 
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(web, whole, tmp_path):
     out, killed = tmp_path / "out", 0
-    script = ("import os, signal, sys, lait\n"
+    script = ("import os, signal, sys\n"
+              "from tools import lait\n"
               "left, steps = int(sys.argv[1]), {name: getattr(lait, name) for name in ('write', 'pack')}\n"
               "def stop(name, path, *args):\n"
               "    global left\n"
@@ -414,14 +414,14 @@ def test_a_picture_that_changed_since_the_map_is_left_out_and_counted(tmp_path):
 def scored(web, tmp_path_factory):
     """A run directory of a small random dual encoder."""
     run = tmp_path_factory.mktemp("run")
-    module = evaluation.load_module("codis")
+    module = weights.load_module("codis")
     torch.manual_seed(0)
     (run / "vocab.txt").write_text((web.root / "../vocab.txt").read_text())
     tokenizer = data.get_tokenizer(run / "vocab.txt")
     own = {k: v for k, v in module.PRESETS["tiny"].items() if k in vars(module.Config())}
     own |= {"vocab_size": tokenizer.vocab_size, "queue_size": 16, "vision_layers": 1, "text_layers": 1, "max_text": 16}
     config = module.Config(**own)
-    evaluation.save_model(module.Model(config, "pretrain"), run / "model.safetensors")
+    weights.save_model(module.Model(config, "pretrain"), run / "model.safetensors")
     info = {"model": "codis", "preset": "tiny", "task": "pretrain", "config": vars(config), "loop": {}, "step": 0}
     (run / "config.json").write_text(json.dumps(info))
     return run
@@ -433,7 +433,7 @@ def test_score_is_the_cosine_of_the_runs_encoders(web, scored, tmp_path):
     owner = [0, 3, 3, 1, 4, 2, 0]
     texts = [*texts, "a small dog", "a dog and a cat near the old house"]
     score = lait.Scorer(str(scored), "cpu", 3)([(paths[o], text) for o, text in zip(owner, texts)])
-    model, _ = evaluation.load_run(scored)
+    model, _ = weights.load_run(scored)
     records = data.Records("pairs", None)
     for n, path in enumerate(paths):
         records.append({"image": path, "image_id": n, "caption": ["x"]})
@@ -623,5 +623,5 @@ def test_errors_are_one_line(tmp_path, monkeypatch, flags, message):
 
 
 def test_lait_names_no_model():
-    code = re.sub(r'"""[\s\S]*?"""', "", (ROOT / "lait.py").read_text())
+    code = re.sub(r'"""[\s\S]*?"""', "", (ROOT / "tools/lait.py").read_text())
     assert not any(re.search(rf"\b{p.stem}\b", code) for p in (ROOT / "models").glob("*.py"))

@@ -19,6 +19,7 @@ from PIL import Image
 import data
 import eval as evaluation
 from models import mct
+from tools import weights
 from models.mct import (Config, Mct, QueueHinge, QueueLSE, SplitBatchNorm, demo_batch, hinge, info_nce,
                         pmi_vectors, push_, shuffle, tag_nce, tag_positives, tag_sums, unshuffle, vse_loss)
 
@@ -458,7 +459,7 @@ def test_mct_backbone_is_torchvisions(tmp_path):
     and the way back, with the momentum copy."""
     model = Mct(Config(width=24, text_layers=1, text_heads=3, vocab_size=50, queue_size=8, bn_groups=1),
                 "pretrain", 5).eval()
-    evaluation.save_model(model, tmp_path / "model.safetensors")
+    weights.save_model(model, tmp_path / "model.safetensors")
     mct.export_backbone(tmp_path / "model.safetensors", tmp_path / "resnet50.pth")
     theirs = torchvision.models.resnet50()
     missing, unexpected = theirs.load_state_dict(torch.load(tmp_path / "resnet50.pth", weights_only=True), strict=False)

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import shapes
+from tools import shapes
+
 
 SCALE = 0.06                                                            # 600 / 60 / 60 pictures, 36 clips
 
@@ -318,8 +319,8 @@ def test_same_seed_same_bytes_other_seed_other_world(tmp_path):
     one, two, other = tmp_path / "one", tmp_path / "two", tmp_path / "other"
     for root, seed in ((one, 0), (other, 1)):
         shapes.ensure(root, quiet=True, seed=seed, scale=0.02)
-    code = f"import shapes, pathlib; shapes.ensure(pathlib.Path({str(two)!r}), quiet=True, scale=0.02)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(shapes.__file__).parent,
+    code = f"from tools import shapes; import pathlib; shapes.ensure(pathlib.Path({str(two)!r}), quiet=True, scale=0.02)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(shapes.__file__).parent.parent,
                    env={**os.environ, "PYTHONHASHSEED": "7"})
     assert digest(one) == digest(two)
     assert (one / "pairs_test.jsonl").read_bytes() != (other / "pairs_test.jsonl").read_bytes()

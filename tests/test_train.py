@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import shapes
 import train
+from tools import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = sorted(p.stem for p in (ROOT / "models").glob("*.py"))
@@ -19,7 +19,7 @@ SMALL = ["--batch_size", "8", "--workers", "0", "--warmup_steps", "2", "--evals"
 
 
 def pairs():
-    return [(m, t) for m in MODELS for t in train.evaluation.load_module(m).TASKS]
+    return [(m, t) for m in MODELS for t in train.weights.load_module(m).TASKS]
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +44,19 @@ def test_every_task_trains_a_few_steps_and_writes_its_run(model, task):
     out = f"out/{model}-{task}-few"
     train.main(["--model", model, "--task", task, "--steps", "2", "--log_every", "1", "--out", out,
                 *small(model, task)])
-    run = train.evaluation.find_run(out)
+    run = train.weights.find_run(out)
     assert {"config.json", "model.safetensors", "state.pt", "log.jsonl", "vocab.txt"} <= {p.name for p in run.iterdir()}
     assert json.loads((run / "config.json").read_text())["step"] == 2
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(line["loss"] == line["loss"] for line in lines)
-    trained, _ = train.evaluation.load_run(run)
+    trained, _ = train.weights.load_run(run)
     for name, value in trained.state_dict().items():
         assert torch.equal(value, weights(run)[name]), name
 
 
 def small(model, task):
     """SMALL, as far as the model has these settings."""
-    known = set(vars(train.evaluation.load_module(model).Config())) | set(vars(train.Loop()))
+    known = set(vars(train.weights.load_module(model).Config())) | set(vars(train.Loop()))
     return [x for flag, value in zip(SMALL[::2], SMALL[1::2]) if flag[2:] in known for x in (flag, value)]
 
 

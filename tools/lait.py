@@ -7,11 +7,11 @@ Figure 1).
     candidates --sort by image hash--> best text per image --sort by text hash--> texts of few images
                                                                                       --> tar shards              reduce
 
-    python lait.py --in PAGES --out SHARDS --vocab vocab.txt --score RUN     all of it in one process, then:
+    python -m tools.lait --in PAGES --out SHARDS --vocab vocab.txt --score RUN     all of it in one process, then:
     python train.py --model codis --data SHARDS --vocab vocab.txt
 
-    python lait.py --in CRAWL --out SHARDS --shard 3/64 ...  the map alone, its part 3 of 0 to 63: any engine runs these
-    python lait.py --out SHARDS --merge                      the reduce, when all 64 are there
+    python -m tools.lait --in CRAWL --out SHARDS --shard 3/64 ...  the map alone, its part 3 of 0 to 63: any engine runs these
+    python -m tools.lait --out SHARDS --merge                      the reduce, when all 64 are there
 
 The result does not depend on the number of parts. Nothing is fetched: a page's images are files below --images
 (default: --in), where `wget -x` puts them: http://HOST/a/b.jpg is HOST/a/b.jpg. A page file's own relative addresses
@@ -68,7 +68,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import data
-import eval as evaluation
+from tools import weights
 
 SOURCES = ("caption", "alt", "title", "near")       # of texts, the surest first: decides where there is no score
 # no other decoder runs (EPS is a program)
@@ -592,7 +592,7 @@ class Scorer:
     """How well text and picture fit, by a run directory: the cosine of encode_image and encode_text."""
 
     def __init__(self, run, device, batch_size):
-        self.model, info = evaluation.load_run(run, device)
+        self.model, info = weights.load_run(run, device)
         views = sys.modules[type(self.model).__module__].VIEWS[info["task"]]
         keys = data.view_keys(views)
         if not all(callable(getattr(self.model, m, None)) for m in ("encode_image", "encode_text")):
@@ -1002,7 +1002,7 @@ def show(report, out):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="lait.py", description=__doc__,
+    parser = argparse.ArgumentParser(prog="tools.lait", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("files and passes").add_argument
     add("--in", dest="pages", help="folder of pages (.html) and archives (.warc, .warc.gz), or one of these files")

@@ -21,8 +21,8 @@ image-text retrieval on this world, is parse + holds.
 
 Paths in the records are relative to the root of the world. image_id = position in the split + 0 / 100,000 / 200,000.
 
-    python shapes.py                       # datasets/shapes, about 15 s; prints the counts and the oracle's recall
-    python shapes.py --sheet sheet.png     # and a contact sheet to look at
+    python -m tools.shapes                       # datasets/shapes, about 15 s; prints the counts and the oracle's recall
+    python -m tools.shapes --sheet sheet.png     # and a contact sheet to look at
 """
 import argparse
 import fcntl
@@ -45,7 +45,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent / "datasets" / "shapes"
+ROOT = Path(__file__).resolve().parent.parent / "datasets" / "shapes"
 COUNTS = {"train": 10000, "val": 1000, "test": 1000}
 FIRST_ID = {"train": 0, "val": 100000, "test": 200000}
 SIDE = 64                                                              # pixels; a cell of the 3x3 grid is 21.3 of them

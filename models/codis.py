@@ -245,13 +245,13 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A transformer layer: self-attention, cross-attention if it has a context, feed-forward.
 
-    norm="pre": each part reads normalised tokens (ViT); "post": the sum behind it is normalised (BERT).
+    norm="pre": each part reads normalised tokens (ViT); "post": the sum is normalised (BERT).
     """
 
     def __init__(self, width, heads, norm, mlp_ratio=4, act="gelu", context_width=None,
                  dropout=0.0):
         super().__init__()
-        eps = {"pre": 1e-6, "post": 1e-12}[norm]                    # timm's ViT, Hugging Face's BERT
+        eps = {"pre": 1e-6, "post": 1e-12}[norm]          # timm's ViT, Hugging Face's BERT
         self.pre, self.drop = norm == "pre", nn.Dropout(dropout)
         self.attention = Attention(width, heads, dropout=dropout)
         self.attention_norm = nn.LayerNorm(width, eps)

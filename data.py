@@ -77,6 +77,21 @@ def say(message):
     print(f"data.py: {message}", file=sys.stderr, flush=True)
 
 
+def ranks():
+    """(this process's number, how many there are, its number on this machine), as torchrun tells them."""
+    return tuple(int(os.environ.get(name, default))
+                 for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def gather_objects(x):
+    """Any Python object of every process -> list of them, by rank, the same on every process."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    everyone = [x] * world
+    if world > 1:
+        torch.distributed.all_gather_object(everyone, x)
+    return everyone
+
+
 # -------------------------------------------------------------------------------------------------------------- records
 
 class Records:
@@ -1080,6 +1095,15 @@ class Tokenizer:
         """str -> list of at most max_text ids, [CLS] and [SEP] included (max_text >= 2)."""
         return [self.cls_id] + self.rust.encode(text).ids[:max_text - 2] + [self.sep_id]
 
+    def batch(self, texts, max_text):
+        """Strings -> ids, mask (N, max_text) int64 each; mask: 1 = a token, 0 = padding."""
+        rows = [self.encode(text, max_text) for text in texts]
+        ids = torch.full((len(rows), max_text), self.pad_id)
+        for n, row in enumerate(rows):
+            ids[n, :len(row)] = torch.tensor(row)
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, (torch.arange(max_text) < lengths[:, None]).long()
+
     def tokens(self, ids):
         return [self.words[int(i)] for i in ids]
 
@@ -1127,6 +1151,14 @@ def load_image(where):
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as e:
         known = "no image format PIL knows" if isinstance(e, UnidentifiedImageError) else getattr(e, "strerror", None)
         raise BadImage(known or str(e) or type(e).__name__) from None
+
+
+def open_picture(where):
+    """load_image(), or one line for the user: DataError."""
+    try:
+        return load_image(where)
+    except BadImage as e:
+        fail(f"{where}: {e}")
 
 
 # Image views: fn(PIL RGB image, size, rng, crop_scale) -> PIL RGB image of size x size pixels.

@@ -39,6 +39,10 @@ from tools import weights
 from tools.weights import Stop
 
 
+# The settings that every model shares. A model's own are the fields of its Config. Both become
+# flags of the command line, and the comment behind a field is its help: the file that is edited is
+# the only place where a setting is written.
+
 @dataclass
 class Loop:
     # -- data: what is read
@@ -275,16 +279,20 @@ def learning_rate(step, total, loop):
     A pure function of the step, and not a scheduler object that counts calls: after a resume, and
     for any length of an epoch, it cannot be off by one.
     """
+    # warm-up: Adam divides by an estimate of the squared gradient, which is rough after few steps;
+    # at the full rate the first ones would throw the weights far away in directions of chance
     warmup = loop.warmup_steps if loop.warmup_steps >= 1 else loop.warmup_steps * total
     if step < warmup:
         return loop.warmup_lr + (loop.lr - loop.warmup_lr) * step / warmup
 
-    t = (step - warmup) / max(1, total - warmup)                   # 0 .. 1
+    # then down again: large steps find the valley, small ones its floor
+    t = (step - warmup) / max(1, total - warmup)        # 0 .. 1
     if loop.schedule == "cosine":
         return loop.min_lr + (loop.lr - loop.min_lr) * 0.5 * (1 + math.cos(math.pi * t))
     if loop.schedule == "linear":
         return loop.min_lr + (loop.lr - loop.min_lr) * (1 - t)
     if loop.schedule == "step":
+        # milestones are shares of the run, so that a shorter run keeps its shape
         passed = sum(step >= float(m) * total for m in loop.milestones.split(","))
         return loop.lr * loop.gamma ** passed
     return loop.lr
@@ -307,7 +315,8 @@ def make_optimizer(model, loop):
     make_groups = getattr(model, "param_groups", None)
     groups = make_groups(loop) if make_groups else decay_matrices(model, loop)
 
-    # each group keeps its own peak: the schedule scales them all alike
+    # a model may train its parts at different rates: each group keeps its own peak, and the
+    # schedule scales all of them alike
     groups = [dict(group, peak=group["lr"]) for group in groups if group["params"]]
     if loop.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, fused=True)
@@ -348,6 +357,9 @@ def save(run, step):
     rank, world, _ = data.ranks()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     random_states = data.gather_objects([torch.get_rng_state(), cuda])
+
+    # all else is equal on all processes: one writes. state.pt holds tensors, numbers, strings,
+    # lists and dicts only, so that torch.load(weights_only=True) can read it, which runs no code
     if rank == 0:
         state = {"model": run.raw.state_dict(), "optimizer": run.optimizer.state_dict(),
                  "scaler": run.scaler.state_dict(), "step": step, "rng": random_states}
@@ -386,15 +398,20 @@ def load_checkpoint(run):
     if len(saved["rng"]) != world:
         raise Stop(f"--resume: {out} was trained by {len(saved['rng'])} processes, "
                    f"these are {world}: the samples would differ")
+
+    # momentum networks, queues and their pointers are buffers: they come with the model
     run.raw.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.scaler.load_state_dict(saved["scaler"])
+
+    # masks, dropout and hard negatives are drawn as they would have been. Augmentations need no
+    # state: data.py derives them from (seed, sample), and the stream starts at this step
     cpu, cuda = saved["rng"][rank]
     torch.set_rng_state(cpu)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
 
-    # steps that were logged after the checkpoint will be done, and logged, again
+    # steps between the checkpoint and the stop will be done, and logged, again
     if rank == 0:
         lines = (out / "log.jsonl").read_text().splitlines()
         kept = [line for line in lines if json.loads(line)["step"] <= saved["step"]]
@@ -451,8 +468,10 @@ def choose_device(loop):
     """This process's device, made ready for training."""
     local = data.ranks()[2]
     device = torch.device(loop.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    # torchrun starts one process a GPU, and tells each its number in the environment
     if device.type == "cuda":
-        device = torch.device("cuda", local)            # one process a GPU
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         return device
 
@@ -497,7 +516,9 @@ def fit_config(module, cfg, task, tokenizer, stats):
 
 def make_model(module, cfg, task, stats, loop, foreign):
     """The model, with its first weights -> (model, lines that say where they came from)."""
-    torch.manual_seed(loop.seed)                        # the same weights on every process
+    # the same seed on every process: DDP averages gradients, never weights, so that all must begin
+    # with the same weights to stay equal
+    torch.manual_seed(loop.seed)
     raw, news = module.Model(cfg, task, num_labels=stats.get("num_labels", 0)), []
     if loop.init:
         news.append(weights.initialize(raw, loop.init, module.BACKBONE))
@@ -595,6 +616,9 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     loop, cfg, task = stage_settings(module, preset, task, given, out, stage, init)
     rank, world, _ = data.ranks()
     device = choose_device(loop)
+
+    # --batch_size is what one optimizer step sees, whatever the number of processes and of passes:
+    # rates and schedules of the recipe hold on one GPU as on eight
     if loop.batch_size % (world * loop.accum):
         raise Stop(f"train.py: --batch_size {loop.batch_size} is not a multiple of {world} "
                    f"processes x {loop.accum} accumulation steps")
@@ -610,6 +634,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
                          image_view=loop.image_view or None, tag_names=stats.get("tags"),
                          max_regions=getattr(cfg, "max_regions", None))
     workers = loop.workers if loop.workers >= 0 else (os.cpu_count() or 1) // 4
+
+    # steps, not epochs: the stream of samples has no end, and one permutation follows the other
     epoch_steps = max(1, len(records) // loop.batch_size)
     total = loop.steps
     if not total and "steps" not in given:              # `--steps 0` trains nothing, and saves
@@ -631,13 +657,13 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     run = Run(loop, info, out, raw, make_optimizer(raw, loop), device,
               *choose_precision(loop, device), micro, epoch_steps)
 
-    # go on where the checkpoint stands, or begin
+    # go on where the checkpoint stands, or begin; from here on every process draws its own masks
     start = 0
     if resuming:
         start = load_checkpoint(run)
     else:
         make_directory(out, info, loop)
-        torch.manual_seed(loop.seed + rank)             # from here on every process draws its own
+        torch.manual_seed(loop.seed + rank)
     if rank == 0:
         print("\n".join(describe(run, records, module, news)))
     stream = data.batches(samples, micro, loop.seed, rank, world, start * loop.accum, workers)
@@ -654,11 +680,15 @@ def run_loop(run, stream, start):
     loop, raw, optimizer, scaler = run.loop, run.raw, run.optimizer, run.scaler
     rank, world, local = data.ranks()
     total, model = run.info["total_steps"], raw
+
+    # compile() in place keeps the names of weights, which torch.compile(model) would change
     if loop.compile:
-        raw.compile()                                   # in place: names stay
+        raw.compile()
+
+    # DDP averages gradients over processes while backward runs. It would also copy the buffers of
+    # process 0 to all others before every forward pass. That is wasted: queues are equal already,
+    # since a model gathers the keys of all processes before it stores them
     if world > 1:
-        # DDP averages gradients over processes. Buffers are not broadcast: queues are kept equal by
-        # the model, which gathers keys from all processes before it stores them.
         devices = [local] if run.device.type == "cuda" else None
         model = DistributedDataParallel(raw, device_ids=devices, broadcast_buffers=False)
 
@@ -672,33 +702,44 @@ def run_loop(run, stream, start):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr / loop.lr
 
-        # forward and backward, `accum` times: the gradients add up
+        # forward and backward, `accum` times. Gradients add up until they are zeroed, and losses
+        # are means: divided by `accum`, the sum is the gradient of the whole batch
         for i in range(loop.accum):
             batch = next(stream)
             unreadable += batch.pop("bad").sum()
             batch = data.move(batch, run.device)
-            # processes exchange gradients in backward; once, at the last of them, is enough
+
+            # processes exchange gradients in backward. Of several passes only the last needs to:
+            # no_sync() spares the traffic of the others
             last = i + 1 == loop.accum
             with contextlib.nullcontext() if last or world == 1 else model.no_sync():
-                with run.autocast:                      # for forward alone: backward follows it
+                # autocast is for forward alone: backward uses the types that forward chose
+                with run.autocast:
                     result = model(batch)
                 scaler.scale(result["loss"] / loop.accum).backward()
-            if hasattr(raw, "after_backward"):          # queues: no graph reads them any more
+
+            # queues take the new keys only now: the graph that read them is gone, so that they can
+            # be written in place
+            if hasattr(raw, "after_backward"):
                 raw.after_backward(result)
 
-        # the step; clipping needs the gradients at their true size
+        # the step. Clipping bounds the norm of all gradients together, and must see them at their
+        # true size; with fp16 the scaler divides them back first
         if loop.clip:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(raw.parameters(), loop.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)           # frees the memory instead of writing zeros
-        if hasattr(raw, "after_step"):                  # momentum encoders, clamps, ramps
+
+        # momentum encoders follow the new weights, temperatures are clamped, weights of losses ramp
+        if hasattr(raw, "after_step"):
             raw.after_step(step + 1, total, run.epoch_steps)
         done = step + 1
         bar.update()
 
-        # a log line; losses stay on the device until here, as reading one waits for it
+        # a log line. A GPU works through a queue of kernels while Python runs ahead; .item() makes
+        # Python wait until the queue is empty. So losses stay on the device until here
         if done % loop.log_every == 0 or done == total:
             losses = {"loss": result["loss"], **result["logs"]}
             values = {name: value.item() for name, value in losses.items()}
@@ -714,7 +755,7 @@ def run_loop(run, stream, start):
                 bar.set_postfix_str(text, refresh=False)
             since, since_step = time.perf_counter(), done
 
-        # a checkpoint
+        # a checkpoint; its seconds do not count in samples_per_s
         if done % loop.save_every == 0 or done == total or stop.asked:
             save(run, done)
             since, since_step = time.perf_counter(), done
@@ -731,7 +772,10 @@ def run_loop(run, stream, start):
 
 
 def closing_evaluations(module, raw, task, info, folder):
-    """The evaluations that end a run, on all processes -> {evaluation: result}."""
+    """The evaluations that end a run -> {evaluation: result}.
+
+    On all processes: each takes its share, and none sits at a barrier until it times out.
+    """
     loop, (rank, world, _) = info["loop"], data.ranks()
     if loop["evals"] == "none":
         return {}
@@ -759,7 +803,8 @@ def main(argv=None):
         for state in out.glob("stage-*/state.pt"):
             state.unlink()
 
-    # stages in a row, each from the weights of the one before
+    # a recipe may have stages: each starts from the weights of the one before, in its own
+    # directory, with its own optimizer and schedule
     init = ""
     for stage in range(stages):
         folder = out / f"stage-{stage + 1}" if stages > 1 else out

@@ -1095,7 +1095,7 @@ class Cookie(nn.Module):
 
 def token_cosines(tokens, emb):
     """(B, S, D), unit vectors (B, D) -> (B, S)."""
-    return (F.normalize(tokens.float(), dim=-1) @ emb[..., None]).squeeze(-1)
+    return (F.normalize(full(tokens), dim=-1) @ emb[..., None]).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -216,23 +216,15 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
 
-        # stages layer1, layer2, ...: each but the first halves the resolution
-        self.stages = []
-        for n, (depth, plane) in enumerate(zip(depths, planes), 1):
-            stride = 1 if n == 1 else 2
-            blocks = []
-            for i in range(depth):
-                shortcut = None
-                if i == 0 and (stride > 1 or channels != plane * block.expansion):
-                    shortcut = nn.Sequential(conv1x1(channels, plane * block.expansion, stride),
-                                             nn.BatchNorm2d(plane * block.expansion))
-                blocks.append(block(channels, plane, stride if i == 0 else 1, shortcut, groups,
-                                    group_width))
-                channels = plane * block.expansion
-            self.add_module(f"layer{n}", nn.Sequential(*blocks))
-            self.stages.append(f"layer{n}")
+        # layer1, layer2, ...: each but the first halves the resolution
+        self.stages = [f"layer{n}" for n in range(1, 1 + len(depths))]
+        for name, depth, plane in zip(self.stages, depths, planes):
+            stride = 1 if name == "layer1" else 2
+            shape = dict(groups=groups, base_width=group_width)
+            self.add_module(name, make_stage(block, channels, plane, depth, stride, **shape))
+            channels = plane * block.expansion
 
-        # what it gives: D_V, and pixels a side of a patch
+        # what comes out: D_V channels, one patch for `stride` pixels a side
         self.width = channels
         self.stride = 2 ** (1 + len(depths))
 
@@ -241,10 +233,23 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))                # (B, 64, H/4, W/4)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
         for name in self.stages:
             x = getattr(self, name)(x)
-        return x                                                        # (B, D_V, H/32, W/32)
+        return x
+
+
+def make_stage(block, channels, plane, depth, stride, **shape):
+    """`depth` blocks of a ResNet, of which the first changes resolution and channels."""
+    out = plane * block.expansion
+    shortcut = None
+    if stride > 1 or channels != out:
+        shortcut = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
+
+    blocks = [block(channels, plane, stride, shortcut, **shape)]
+    for _ in range(depth - 1):
+        blocks.append(block(out, plane, **shape))
+    return nn.Sequential(*blocks)
 
 
 def resize_grid(pos, height, width):
@@ -389,10 +394,10 @@ class GPO(nn.Module):
     """Generalized pooling operator (VSE-infinity): a learnt weight for the largest, the second
     largest, ... value of each dimension.
 
-    The weights of a set of l tokens follow from l alone: sinusoid positions (l, 32) -> BiGRU, mean
-    of both directions -> one score a position -> softmax(score / 0.1). The forward GRU's run is a
-    prefix of the longest set's. The backward GRU starts at each set's own end, so positions are
-    turned around first. Thus there is no packing, and no length has to reach the host.
+    The weights of a set of l tokens depend on l alone: sinusoid positions (l, 32) -> BiGRU, mean
+    of both directions -> one score a position -> softmax(score / 0.1). Run forward, a short set is
+    the beginning of the longest one. Run backward, each set starts at its own end, so its positions
+    are reversed first. This needs no packed sequences, and no length is copied to the CPU.
     """
 
     def __init__(self, width=32, temp=0.1):
@@ -415,11 +420,11 @@ class GPO(nn.Module):
         pe = self.positions(mask.shape[1])                              # (S, 32)
         ahead = self.ahead(pe[None])[0]                                 # (1, S, 32)
 
-        # the other direction: from each set's last token to its first, then turned back
-        place = torch.arange(mask.shape[1], device=mask.device)
-        turn = (mask.sum(1, keepdim=True) - 1 - place).clamp(min=0)     # (B, S): l-1, ..., 0, 0, 0
-        back = self.back(pe[turn])[0]                                   # (B, S, 32)
-        back = back.gather(1, turn[..., None].expand_as(back))
+        # backward: from each set's last position to its first, then in the old order again
+        position = torch.arange(mask.shape[1], device=mask.device)
+        order = (mask.sum(1, keepdim=True) - 1 - position).clamp(min=0)  # (B, S): l-1, ..., 0, 0
+        back = self.back(pe[order])[0]                                  # (B, S, 32)
+        back = back.gather(1, order[..., None].expand_as(back))
 
         score = self.score((ahead + back) / 2).squeeze(-1)              # (B, S)
         return (score / self.temp).masked_fill(~mask, -torch.inf).softmax(-1)
@@ -439,9 +444,9 @@ class GPO(nn.Module):
             x = x.masked_fill(~mask[..., None], torch.finfo(x.dtype).min)
             x = x.sort(1, descending=True)[0]
 
-            # tokens now come first in every row
-            place = torch.arange(x.shape[1], device=x.device)
-            valid = place < mask.sum(1, keepdim=True)                   # (B, S)
+            # the first l of a row are real
+            position = torch.arange(x.shape[1], device=x.device)
+            valid = position < mask.sum(1, keepdim=True)                # (B, S)
             x = x.masked_fill(~valid[..., None], 0.0)
             return (x * self.weights(valid)[..., None]).sum(1)
 
@@ -462,7 +467,10 @@ def rank():
 # Copied from models/codis.py::gather
 @torch.no_grad()
 def gather(x):
-    """(B, ...) of every process -> (N, ...), by rank, without gradient. All processes must have the same B."""
+    """(B, ...) of every process -> (N, ...), in the order of ranks, without gradient.
+
+    All processes must have the same B.
+    """
     if world() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world())]
@@ -495,15 +503,16 @@ def gather_grad(x):
 
 @contextlib.contextmanager
 def frozen_statistics(norms):
-    """Batch norm layers normalise by the batch, as in training, but their running statistics stay.
+    """In this context batch norm works as in training, but leaves its running statistics alone.
 
-    Without track_running_stats they would save other tensors for backward, which checkpoint()
-    refuses: so momentum 0.
+    Done by momentum 0: with track_running_stats=False a layer saves other tensors for backward than
+    in its first run, which checkpoint() refuses.
     """
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
         norm.num_batches_tracked = None
+
     try:
         yield
     finally:
@@ -513,17 +522,16 @@ def frozen_statistics(norms):
 
 
 def in_chunks(fn, chunk, norms, *inputs):
-    """fn(*inputs), `chunk` rows at a time: backward runs fn again, so only inputs and outputs are
-    kept. fn must treat each row alone (but for batch norm).
+    """fn(*inputs), `chunk` rows at a time, to save memory: backward runs each chunk again.
 
-    norms: the batch norm layers inside fn, whose running statistics the second run must not
-    touch. inputs, output: (B, ...).
+    inputs, output: (B, ...); fn must treat each row alone, except in batch norm. norms: fn's batch
+    norm layers, whose running statistics must see each chunk only once.
     """
     if not chunk or chunk >= len(inputs[0]) or not torch.is_grad_enabled():
         return fn(*inputs)
 
     def contexts():
-        return contextlib.nullcontext(), frozen_statistics(norms)       # of the first, second run
+        return contextlib.nullcontext(), frozen_statistics(norms)       # forward, its second run
 
     outputs = []
     for part in zip(*(x.split(chunk) for x in inputs)):
@@ -581,9 +589,9 @@ def pool(x, mask=None, gpo=None):
 
 
 class Pairs(NamedTuple):
-    """Which of the N keys of all processes belong to which of this process's B rows."""
-    own: torch.Tensor       # (B,): the column of a row's own key, its positive
-    same: torch.Tensor      # bool (B, N): keys of the row's image, its own one among them
+    """How this process's B rows relate to the N keys of all processes."""
+    own: torch.Tensor       # (B,): the column of each row's own key, its positive
+    same: torch.Tensor      # bool (B, N): keys of the row's image, its own key included
 
 
 def find_pairs(ids, key_ids, own):
@@ -592,7 +600,7 @@ def find_pairs(ids, key_ids, own):
 
 
 def similarity(q, k):
-    """q . k' in float32 (float64 stays) whatever autocast says. (B, d), (N, d) -> (B, N)."""
+    """q . k' in float32 (float64 stays), also under autocast. (B, d), (N, d) -> (B, N)."""
     with torch.autocast(q.device.type, enabled=False):
         return full(q) @ full(k).T
 
@@ -644,7 +652,7 @@ def augment_tokens(text, text_mask, cfg):
 
     Of the changed ones a share `tcl_mask` is masked, `tcl_substitute` substituted by a random word,
     the rest deleted. What remains moves to the front. A row keeps at least one of its words.
-    text, text_mask: (B, T) int64 -> the same of the view.
+    text, text_mask: (B, T) int64 -> ids and mask of the view, (B, T) both.
     """
     words = maskable(text, text_mask, cfg)
 
@@ -659,8 +667,8 @@ def augment_tokens(text, text_mask, cfg):
     # a row that would lose every word keeps the one with the largest noise
     bare = words.any(1, keepdim=True) & ~(words & ~deleted).any(1, keepdim=True)        # (B, 1)
     last = noise.masked_fill(~words, -1.0).argmax(1, keepdim=True)                      # (B, 1)
-    place = torch.arange(text.shape[1], device=text.device)
-    deleted = deleted & ~(bare & (place == last))
+    position = torch.arange(text.shape[1], device=text.device)
+    deleted = deleted & ~(bare & (position == last))
 
     # mask and substitute
     random = torch.randint(cfg.first_word, cfg.vocab_size, text.shape, device=text.device)
@@ -718,7 +726,7 @@ def hash_centers(labels, bits, seed=0):
 def random_centers(labels, bits, generator):
     """Rows of as many +1 as -1, each at least d bits from all before it -> (labels, bits).
 
-    d begins at bits/2 and sinks by 2 whenever 2,000 draws find no such row.
+    d begins at bits/2 and falls by 2 whenever 2,000 draws find no such row.
     """
     rows, distance = torch.empty(0, bits), bits // 2
     while len(rows) < labels:
@@ -785,7 +793,7 @@ class Cookie(nn.Module):
 
         # the towers; what this task offers to evaluation
         joint = cfg.embed == "joint" and task != "hashing"
-        if task == "hashing" or joint and task != "vtm":
+        if task == "hashing" or (joint and task != "vtm"):
             self.vision = ResNet(cfg.backbone)
         if task == "hashing":
             self.offers = {"hash_codes"}
@@ -970,10 +978,8 @@ class Cookie(nn.Module):
         """Eq. (8): the embeddings that stage 2 needs of pictures, in one call of the encoder:
         {"raw", "view1", "view2"}, (B, D) each, as far as the losses use them."""
         names = self.view_names(self.cfg.vcl)
-        inputs = {"raw": batch["image"], "view1": batch["view1"], "view2": batch["view2"]}
-
-        images = torch.cat([inputs[name] for name in names])                    # (views B, 3, H, W)
-        emb = self.encode(self.embed_image, images)
+        images = [batch["image"] if name == "raw" else batch[name] for name in names]
+        emb = self.encode(self.embed_image, torch.cat(images))                  # (views B, D)
         return dict(zip(names, emb.chunk(len(names))))
 
     def text_views(self, batch):
@@ -1131,8 +1137,8 @@ def foreign_names(model, side):
     needed, optional = {}, {}
     for name in getattr(model, side).state_dict():
         counter = name.endswith("num_batches_tracked")                          # WSL lacks it
-        place = optional if counter else needed
-        place[f"{side}.{name}"] = [name] if side == "vision" else bert_names(name)
+        names = optional if counter else needed
+        names[f"{side}.{name}"] = [name] if side == "vision" else bert_names(name)
     return needed, optional
 
 
@@ -1149,11 +1155,14 @@ def load_pretrained(model, **states):
     for side, state in states.items():
         state = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
         needed, optional = foreign_names(model, side)
+
         for ours, theirs in needed.items():
             filled[ours] = torch.cat([state[name] for name in theirs])
         for ours, (name,) in optional.items():
             if name in state:
                 filled[ours] = state[name]
+
+    # only now, when all towers are complete
     model.load_state_dict(filled, strict=False)
 
 

@@ -381,7 +381,7 @@ def account(module, model, side, state, where):
         raise Stop(f"{where}: none of its names fits this tower (its first: {first})")
     parts = defaultdict(dict)
     for ours, theirs in extra.items():
-        parts[re.match(r"[^.]+(\.\w+\.\d+|\.\d+)?", ours)[0]][ours] = theirs
+        parts[re.match(r"[^.]+(\.blocks\.\d+)?", ours)[0]][ours] = theirs
     for part in parts.values():
         there = {ours: theirs for ours, theirs in part.items() if set(theirs) <= set(state)}
         taken |= there

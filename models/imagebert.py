@@ -102,7 +102,7 @@ class Config:
     triplet: float = 0.0            # weight of Eq. 9
     margin: float = 0.2             # of Eq. 9
     pool: int = 4                   # P candidates: the positive and P - 1 negatives a direction
-    negatives: str = "both"         # "text": of each image; "image": of each sentence; "both"
+    negatives: str = "both"         # "text": for each image; "image": for each sentence; "both"
     init_std: float = 0.02          # standard deviation of initial weights, BERT's
     checkpointing: bool = False     # recompute layers in backward instead of keeping them
 
@@ -255,7 +255,7 @@ def run_block(block, *inputs, save_memory):
 
 # Copied from models/codis.py::MLMHead
 class MLMHead(nn.Module):
-    """BERT's prediction of words, (..., D) -> (..., vocabulary), by the word embeddings handed in."""
+    """BERT's prediction of words: tokens (..., D), word embeddings (V, D) -> logits (..., V)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -384,8 +384,10 @@ def moc_loss(logits, labels):
 
 # Copied from models/codis.py::masked_cross_entropy
 def masked_cross_entropy(logits, labels):
-    loss = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-    return loss / (labels != -100).sum().clamp(min=1)  # 0, not NaN, where nothing counts
+    """Mean over the labels that are not -100; 0, not NaN, where there is none."""
+    loss = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(),
+                           ignore_index=-100, reduction="sum")
+    return loss / (labels != -100).sum().clamp(min=1)
 
 
 def mrfr_loss(h, r, live):
@@ -442,6 +444,9 @@ def triplet_loss(s_pos, s_neg, live, margin=0.2):
     loss = (margin - s_pos + s_neg).clamp(min=0)
     return (loss * live).sum() / live.sum().clamp(min=1)
 
+
+# --------------------------------------------------------------------------------------------------
+# Samples: which words and regions are hidden, which pairs are mismatched
 
 @torch.no_grad()
 def mask_tokens(text, maskable, mask_id, first_word, vocab_size, prob=0.15):
@@ -514,8 +519,8 @@ def mask_regions(regions, boxes, region_mask, prob=0.15, zero=0.9, twin_iou=0.4)
 def others(ids, n):
     """n different samples of other images for each sample of a batch, at random.
 
-    ids: (B,) image ids; n: at most B -> (B, n) indices, (B, n) bool: False where the batch has no
-    more samples of other images and the index is of the same one.
+    ids: (B,) image ids; n: at most B -> (B, n) indices, found (B, n) bool: False where the batch
+    has too few samples of other images and the index is of the same image.
     """
     same = ids[:, None] == ids                                      # (B, B)
     noise = torch.rand(same.shape, device=ids.device).masked_fill(same, -1.0)
@@ -525,10 +530,9 @@ def others(ids, n):
 
 @torch.no_grad()
 def mismatch(ids, n):
-    """Pairs for Eq. (5): the last n of a batch get another sentence or another image.
+    """Pairs for Eq. (5): the last n of a batch, whose order is random, get another sentence or
+    another image. A sample stays matched where the batch has no other image.
 
-    A batch comes in random order, so that these are random samples. One that has no partner of
-    another image stays matched.
     ids: (B,) -> index of the image (B,), index of the sentence (B,), y (B,): 1 = matched.
     """
     own = torch.arange(len(ids), device=ids.device)
@@ -545,15 +549,16 @@ def mismatch(ids, n):
 def candidate_pairs(ids, pool, directions):
     """Section 4.4: the matched pairs of a batch, then P - 1 negatives of each in each direction.
 
-    ids: (B,); pool: P, which a small batch lowers; directions: W words, "text" = other sentences
-    for each image, "image" = other images for each sentence.
-    -> index of the image and index of the sentence (B + W * B * (P-1),), live (W, B, P-1) bool:
-    False = no negative, as the batch has no more of other images.
+    ids: (B,) image ids; pool: P, lowered in a batch of fewer; directions: a tuple of W words,
+    "text" = other sentences for each image, "image" = other images for each sentence
+    -> index of the image and index of the sentence, both (B + W * B * (P-1),), and live
+    (W, B, P-1) bool: False where the batch has too few other images for this negative.
     """
     count = max(1, min(pool, len(ids)) - 1)
     own = torch.arange(len(ids), device=ids.device)
     repeated = own.repeat_interleave(count)                         # (B * (P-1),)
 
+    # one side of a negative is the sample's own, the other is drawn
     image, sentence, live = [own], [own], []
     for direction in directions:
         index, found = others(ids, count)                           # (B, P-1) each
@@ -624,7 +629,7 @@ class ImageBert(nn.Module):
         return getattr(self, "loss_" + self.task)(batch)
 
     def total(self, losses, **measures):
-        """{name: loss}, each weighted by the setting of its name -> forward()'s result."""
+        """{name: loss} -> what forward() returns: their sum, weighted by Config, and the logs."""
         loss = sum(getattr(self.cfg, name) * value for name, value in losses.items())
         logs = {name: value.detach() for name, value in losses.items()}
         return {"loss": loss, "logs": {**logs, **measures}}
@@ -632,8 +637,11 @@ class ImageBert(nn.Module):
     # -- the sequence
 
     def encode(self, pairs, positions):
-        """[CLS] text [SEP] regions through the transformer -> [CLS] (B, D), and (B, M, D) each of
-        positions["words"] (B, M), in the text, and positions["regions"] (B, M), of the regions."""
+        """The transformer reads [CLS] text [SEP] regions.
+
+        positions: "words" (B, M) in the text and "regions" (B, M) among the regions
+        -> its output at [CLS] (B, D), at these words (B, M, D) and at these regions (B, M, D).
+        """
         # one sequence, regions behind the text
         text = self.bert.embeddings(pairs["text"])                          # (B, T, D)
         regions, region_mask = self.regions(pairs, self.bert.embeddings)    # (B, R, D), (B, R)
@@ -648,8 +656,7 @@ class ImageBert(nn.Module):
         return cls.squeeze(1), words, regions
 
     def score(self, tokens, mask):
-        """Embedded pairs (N, S, D) and their mask (N, S) -> (N,) float32 logits of s = c =
-        "this sentence belongs to this image"."""
+        """Embedded pairs (N, S, D), mask (N, S) -> (N,) float32 logits of s = c, "matched"."""
         cls = self.bert(tokens, mask, at=torch.zeros_like(mask[:, :1]))     # (N, 1, D)
         return self.itm_head(cls.squeeze(1)).squeeze(-1).float()
 
@@ -657,7 +664,7 @@ class ImageBert(nn.Module):
 
     def loss_pretrain(self, batch):
         """Section 4.3: the sum of the four tasks."""
-        # half of the pairs are made mismatched for Eq. 5, those behind `matched`
+        # for Eq. 5 half of the pairs become mismatched: those that follow the first `matched`
         cfg, size = self.cfg, len(batch["image_id"])
         matched = size - size // 2 if cfg.itm else size
         image, sentence, y = mismatch(batch["image_id"], size - matched)
@@ -689,21 +696,21 @@ class ImageBert(nn.Module):
     def hide(self, pairs):
         """Hides words and regions -> (pairs as the transformer reads them, positions, truth).
 
-        positions: those of hidden words and regions, as encode() takes them; (B, 0) without a task.
-        truth: "mlm" and "moc" labels (B, M), -100 = none; "mrfr" features (B, M, F), of which
-        "live" (B, M) bool count; each where its task is trained.
+        positions: of the hidden words and regions, as encode() takes them; none are (B, 0).
+        truth, for the tasks that are trained: "mlm" and "moc" labels (B, M), -100 = none; "mrfr"
+        features (B, M, F), of which those count that are "live" (B, M) bool.
         """
         cfg, text = self.cfg, pairs["text"]
         read, truth = dict(pairs), {}
         positions = {"words": text[:, :0], "regions": text[:, :0]}
 
-        # words, never [CLS], [SEP] or padding
+        # words, but never [CLS], [SEP] or padding
         if cfg.mlm:
             maskable = pairs["text_mask"].bool() & (text != cfg.cls_id) & (text != cfg.sep_id)
             read["text"], positions["words"], truth["mlm"] = mask_tokens(
                 text, maskable, cfg.mask_id, cfg.first_word, cfg.vocab_size, cfg.mlm_prob)
 
-        # regions, whose features of before are what is true
+        # regions; what was there before is what heads predict
         if cfg.moc or cfg.mrfr:
             regions, boxes = pairs["regions"].float(), pairs["regions_box"].float()
             read["regions"], at, live = mask_regions(
@@ -718,8 +725,8 @@ class ImageBert(nn.Module):
         return read, positions, truth
 
     def predict_hidden(self, words, regions):
-        """Tokens (B, M, D) of hidden words and regions -> {task: what its head predicts}: logits
-        (B, M, V) of words, logits (B, M, K) of labels, features (B, M, F)."""
+        """The transformer's output at hidden words and regions, (B, M, D) each -> predictions:
+        "mlm" logits (B, M, V), "moc" logits (B, M, K), "mrfr" features (B, M, F)."""
         predictions = {}
         if self.cfg.mlm:
             predictions["mlm"] = self.mlm_head(words, self.bert.embeddings.words.weight)
@@ -777,7 +784,7 @@ class ImageBert(nn.Module):
         return {"text": batch["text"], "text_mask": batch["text_mask"]}
 
     def match(self, batch):
-        """(B,) logits of "matched", each of its own pair alone.
+        """(B,) logits of "matched". A pair's score does not depend on the other pairs.
 
         batch: image_states() and text_states(), or the model's own batch.
         """
@@ -801,14 +808,14 @@ class ImageBert(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # BERT's weights
 
-# Our modules -> Hugging Face's, those of a block apart. The rows of several of theirs are ours.
-BERT = {"bert.embeddings.words": ["embeddings.word_embeddings"],
-        "bert.embeddings.positions": ["embeddings.position_embeddings"],
-        "bert.embeddings.segments": ["embeddings.token_type_embeddings"],
-        "bert.embeddings.norm": ["embeddings.LayerNorm"],
-        "mlm_head": ["cls.predictions"],
-        "mlm_head.transform.0": ["cls.predictions.transform.dense"],
-        "mlm_head.transform.2": ["cls.predictions.transform.LayerNorm"]}
+# Our modules -> Hugging Face's. Where they have several, ours has their rows, one after the other.
+BERT_NAMES = {"bert.embeddings.words": ["embeddings.word_embeddings"],
+              "bert.embeddings.positions": ["embeddings.position_embeddings"],
+              "bert.embeddings.segments": ["embeddings.token_type_embeddings"],
+              "bert.embeddings.norm": ["embeddings.LayerNorm"],
+              "mlm_head": ["cls.predictions"],
+              "mlm_head.transform.0": ["cls.predictions.transform.dense"],
+              "mlm_head.transform.2": ["cls.predictions.transform.LayerNorm"]}
 BERT_BLOCK = {"attention.qkv": [f"attention.self.{part}" for part in ("query", "key", "value")],
               "attention.out": ["attention.output.dense"],
               "attention_norm": ["attention.output.LayerNorm"],
@@ -822,7 +829,7 @@ def foreign_names(model, side):
         raise SystemExit(f"ImageBERT has no {side} tower of its own")
     if model.cfg.act != "gelu":
         raise SystemExit(f"BERT's layers have gelu, this model has --act {model.cfg.act}")
-    modules = dict(BERT)
+    modules = dict(BERT_NAMES)
     for n in range(model.cfg.layers):
         for ours, theirs in BERT_BLOCK.items():
             modules[f"bert.blocks.{n}.{ours}"] = [f"encoder.layer.{n}.{name}" for name in theirs]
@@ -837,8 +844,11 @@ def foreign_names(model, side):
 
 
 def load_pretrained(model, text):
-    """Fills `bert`, and the MLM head where both have one, from the state dict of Hugging Face's
-    BertModel or BertForPreTraining. A KeyError names a missing tensor, before anything changes."""
+    """Fills `bert`, and the MLM head where the model and the state dict have one.
+
+    text: state dict of Hugging Face's BertModel or BertForPreTraining. A KeyError names a tensor
+    that is missing, before anything changes.
+    """
     text = {name.removeprefix("bert."): tensor for name, tensor in text.items()}
     needed, head = foreign_names(model, "text")
     if all(name in text for names in head.values() for name in names):

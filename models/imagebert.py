@@ -327,13 +327,15 @@ class RegionEmbeddings(nn.Module):
     def forward(self, batch, tables):
         """batch: regions, regions_box, regions_size, regions_mask, with global_feature
         regions_global. tables: BERT's Embeddings, for the segment and the position of regions."""
-        size, mask = batch["regions_size"].float(), batch["regions_mask"]
-        v = self.feature(batch["regions"].float())                  # (B, R, D)
-        c = box_code(batch["regions_box"].float(), size)            # (B, R, 5)
+        # stored features are in half precision, sizes in whole numbers
+        dtype = self.box.weight.dtype
+        size, mask = batch["regions_size"].to(dtype), batch["regions_mask"]
+        v = self.feature(batch["regions"].to(dtype))                # (B, R, D)
+        c = box_code(batch["regions_box"].to(dtype), size)          # (B, R, 5)
 
         # the whole image is a region whose box goes from 0, 0 to its size
         if self.global_feature:
-            image = self.image(batch["regions_global"].float())     # (B, D)
+            image = self.image(batch["regions_global"].to(dtype))   # (B, D)
             whole = torch.cat([torch.zeros_like(size), size], dim=-1)
             v = torch.cat([v, image.unsqueeze(1)], dim=1)           # (B, R+1, D)
             c = torch.cat([c, box_code(whole.unsqueeze(1), size)], dim=1)

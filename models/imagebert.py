@@ -666,10 +666,11 @@ class ImageBert(nn.Module):
 
     def loss_pretrain(self, batch):
         """Section 4.3: the sum of the four tasks."""
-        # for Eq. 5 half of the pairs become mismatched: those that follow the first `matched`
+        # Eq. 5 needs mismatched pairs: the last half of the batch, so that matched ones come first
         cfg, size = self.cfg, len(batch["image_id"])
-        matched = size - size // 2 if cfg.itm else size
-        image, sentence, y = mismatch(batch["image_id"], size - matched)
+        swapped = size // 2 if cfg.itm else 0
+        matched = size - swapped
+        image, sentence, y = mismatch(batch["image_id"], swapped)
         pairs = pair_up(batch, image, sentence)
 
         # the transformer reads all pairs with words and regions hidden
@@ -712,7 +713,7 @@ class ImageBert(nn.Module):
             read["text"], positions["words"], truth["mlm"] = mask_tokens(
                 text, maskable, cfg.mask_id, cfg.first_word, cfg.vocab_size, cfg.mlm_prob)
 
-        # regions; what was there before is what heads predict
+        # regions; labels and features from before the masking are what heads must predict
         if cfg.moc or cfg.mrfr:
             regions, boxes = pairs["regions"].float(), pairs["regions_box"].float()
             read["regions"], at, live = mask_regions(
@@ -755,6 +756,7 @@ class ImageBert(nn.Module):
         scores = self.score(tokens, mask)                                           # (N,)
         positive, negative = scores[:size], scores[size:].view(live.shape)          # (W, B, P-1)
 
+        # the losses, each with its weight
         losses = {}
         if cfg.bce:
             y = torch.cat([torch.ones_like(positive), torch.zeros_like(scores[size:])])
@@ -810,7 +812,7 @@ class ImageBert(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # BERT's weights
 
-# Our modules -> Hugging Face's. Where they have several, ours has their rows, one after the other.
+# Our modules -> Hugging Face's. Of several of theirs, the rows are joined in this order.
 BERT_NAMES = {"bert.embeddings.words": ["embeddings.word_embeddings"],
               "bert.embeddings.positions": ["embeddings.position_embeddings"],
               "bert.embeddings.segments": ["embeddings.token_type_embeddings"],

@@ -989,10 +989,9 @@ class Codis(nn.Module):
 
         losses = {}
         for across, within, side in (("i", "t", "text"), ("t", "i", "image")):
-            # keys of one modality: the queue's, and those of the global batch
-            blocks = [(getattr(self, "queue_" + side), self.queue_ids)]
-            if cfg.batch_keys:
-                blocks.append((keys[side], keys["ids"]))
+            # keys of one modality: those of the global batch, and the queue's
+            blocks = [(keys[side], keys["ids"])] if cfg.batch_keys else []
+            blocks.append((getattr(self, "queue_" + side), self.queue_ids))
 
             # who is compared with them, in one pass: the other modality, and the same one
             sources = [across, within] if cfg.intra else [across]

@@ -428,8 +428,6 @@ class MLMHead(nn.Module):
         return F.linear(self.transform(x), word_embeddings, self.bias)
 
 
-
-
 def attention_mask(text_mask):
     """(B, T), 1 = a real token -> bool (B, 1, 1, T), True = may be looked at, by all heads."""
     return text_mask[:, None, None].bool()
@@ -804,7 +802,8 @@ class Codis(nn.Module):
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
-        self.cfg, self.task, self.offers = cfg, task, OFFERS[task]
+        self.cfg, self.task = cfg, task
+        self.offers = OFFERS[task]              # the methods that eval.py may call
 
         # the encoders of image and text, and the layers that fuse them
         copies = 2 if task in TWO_IMAGE_TASKS else 1
@@ -883,9 +882,10 @@ class Codis(nn.Module):
     # -- encoders
 
     def encode(self, side, *inputs, teacher=False):
-        """side "vision": image, or "text": text and text_mask, by the student or the teacher
+        """-> tokens (B, S, D) and unit embeddings of their [CLS] (B, d) float32.
 
-        -> tokens (B, S, D), unit embeddings of [CLS] (B, d) float32.
+        side: "vision", whose input is an image, or "text", with text and text_mask; teacher: by
+        the teacher instead of the student.
         """
         suffix = "_m" if teacher else ""
         tokens = getattr(self, side + suffix)(*inputs)
@@ -966,7 +966,7 @@ class Codis(nn.Module):
 
         image_emb, text_emb: (B, d); ids: (B,) -> an image for each text (B,), a text for each
         image (B,), and the labels (3B,) of the rows of Fusion.pairs(): 1 for the pairs, 0 for
-        (image, negative text) and (negative image, text), -100 where all images are the same.
+        (image, negative text) and (negative image, text), -100 where there was no other image.
         """
         with torch.no_grad():
             sim = image_emb @ text_emb.T / self.temp                                # (B, B)
@@ -988,19 +988,19 @@ class Codis(nn.Module):
         ids = own_rows(keys["ids"], b)
 
         losses = {}
-        for across, within, side in (("i", "t", "text"), ("t", "i", "image")):
+        for target, other, side in (("t", "i", "text"), ("i", "t", "image")):
             # keys of one modality: those of the global batch, and the queue's
             blocks = [(keys[side], keys["ids"])] if cfg.batch_keys else []
             blocks.append((getattr(self, "queue_" + side), self.queue_ids))
 
-            # who is compared with them, in one pass: the other modality, and the same one
-            sources = [across, within] if cfg.intra else [across]
+            # what is compared with them, in one pass: the other modality, and the same one
+            sources = [other, target] if cfg.intra else [other]
             z = torch.cat([student[s] for s in sources])                            # (R, d)
             z_m = torch.cat([teacher[s] for s in sources])
             rows = align_loss(z, z_m, ids.repeat(len(sources)), blocks,
                               self.temp, self.distill, cfg.queue_chunk)             # (R,)
             for source, part in zip(sources, rows.split(b)):
-                losses[f"{source}2{within}"] = part.mean()
+                losses[f"{source}2{target}"] = part.mean()
         return losses
 
     def codebook_losses(self, image_emb, text_emb, keys):
@@ -1122,9 +1122,9 @@ class Codis(nn.Module):
         return self.total(losses, keys)
 
     def fuse(self, batch, cls_only=False):
-        """The batch's text fused with its image, or with `image` and `image2` in alternate layers
+        """The batch's text, fused with its image -> (B, T, D), with cls_only (B, 1, D).
 
-        -> (B, T or 1, D).
+        With two images, layers 0, 2, ... look at `image`, layers 1, 3, ... at `image2`.
         """
         contexts = self.fusion.contexts(self.vision(batch["image"]))
         if self.task in TWO_IMAGE_TASKS:
@@ -1150,8 +1150,8 @@ class Codis(nn.Module):
     def loss_assign(self, batch):
         """ALBEF's text assignment, before NLVR2: to which of two images does the text belong?
 
-        The other images are hard negatives by the similarity of image [CLS] tokens. A row of whose
-        image all others are copies does not count.
+        The other images are hard negatives by the similarity of image [CLS] tokens. A row does not
+        count where the batch has no other image.
         """
         image, ids = batch["image"], batch["image_id"]
         rows = torch.arange(len(image), device=image.device)
@@ -1189,11 +1189,10 @@ class Codis(nn.Module):
         return self.mlm_head(x, self.text.embeddings.words.weight)
 
     def loss_vqa(self, batch):
-        """Section 4.2: the answer is generated from the fused question.
+        """Section 4.2: -log likelihood of the answer, generated from the fused question.
 
-        Mean over questions of the answer's -log likelihood. `answer` is drawn from the annotators'
-        ten by data.py, so that in expectation each weighs as often as it was given;
-        `answer_weight` (B,) is 0 for a question without answers.
+        The mean over questions, weighted by answer_weight (B,). data.py draws `answer` from the
+        annotators' ten, so that in expectation each counts as often as it was given.
         """
         answer = batch["answer"][:, :self.cfg.max_answer]                           # (B, L)
         mask = batch["answer_mask"][:, :self.cfg.max_answer]
@@ -1226,8 +1225,10 @@ class Codis(nn.Module):
         return {"text_tokens": tokens, "text_emb": emb, "text_mask": batch["text_mask"]}
 
     def match(self, batch):
-        """ITM logit of "matched" minus "not" (B,) of image_states() and text_states(), or of a
-        batch as it is trained on."""
+        """ITM logit of "matched" minus that of "not" (B,).
+
+        batch: image_states() and text_states() of the pairs, or images and texts themselves.
+        """
         if "image_tokens" not in batch:
             batch = {**batch, **self.image_states(batch), **self.text_states(batch)}
         contexts = self.fusion.contexts(batch["image_tokens"])
@@ -1262,27 +1263,29 @@ class Codis(nn.Module):
         return top.gather(1, best).squeeze(1)
 
     def gradcam(self, batch, block=None):
-        """Section 4.6: cross-attention maps of a fusion layer, weighted by the gradient of the
-        "matched" logit.
+        """Section 4.6: Grad-CAM, where a fusion layer's cross-attention speaks for a match.
 
-        block: which layer, from 0 (default: the third; of fewer, the last but one). Its attention
-        times the positive part of its gradient, averaged over heads, without the class token
-        -> {"word": (B, T, h, w), a map for each token; "sentence": (B, h, w), their mean over
-        [CLS] and words}. In the last layer the logit depends on [CLS] alone: there the maps of
-        words are zero.
+        A map is the attention times the positive part of the gradient of the "matched" logit,
+        averaged over heads, without the class token. In the last layer the logit depends on [CLS]
+        alone: there the maps of words are zero.
+
+        block: which layer, from 0 (default: the third; of fewer, the last but one)
+        -> {"word": (B, T, h, w), a map for each token; "sentence": (B, h, w), the mean over [CLS]
+        and words}.
         """
         cfg, blocks, text_mask = self.cfg, self.fusion.blocks, batch["text_mask"]
         if block is None:
             block = min(2, max(len(blocks) - 2, 0))
 
         # the pair through all layers, one of which shows its attention
-        x, mask, maps = self.text(batch["text"], text_mask), attention_mask(text_mask), []
+        x = self.text(batch["text"], text_mask)                         # (B, T, D)
         contexts = self.fusion.contexts(self.vision(batch["image"]))
+        mask, maps = attention_mask(text_mask), []
         for n, layer in enumerate(blocks):
             x = layer(x, mask, contexts[n], maps=maps if n == block else None)
         attention, = maps                                               # (B, heads, T, P+1)
 
-        # Grad-CAM
+        # attention, weighted by the gradient
         matched = self.itm_head(x[:, 0])[:, 1].sum()
         gradient, = torch.autograd.grad(matched, attention)
         word = (attention * gradient.clamp(min=0)).mean(1)[:, :, 1:]    # (B, T, P)
@@ -1359,9 +1362,10 @@ def foreign_names(model, side):
     SystemExit where this tower has no counterpart there.
     """
     cfg, needed, extra = model.cfg, {}, {}
-    if cfg.act != "gelu" or (side == "vision" and cfg.stem != "patch"):
-        raise SystemExit(f"{side}: published weights have hidden_act gelu and a ViT's single patch "
-                         f"projection; --act {cfg.act} --stem {cfg.stem} of this model differ")
+    if side == "vision" and cfg.stem != "patch":
+        raise SystemExit(f"vision: a published ViT has --stem patch, this model has {cfg.stem}")
+    if cfg.act != "gelu":
+        raise SystemExit(f"{side}: published weights have --act gelu, this model has {cfg.act}")
 
     def rename(ours, theirs, table):
         return {f"{ours}.{part}.{kind}": [f"{theirs}{name}.{kind}" for name in names]
@@ -1398,9 +1402,10 @@ def load_pretrained(model, **states):
     """Fills the towers: load_pretrained(model, vision=timm's state_dict, text=BERT's).
 
     Position embeddings follow the image size. Teachers become copies of their students and queues
-    start anew, as what they held was made by other weights. KeyError with the tensor's name, and
-    nothing changed, where a file does not fill its tower.
+    start anew, as what they held was made by other weights. KeyError with the tensor's name where
+    a state does not fill its tower; the model is then as it was.
     """
+    # the rows of each of our tensors, of all sides before anything changes
     filled = {}
     for side, state in states.items():
         state = {name.removeprefix("bert."): tensor for name, tensor in state.items()}

@@ -371,7 +371,10 @@ def whats_new(model, filled):
 
 def account(module, model, side, state, where):
     """Finds every tensor's place, changes nothing -> ({our name: foreign names}, a report line)."""
-    needed, extra = module.foreign_names(model, side)
+    try:
+        needed, extra = module.foreign_names(model, side)
+    except SystemExit as e:                             # a side without a tower or a counterpart
+        raise Stop(f"{where}: {e}") from None
 
     # the tower must be there; of what may be filled, each layer or head is whole or not there
     taken = dict(needed)

@@ -124,8 +124,8 @@ class Config:
             "mim": ("con", "vanilla", "none"),
         }
         for field, words in choices.items():
-            if getattr(self, field) not in words:
-                given = getattr(self, field)
+            given = getattr(self, field)
+            if given not in words:
                 raise SystemExit(f"--{field} {given}: it is one of {', '.join(words)}")
 
         # images divide into units, units into patches
@@ -410,7 +410,7 @@ class Bert(nn.Module):
 
 # Copied from models/codis.py::MLMHead
 class MLMHead(nn.Module):
-    """BERT's prediction of words, (..., D) -> (..., vocabulary), by the word embeddings handed in."""
+    """BERT's prediction of words: tokens (..., D), word embeddings (V, D) -> logits (..., V)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -423,7 +423,7 @@ class MLMHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """A token-level head: the masked side's tokens look at one another, then at a context."""
+    """A token-level head: the masked side's tokens look at one another, then at the other side."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -432,21 +432,30 @@ class TokenHead(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, "post", cfg.mlp_ratio, cfg.act,
                                           cfg.width, cfg.dropout) for _ in range(stored))
 
-    def forward(self, x, mask, tokens, tokens_mask, at=None, maps=None):
-        """x: (B, S, D) of the masked side; tokens: (B, L, D), the context -> (B, S or M, D).
+    def forward(self, x, other, mask=None, other_mask=None, at=None, maps=None):
+        """x: (B, S, D), the masked side; other: (B, L, D), the other side -> (B, S or M, D).
 
-        mask, tokens_mask: bool (B, 1, 1, S) and (B, 1, 1, L), True = may look; None: everywhere.
+        mask, other_mask: bool (B, 1, 1, S) and (B, 1, 1, L), True = may look; None: everywhere.
         at: (B, M) positions of x that are asked for; None: all.
-        maps: a list that receives each layer's attention to the context, (B, heads, S, L).
+        maps: a list that receives each layer's attention to the other side, (B, heads, S, L).
         """
         for n in range(self.depth):
+            # with shared parameters one block serves all layers
             block = self.blocks[n % len(self.blocks)]
-            context = block.cross.context(tokens)
+            context = block.cross.context(other)
 
             # the layers below need every position, the last one only those asked for
             last = n + 1 == self.depth
-            x = block(x, mask, context, tokens_mask, at=at if last else None, maps=maps)
+            x = block(x, mask, context, other_mask, at=at if last else None, maps=maps)
         return x
+
+    def attention_to_first(self, x, other, mask=None, other_mask=None):
+        """How much x looks at the other side's first token: (B, S) float32, mean over layers and
+        attention heads. Arguments as in forward()."""
+        maps = []
+        self(x, other, mask, other_mask, maps=maps)
+        maps = torch.stack(maps).float()                             # (layers, B, heads, S, L)
+        return maps.mean(dim=(0, 2))[..., 0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,7 +469,10 @@ def world():
 # Copied from models/codis.py::gather
 @torch.no_grad()
 def gather(x):
-    """(B, ...) of every process -> (N, ...), by rank, without gradient. All processes must have the same B."""
+    """(B, ...) of every process -> (N, ...), in the order of ranks, without gradient.
+
+    All processes must have the same B.
+    """
     if world() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world())]
@@ -471,10 +483,14 @@ def gather(x):
 # Copied from models/codis.py::enqueue_
 @torch.no_grad()
 def enqueue_(queue, queue_ids, ptr, keys, ids):
-    """Writes keys (N, d) and their image ids (N,) at `ptr` of a ring (Q, d), around its end; of more than Q keys,
-    the last Q."""
-    slots = ((ptr + torch.arange(len(keys), device=ptr.device)) % len(queue))[-len(queue):]
-    keys, ids = keys[-len(queue):], ids[-len(queue):]
+    """Writes keys (N, d) and their image ids (N,) at `ptr` of a ring (Q, d), around its end.
+
+    Of more than Q keys the last Q stay.
+    """
+    size = len(queue)
+    slots = (ptr + torch.arange(len(keys), device=ptr.device)) % size
+    slots, keys, ids = slots[-size:], keys[-size:], ids[-size:]
+
     queue.index_copy_(0, slots, keys.to(queue.dtype))
     queue_ids.index_copy_(0, slots, ids)
 
@@ -633,6 +649,7 @@ class QueueLogSum(torch.autograd.Function):
     def forward(ctx, q, ids, queue, queue_ids, tau, chunk):
         # float32 throughout: autocast would make the product bfloat16's
         with torch.autocast(q.device.type, enabled=False):
+            # log of the sum so far, chunk by chunk
             total = q.new_full((len(q),), -torch.inf)
             for _, scores in QueueLogSum.scores(q, ids, queue, queue_ids, tau, chunk):
                 total = torch.logaddexp(total, scores.logsumexp(-1))
@@ -647,6 +664,8 @@ class QueueLogSum(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             # a row without negatives has scores of -inf alone: e^(-inf - 0) = 0
             total = total.masked_fill(total == -torch.inf, 0)[:, None]           # (R, 1)
+
+            # the softmax of a chunk's scores weighs its keys
             grad_q = torch.zeros_like(q)
             for keys, scores in QueueLogSum.scores(q, ids, queue, queue_ids, ctx.tau, ctx.chunk):
                 grad_q = grad_q + (scores - total).exp() @ keys
@@ -658,11 +677,11 @@ class QueueLogSum(torch.autograd.Function):
 # The model
 
 class Passes(NamedTuple):
-    """Eq. (1), (3) for B inputs of one modality. Where none is masked, `complete` is all."""
+    """Eq. (1), (3): B inputs of one modality. Where the model masks none, `complete` is all."""
     complete: torch.Tensor                  # (B, S, D) states of the complete inputs, h_cls first
-    masked: torch.Tensor | None = None      # (B, S, D) of the masked ones
-    places: torch.Tensor | None = None      # (B, M) the masked words, or patches without [CLS]
-    labels: torch.Tensor | None = None      # (B, M) the words there, -100 = none; of texts alone
+    masked: torch.Tensor | None = None      # (B, S, D) states of the masked inputs
+    places: torch.Tensor | None = None      # (B, M) which words, or which of the P patches
+    labels: torch.Tensor | None = None      # (B, M) the true words there, -100 = none; texts only
 
 
 class Keys(NamedTuple):
@@ -717,6 +736,7 @@ class ConLIP(nn.Module):
             self.offers.add("cross_attention")
 
     def init_weights(self):
+        # a stem's convolutions keep PyTorch's own start
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=self.cfg.init_std)
@@ -734,7 +754,7 @@ class ConLIP(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         for name in self.students:
-            getattr(self, name + "_m").eval()  # no dropout in a momentum tower
+            getattr(self, name + "_m").eval()       # momentum towers never run with dropout
         return self
 
     # -- Eq. 1 and 3: each tower on complete and on masked inputs
@@ -784,10 +804,12 @@ class ConLIP(nn.Module):
 
     def loss_pretrain(self, batch):
         """Eq. (4): L_all = L_token + L_inst."""
+        # the trained towers see complete and masked inputs, the momentum towers complete ones
         image = self.image_passes(batch["image"])
         text = self.text_passes(batch["text"], batch["text_mask"])
         keys = self.momentum_keys(batch)
 
+        # two levels of interaction
         losses = self.inst_losses(unit_cls(image.complete), unit_cls(text.complete), keys)
         losses |= self.token_losses(batch, image, text)
 
@@ -803,6 +825,7 @@ class ConLIP(nn.Module):
 
     def gather_keys(self, keys):
         """Keys of this process (B) -> of all processes (N): what the queues will take in."""
+        # both modalities in one transfer
         both = gather(torch.stack([keys.image, keys.text], dim=1))               # (N, 2, D)
         return Keys(both[:, 0], both[:, 1], gather(keys.ids))
 
@@ -819,6 +842,7 @@ class ConLIP(nn.Module):
         if cfg.positive == "online":
             image_positive, text_positive = image_emb, text_emb
 
+        # an image asks among texts, a text among images
         i2t = contrast(image_emb, text_positive, keys.ids, self.queue_text, self.queue_ids,
                        cfg.temp, cfg.queue_chunk)
         t2i = contrast(text_emb, image_positive, keys.ids, self.queue_image, self.queue_ids,
@@ -836,14 +860,14 @@ class ConLIP(nn.Module):
         # Eq. 5: masked words look at the image
         if self.mlm != "none":
             seen = context(self.mlm, image)                                      # (B, P+1, D)
-            words = self.mlm_layers(text.masked, text_mask, seen, None, at=text.places)
+            words = self.mlm_layers(text.masked, seen, mask=text_mask, at=text.places)
             logits = self.mlm_head(words, self.text.embeddings.words.weight)     # (B, M, V)
             losses["mlm"] = conmlm_loss(logits, text.labels)
 
         # Eq. 6: masked patches, which stand behind the class token, look at the text
         if self.mim != "none":
             seen = context(self.mim, text)                                       # (B, T, D)
-            patches = self.mim_layers(image.masked, None, seen, text_mask, at=image.places + 1)
+            patches = self.mim_layers(image.masked, seen, other_mask=text_mask, at=image.places + 1)
             pixels = pick(patchify(batch["image"], self.cfg.patch), image.places)
             losses["mim"] = conmim_loss(pixels, self.mim_head(patches))
         return losses
@@ -851,7 +875,8 @@ class ConLIP(nn.Module):
     # -- hooks of the training loop
 
     def after_backward(self, out):
-        """The queues take in this step's keys: only now, as backward scores the old ones again."""
+        """The queues take in this step's keys."""
+        # not in forward: backward scores the old keys a second time
         keys = out["keys"]
         enqueue_(self.queue_image, self.queue_ids, self.ptr, keys.image, keys.ids)
         enqueue_(self.queue_text, self.queue_ids, self.ptr, keys.text, keys.ids)
@@ -864,9 +889,12 @@ class ConLIP(nn.Module):
 
     @torch.no_grad()
     def reset_memory(self):
-        """Momentum towers become copies; queues become random unit vectors of no image (id -1)."""
+        """The start of a training, or of one from other weights."""
+        # momentum towers are copies
         for name in self.students:
             getattr(self, name + "_m").load_state_dict(getattr(self, name).state_dict())
+
+        # queues are random unit vectors of no image, which count as negatives (MoCo)
         for queue in (self.queue_image, self.queue_text):
             queue.copy_(F.normalize(torch.randn_like(queue), dim=-1))
         self.queue_ids.fill_(-1)
@@ -899,19 +927,21 @@ class ConLIP(nn.Module):
         text_mask = batch["text_mask"][:, None, None].bool()                     # (B, 1, 1, T)
         found = {}
 
+        # words look at the image
         if self.mlm != "none":
             seen = context(self.mlm, image)
-            scores = attention_to_first(self.mlm_layers, text.masked, text_mask, seen, None)
+            scores = self.mlm_layers.attention_to_first(text.masked, seen, mask=text_mask)
             words = self.maskable(batch["text"], batch["text_mask"])
             masked = torch.zeros_like(words).scatter(1, text.places, text.labels != -100)
             uniform = scores.new_full((len(scores),), 1 / seen.shape[1])
             found["text -> h_cls of the image"] = scores, words, uniform
             found["masked words -> h_cls of the image"] = scores, masked, uniform
 
+        # patches look at the text; the class token stands before them
         if self.mim != "none":
             seen = context(self.mim, text)
-            scores = attention_to_first(self.mim_layers, image.masked, None, seen, text_mask)
-            scores = scores[:, 1:]                               # (B, P), without the class token
+            scores = self.mim_layers.attention_to_first(image.masked, seen, other_mask=text_mask)
+            scores = scores[:, 1:]                                               # (B, P)
             patches = torch.ones_like(scores, dtype=torch.bool)
             masked = torch.zeros_like(patches).scatter(1, image.places, True)
             uniform = 1 / batch["text_mask"].sum(1)
@@ -922,7 +952,7 @@ class ConLIP(nn.Module):
     # -- weights of another run or file
 
     def adapt(self, state):
-        """Another run's weights, {name: tensor}, as this model takes them.
+        """Weights of another run or a file, {name: tensor}, as this model takes them.
 
         Position embeddings are brought to this image size. Queues are left out, because their image
         ids are those of the other run's data.
@@ -936,17 +966,6 @@ class ConLIP(nn.Module):
                 tensor = resize_pos_embed(tensor, side, side)
             fitting[name] = tensor
         return fitting
-
-
-def attention_to_first(head, x, mask, tokens, tokens_mask):
-    """Attention of a TokenHead's tokens to the first of its context, mean over layers and heads.
-
-    Arguments as in TokenHead.forward() -> (B, S) float32.
-    """
-    maps = []
-    head(x, mask, tokens, tokens_mask, maps=maps)
-    maps = torch.stack(maps).float()                             # (layers, B, heads, S, L)
-    return maps.mean(dim=(0, 2))[..., 0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -978,6 +997,7 @@ def foreign_names(model, side):
         raise SystemExit(f"--init_{side} needs --stem patch --act gelu, as ViT and BERT have: "
                          f"this model has {cfg.stem} and {cfg.act}")
 
+    # "blocks.3.mlp.0.weight" -> "blocks.3." + "mlp.0" + ".weight", and each part renamed
     needed = {}
     for name in getattr(model, side).state_dict():
         parts = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name)
@@ -995,6 +1015,7 @@ def load_pretrained(model, **states):
     start anew. What the towers have no place for is left out; a tensor that is missing is a
     KeyError, before anything changes.
     """
+    # gather everything first, so that an error changes nothing
     filled = {}
     for side, state in states.items():
         state = {name.removeprefix("bert."): tensor for name, tensor in state.items()}

@@ -135,6 +135,7 @@ def ref_vit(vit, image, masked=(), mask_token=None):
                 continue
             pixels = image[:, i * p:i * p + p, j * p:j * p + p]
             x.append(torch.stack([(row * pixels).sum() for row in w]) + vit.patch_embed.bias)
+
     x = [t + vit.pos_embed[0, n] for n, t in enumerate(x)]
     for block in vit.blocks:
         a, _ = self_attention(block.attention, [norm(block.attention_norm, t) for t in x])
@@ -177,6 +178,7 @@ def ref_contrast(kind, q, k, ids, queue, queue_ids, tau):
         positive = math.exp(ref_sim(q[i], k[i]) / tau)
         others = [key for key, image in zip(queue, queue_ids) if image != ids[i]]
         total = sum(math.exp(ref_sim(q[i], key) / tau) for key in others)
+
         if not others:
             out.append(0.0)
         elif kind == "infonce":
@@ -609,7 +611,7 @@ def test_head_layers():
     head = make_model(head_layers=2, head_shared=True).double().mlm_layers
     x, context = torch.randn(2, 5, 24).double(), torch.randn(2, 4, 24).double()
     at = torch.tensor([[3, 0], [1, 4]])
-    out = head(x, None, context, None, at)
+    out = head(x, context, at=at)
     for b in range(2):
         y = list(x[b])
         for _ in range(2):
@@ -965,6 +967,7 @@ def photos(tmp_path_factory):
     words = "a red green blue grey square circle on top of the dark light one two three".split()
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (root / "vocab.txt").write_text("\n".join(tokens) + "\n")
+
     generator = torch.Generator().manual_seed(0)
     with open(root / "pairs.jsonl", "w") as f:
         for i in range(24):

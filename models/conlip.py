@@ -8,8 +8,8 @@ modelling across modalities (the vanilla of Table 1) lets a masked word look at 
 patch, and so never needs the [CLS] state. Here both inputs are masked, and the *other* modality's
 [CLS] state of the complete input, h_cls, is the only place where the answer can be found.
 
-    complete image --> ViT ---> h_cls of the image ---+--- Eq. 9-12: cosine; the keys are those of
-    complete text ---> BERT --> h_cls of the text ----+    ViT_m and BERT_m, EMA copies, and queues
+    complete image --> ViT ---> h_cls of the image ---+--- Eq. 9-12: contrast with keys and queues
+    complete text ---> BERT --> h_cls of the text ----+    from ViT_m and BERT_m, their EMA copies
 
     masked text -----> BERT --> words ---- queries ----> ConMLM head, Eq. 5 --> words under masks
                                                               ^ context
@@ -19,8 +19,8 @@ patch, and so never needs the [CLS] state. Here both inputs are masked, and the 
                                                               ^ context
                        [h_cls of the complete text; words of the masked text]
 
-Shapes: B images, N of all processes, T text tokens, P patches, D width, M masked places, Q queue, R
-rows of a contrast, S and L tokens of any kind, p pixels a side of a patch.
+Shapes: B images, N of all processes, T text tokens, P patches, D width, M masked places,
+Q queue, R rows of a contrast, S and L tokens of any kind, p pixels a side of a patch, V vocabulary.
 
 Equations
     Eq. 1  -> ConLIP.image_passes(), ConLIP.text_passes()      Eq. 2  -> unit_cls()
@@ -560,7 +560,8 @@ def mask_patches(b, height, width, prob=0.5, unit=1, device=None):
     units = torch.rand(b, rows * columns, device=device).topk(chosen, dim=-1).indices
 
     # their patches, counted row by row: from the upper left corner, `unit` to the right and below
-    row, column = units // columns * unit, units % columns * unit                # of the corner
+    row = units // columns * unit
+    column = units % columns * unit
     corner = (row * width + column)[..., None]                                   # (b, chosen, 1)
     inside = torch.arange(unit, device=device)
     inside = (inside[:, None] * width + inside).flatten()                        # (unit * unit,)
@@ -593,8 +594,8 @@ def conmlm_loss(logits, labels):
 
     logits: (B, M, V); labels: (B, M), -100 = no masked word here -> 0-d float32.
     """
-    logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-    loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    logits = logits.flatten(0, 1).float()                       # (B * M, V)
+    loss = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
     return loss / (labels != -100).sum().clamp(min=1)           # 0, not NaN, where none is masked
 
 
@@ -889,7 +890,7 @@ class ConLIP(nn.Module):
 
     @torch.no_grad()
     def reset_memory(self):
-        """The start of a training, or of one from other weights."""
+        """The start of training; again after foreign weights were loaded."""
         # momentum towers are copies
         for name in self.students:
             getattr(self, name + "_m").load_state_dict(getattr(self, name).state_dict())
@@ -994,7 +995,7 @@ def foreign_names(model, side):
     cfg = model.cfg
     table, layer = {"vision": (TIMM, "blocks"), "text": (BERT, "encoder.layer")}[side]
     if cfg.act != "gelu" or (side == "vision" and cfg.stem != "patch"):
-        raise SystemExit(f"--init_{side} needs --stem patch --act gelu, as ViT and BERT have: "
+        raise SystemExit(f"{side}: published weights need --stem patch --act gelu, "
                          f"this model has {cfg.stem} and {cfg.act}")
 
     # "blocks.3.mlp.0.weight" -> "blocks.3." + "mlp.0" + ".weight", and each part renamed
@@ -1003,8 +1004,7 @@ def foreign_names(model, side):
         parts = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name)
         block, module, kind = parts.groups(default="")
         block = block.replace("blocks", layer)
-        theirs = table.get(module, [module])
-        needed[f"{side}.{name}"] = [block + module + kind for module in theirs]
+        needed[f"{side}.{name}"] = [block + theirs + kind for theirs in table.get(module, [module])]
     return needed, {}
 
 

@@ -207,7 +207,7 @@ def test_a_folder_as_the_hub_has_it_fits_or_is_one_line(side, change, config, me
 def test_a_tower_without_counterpart_is_one_line(tmp_path):
     path = tmp_path / "vit.safetensors"
     save_file(hugging_face(make_model())[0], path)
-    with pytest.raises(SystemExit, match="--init_vision .*needs --stem patch --act gelu") as error:
+    with pytest.raises(SystemExit, match="vision: .*need --stem patch --act gelu") as error:
         weights.load_towers(conlip, make_model(stem="conv"), {"vision": path})
     assert "\n" not in str(error.value)
 

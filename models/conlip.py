@@ -973,17 +973,17 @@ class ConLIP(nn.Module):
 # Foreign weights
 
 # Our modules -> timm's and Hugging Face's, where they differ. Rows of several, joined, are ours.
-TIMM = {"patch_embed": ["patch_embed.proj"], "attention_norm": ["norm1"],
-        "attention.qkv": ["attn.qkv"], "attention.out": ["attn.proj"],
-        "mlp_norm": ["norm2"], "mlp.0": ["mlp.fc1"], "mlp.2": ["mlp.fc2"]}
-BERT = {"embeddings.words": ["embeddings.word_embeddings"],
-        "embeddings.positions": ["embeddings.position_embeddings"],
-        "embeddings.segments": ["embeddings.token_type_embeddings"],
-        "embeddings.norm": ["embeddings.LayerNorm"],
-        "attention.qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
-        "attention.out": ["attention.output.dense"],
-        "attention_norm": ["attention.output.LayerNorm"], "mlp.0": ["intermediate.dense"],
-        "mlp.2": ["output.dense"], "mlp_norm": ["output.LayerNorm"]}
+TIMM = {
+    "patch_embed": ["patch_embed.proj"], "attention_norm": ["norm1"], "mlp_norm": ["norm2"],
+    "attention.qkv": ["attn.qkv"], "attention.out": ["attn.proj"],
+    "mlp.0": ["mlp.fc1"], "mlp.2": ["mlp.fc2"]}
+BERT = {
+    "embeddings.words": ["embeddings.word_embeddings"], "embeddings.norm": ["embeddings.LayerNorm"],
+    "embeddings.positions": ["embeddings.position_embeddings"],
+    "embeddings.segments": ["embeddings.token_type_embeddings"],
+    "attention.qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
+    "attention.out": ["attention.output.dense"], "attention_norm": ["attention.output.LayerNorm"],
+    "mlp.0": ["intermediate.dense"], "mlp.2": ["output.dense"], "mlp_norm": ["output.LayerNorm"]}
 
 
 def foreign_names(model, side):

@@ -69,7 +69,6 @@ Deviations from the paper
 Run: python models/mct.py      (5 s: parameters and every loss of every task on a random batch)
 """
 
-import re
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +108,7 @@ class Config:
     positions: int = 512            # position embeddings of the text encoder, as BERT
     vocab_size: int = 30522         # [data] words in the vocabulary file
     pad_id: int = 0                 # [data] [PAD] in the vocabulary file
-    heads: str = "distinct"         # "distinct" intra- and inter-modal heads, or one "unified" (4.4)
+    heads: str = "distinct"         # "distinct" intra- and inter-modal heads, or "unified"
     head_hidden: int = 2048         # hidden width of a head
     intra_dim: int = 128            # d of the intra-modal embeddings
     inter_dim: int = 1024           # d of the inter-modal embeddings
@@ -205,11 +204,12 @@ RECIPE = {
                          proposals=(1000, 1000),                                        # [D]
                          detect_sizes=(640, 672, 704, 736, 768, 800)),                  # [M]
     "retrieval_gru": dict(optimizer="adam", lr=2e-4, schedule="step", milestones="0.5", gamma=0.1,
-                          clip=2.0,                                 # [V]
-                          epochs=150, batch_size=128),              # 30 epochs of 5 captions an image
-    "tagging": dict(optimizer="adam", lr=1e-3, schedule="cosine", epochs=30, batch_size=256),   # [-]
+                          clip=2.0,                         # [V]
+                          epochs=150, batch_size=128),      # 30 epochs of 5 captions an image
+    "tagging": dict(optimizer="adam", lr=1e-3, schedule="cosine", epochs=30,
+                    batch_size=256),                        # [-]
     "tag_supervised": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine",
-                           epochs=60, batch_size=512),                                          # [-]
+                           epochs=60, batch_size=512),      # [-]
 }
 
 TASKS = tuple(RECIPE)
@@ -347,7 +347,7 @@ class PooledBert(nn.Module):
 
     def forward(self, text, text_mask):
         x = self.embeddings(text)                                   # (B, T, D)
-        mask = text_mask[:, None, None].bool()                      # (B, 1, 1, T), True = a real token
+        mask = text_mask[:, None, None].bool()                      # (B, 1, 1, T)
         for block in self.blocks:
             x = run_block(block, x, mask, save_memory=self.checkpointing)
         return self.pooler(x[:, 0]).tanh()                          # (B, D)
@@ -362,7 +362,7 @@ def init_bert(module, std):
 
 
 # --------------------------------------------------------------------------------------------------
-# The image encoder: torchvision's ResNet, and its names
+# The image encoder: a ResNet, its weights named as torchvision's
 
 class SplitBatchNorm(nn.BatchNorm2d):
     """Batch norm over `groups` virtual batches, as on as many GPUs.
@@ -396,8 +396,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def resnet(cfg, norm=nn.BatchNorm2d):
-    """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, D), the average of the last
-    layer over places."""
+    """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, D), averaged over places."""
     blocks = torchvision.models.resnet
     block = {"bottleneck": blocks.Bottleneck, "basic": blocks.BasicBlock}[cfg.block]
     net = torchvision.models.ResNet(block, list(cfg.layers), norm_layer=norm)
@@ -446,7 +445,10 @@ def rank():
 # Copied from models/codis.py::gather
 @torch.no_grad()
 def gather(x):
-    """(B, ...) of every process -> (N, ...), by rank, without gradient. All processes must have the same B."""
+    """(B, ...) of every process -> (N, ...), in the order of ranks, without gradient.
+
+    All processes must have the same B.
+    """
     if world() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world())]
@@ -454,9 +456,10 @@ def gather(x):
     return torch.cat(parts)
 
 
-def own_part(x):
-    """(N, ...) of all processes, by rank -> (B, ...), the rows of this process."""
-    return x.chunk(world())[rank()]
+# Copied from models/codis.py::own_rows
+def own_rows(x, b):
+    """The B rows that this process gave to gather()."""
+    return x[rank() * b:(rank() + 1) * b]
 
 
 @torch.no_grad()
@@ -469,7 +472,7 @@ def shuffle(x):
     order = torch.randperm(len(everyone), device=x.device)
     if world() > 1:
         dist.broadcast(order, 0)                                    # the same draw on all processes
-    return everyone[own_part(order)], order.argsort()
+    return everyone[own_rows(order, len(x))], order.argsort()
 
 
 @torch.no_grad()
@@ -562,7 +565,7 @@ class QueueLSE(torch.autograd.Function):
                 scores = (q @ keys.T / tau).masked_fill(hidden, -torch.inf)             # (B, C)
                 new = torch.logaddexp(lse, scores.logsumexp(-1))
 
-                # shrink the old mean to its share of the new sum; where nothing counts yet,
+                # the old mean shrinks to its share of the new sum; where no key has counted yet,
                 # 0 stands for -inf, as -inf - -inf is nan
                 base = new.masked_fill(new == -torch.inf, 0)
                 share, weights = (lse - base).exp(), (scores - base[:, None]).exp()
@@ -654,11 +657,10 @@ def vse_loss(image_emb, text_emb, ids, margin):
     own = scores.diagonal()
     others = scores.masked_fill(ids[:, None] == ids, -torch.inf)
 
-    # the hardest image for each caption, the hardest caption for each image
-    hardest_image, hardest_text = others.amax(0), others.amax(1)
-    to_text = (margin - own + hardest_image).clamp(min=0).sum()
-    to_image = (margin - own + hardest_text).clamp(min=0).sum()
-    return to_text + to_image
+    # for each text the hardest image, for each image the hardest text
+    of_texts = (margin - own + others.amax(0)).clamp(min=0).sum()
+    of_images = (margin - own + others.amax(1)).clamp(min=0).sum()
+    return of_texts + of_images
 
 
 @torch.no_grad()
@@ -681,6 +683,7 @@ def pmi_vectors(rows, vocab, dim):
     single = counts.diagonal().clamp(min=1)
     pmi = (counts * (len(rows) / single[:, None]) / single).log().clamp(min=0)
 
+    # the first `dim` vectors; a random method is enough where they are few
     if dim == vocab:
         u, s, _ = torch.linalg.svd(pmi)
     else:
@@ -858,7 +861,7 @@ class Mct(nn.Module):
             self.register_buffer("tag_vectors", torch.zeros(num_labels, dim))
 
     def build_detector(self, classes):
-        """torchvision's detector; RPN's numbers of boxes before NMS are Detectron2's of C4, FPN."""
+        """torchvision's detector, with as many boxes before NMS as Detectron2 has in C4 and FPN."""
         cfg = self.cfg
         if self.task == "detection":
             make, before_train, before_test = c4_detector, 12000, 6000
@@ -896,9 +899,9 @@ class Mct(nn.Module):
         return batch["features"] if "features" in batch else self.vision(batch["image"])
 
     def project(self, side, features, momentum=False):
-        """Pooled features (B, D) of side "vision" or "text" -> {"intra", "inter": (B, d) unit norm}.
+        """Pooled features (B, D) -> {"intra", "inter": (B, d) unit norm}, those that are needed.
 
-        By the heads of that side, or by their momentum copies.
+        side: "vision" or "text", whose heads it takes, or their momentum copies.
         """
         heads = getattr(self, f"{side}_heads_m" if momentum else f"{side}_heads")
         z = {name: F.normalize(head(features).float(), dim=-1) for name, head in heads.items()}
@@ -941,16 +944,23 @@ class Mct(nn.Module):
 
     def loss_pretrain(self, batch):
         """Eq. (15): J = lambda_ii J_ii + lambda_tag J_tag + lambda_cc J_cc + lambda_ic J_ic
-        + lambda_ci J_ci, each the mean over all records, 0 for those that cannot take part."""
+        + lambda_ci J_ci.
+
+        Each J is a mean over all records; those that cannot take part count as 0.
+        """
         cfg, ids = self.cfg, batch["image_id"]
         self.check_batch_size(len(ids))
         captioned = batch.get("text_valid", torch.ones_like(ids)).bool()
-        queries, all_keys = self.queries(batch), self.keys(batch)
 
-        # J of each record, (B,)
-        rows, logs = {}, {}
+        # queries of this process, keys of all processes; the own ones are the positives
+        queries, all_keys, keys = self.queries(batch), self.keys(batch), {}
+        for side, spaces in all_keys.items():
+            keys[side] = {space: own_rows(k, len(ids)) for space, k in spaces.items()}
+
+        # images with images: Eq. 3, then Eq. 4 and 5
+        rows, logs = {}, {}                                         # J of each record, (B,)
         if "intra" in self.spaces["vision"]:
-            q, k = queries["vision"]["intra"], own_part(all_keys["vision"]["intra"])
+            q, k = queries["vision"]["intra"], keys["vision"]["intra"]
             queue = self.queue("vision", "intra")
             rows["ii"] = info_nce(q, k, queue, ids, cfg.tau)
             if self.tagged:
@@ -958,16 +968,18 @@ class Mct(nn.Module):
                 mean_key, number = tag_positives(k, queue, ids, tags, cfg.tag_eps, self.num_tags)
                 rows["tag"] = tag_nce(rows["ii"], q, k, mean_key, cfg.tau) * (tags >= 0).any(-1)
                 logs["positives"] = number.mean()
+
+        # captions with captions: Eq. 8
         if "intra" in self.spaces["text"]:
-            q, k = queries["text"]["intra"], own_part(all_keys["text"]["intra"])
+            q, k = queries["text"]["intra"], keys["text"]["intra"]
             rows["cc"] = info_nce(q, k, self.queue("text", "intra"), ids, cfg.tau) * captioned
+
+        # images with captions: Eq. 11, and captions with images: Eq. 14
         if "inter" in self.spaces["text"]:
-            image_q, text_q = queries["vision"]["inter"], queries["text"]["inter"]
-            image_k = own_part(all_keys["vision"]["inter"])
-            text_k = own_part(all_keys["text"]["inter"])
-            image_queue, text_queue = self.queue("vision", "inter"), self.queue("text", "inter")
-            rows["ic"] = hinge(image_q, text_k, text_queue, ids, cfg.margin) * captioned
-            rows["ci"] = hinge(text_q, image_k, image_queue, ids, cfg.margin) * captioned
+            q, k = queries["vision"]["inter"], keys["text"]["inter"]
+            rows["ic"] = hinge(q, k, self.queue("text", "inter"), ids, cfg.margin) * captioned
+            q, k = queries["text"]["inter"], keys["vision"]["inter"]
+            rows["ci"] = hinge(q, k, self.queue("vision", "inter"), ids, cfg.margin) * captioned
 
         # J
         losses = {name: row.mean() for name, row in rows.items()}
@@ -979,6 +991,7 @@ class Mct(nn.Module):
         return {"loss": loss, "logs": logs, "keys": all_keys, "facts": self.facts(batch, captioned)}
 
     def check_batch_size(self, size):
+        """A group of batch norm needs two samples: of one alone the statistics are the sample."""
         groups = self.cfg.bn_groups
         if self.training and world() == 1 and (size % groups or size == groups):
             raise SystemExit(f"models/mct.py: a batch of {size} is not {groups} virtual groups of "
@@ -1002,14 +1015,17 @@ class Mct(nn.Module):
         """Enqueues the keys of all processes, and what is known of their records."""
         if "keys" not in out:
             return
+
+        # the columns of facts()
         facts = out["facts"]
         rows = {"queue_ids": facts[:, 0], "queue_captioned": facts[:, 1].bool()}
         if self.tagged:
             rows["queue_tags"] = facts[:, 2:]
+
+        # the keys of each side and space
         for side, spaces in out["keys"].items():
             for space, keys in spaces.items():
                 rows[f"queue_{side}_{space}"] = keys
-
         enqueue_([getattr(self, name) for name in rows], self.ptr, list(rows.values()))
 
     @torch.no_grad()
@@ -1018,6 +1034,7 @@ class Mct(nn.Module):
 
         The copies' own running averages are not an EMA (deviation 4).
         """
+        # one fused operation for all parameters
         copies, students = [], []
         for name in self.students:
             copies += getattr(self, name + "_m").parameters()
@@ -1035,6 +1052,7 @@ class Mct(nn.Module):
         for name in self.students:
             getattr(self, name + "_m").load_state_dict(getattr(self, name).state_dict())
 
+        # keys first, then what is known of their records
         for side, spaces in self.spaces.items():
             for space in spaces:
                 keys = getattr(self, f"queue_{side}_{space}")
@@ -1048,12 +1066,14 @@ class Mct(nn.Module):
     def param_groups(self, loop):
         """The image side at --lr, BERT at text_lr. Weight decay on everything, as MoCo; detectors
         have none on norms, as Detectron2."""
+        # detectors: the parameters of batch norm
         norms = set()
         if self.task in ("detection", "segmentation"):
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     norms |= set(module.parameters())
 
+        # everything that is trained, in one of three groups
         image, text, undecayed = [], [], []
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
@@ -1072,6 +1092,7 @@ class Mct(nn.Module):
 
     @staticmethod
     def one_loss(loss, name):
+        """What forward() returns for a loss without parts."""
         return {"loss": loss, "logs": {name: loss.detach()}}
 
     def loss_linear(self, batch):
@@ -1102,9 +1123,10 @@ class Mct(nn.Module):
         vectors = self.tag_vectors[tags.clamp(min=0)] * valid[..., None]            # (B, L, d)
         target = F.normalize(vectors.sum(1), dim=-1)                                # (B, d)
 
-        tagged = valid.amax(-1)                                                     # (B,) 1 or 0
+        # images without tags have no target
+        has_tags = valid.amax(-1)                                                   # (B,) 1 or 0
         distance = 1 - (self.embed_tags(batch) * target).sum(-1)
-        loss = (distance * tagged).sum() / tagged.sum().clamp(min=1)
+        loss = (distance * has_tags).sum() / has_tags.sum().clamp(min=1)
         return self.one_loss(loss, "cosine")
 
     def loss_tag_supervised(self, batch):
@@ -1121,10 +1143,10 @@ class Mct(nn.Module):
         xyxy; labels: list of (n,) from 0; segmentation: masks, list of (n, H, W)."""
         targets = []
         for i in range(len(batch["image"])):
-            target = {"boxes": batch["boxes"][i], "labels": batch["labels"][i] + 1}     # 0: background
+            labels = batch["labels"][i] + 1                         # torchvision's 0 is background
+            targets.append({"boxes": batch["boxes"][i], "labels": labels})
             if "masks" in batch:
-                target["masks"] = batch["masks"][i]
-            targets.append(target)
+                targets[i]["masks"] = batch["masks"][i]
 
         losses = self.detector(batch["image"], targets)
         logs = {name.removeprefix("loss_"): value.detach() for name, value in losses.items()}
@@ -1169,7 +1191,7 @@ class Mct(nn.Module):
         (n,); segmentation: masks (n, H, W) bool."""
         found = self.detector(batch["image"])
         for objects in found:
-            objects["labels"] = objects["labels"] - 1               # torchvision's 0: background
+            objects["labels"] = objects["labels"] - 1               # torchvision's 0 is background
             if "masks" in objects:
                 objects["masks"] = objects["masks"][:, 0] >= 0.5
         return found
@@ -1190,10 +1212,7 @@ class Mct(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Foreign weights: torchvision's ResNet and Hugging Face's BertModel
 
-BERT = {"embeddings.words": ["embeddings.word_embeddings"],
-        "embeddings.positions": ["embeddings.position_embeddings"],
-        "embeddings.segments": ["embeddings.token_type_embeddings"],
-        "embeddings.norm": ["embeddings.LayerNorm"], "pooler": ["pooler.dense"]}
+# Our names of a layer's parts -> those of Hugging Face's BERT
 BERT_BLOCK = {
     "attention.qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
     "attention.out": ["attention.output.dense"], "attention_norm": ["attention.output.LayerNorm"],
@@ -1210,31 +1229,40 @@ def resnet_place(task, name):
 
 
 def foreign_names(model, side):
-    """{our name: [foreign names, whose rows joined are ours]}, twice: the tensors that a file for
-    this side must have, and those that it may have. SystemExit where no such file exists."""
-    cfg = model.cfg
+    """Which tensors of other libraries are ours: {our name: [their names, rows joined in order]}.
+
+    side: "vision", torchvision's ResNet, or "text", Hugging Face's BertModel -> two such dicts: the
+    tensors that a file must have, and those that it may have. SystemExit: there is no such tower.
+    """
+    cfg, needed, extra = model.cfg, {}, {}
     if side == "vision":
         if cfg.stem == "small":
             raise SystemExit("models/mct.py: --stem small: torchvision's ResNets have a 7x7 stem")
-        with torch.device("meta"):
-            names = resnet(cfg).state_dict()
-        names = {resnet_place(model.task, name): [name] for name in names}
-        counts = {name for name in names if name.endswith("num_batches_tracked")}
-        return ({name: theirs for name, theirs in names.items() if name not in counts},
-                {name: names[name] for name in counts})
+        with torch.device("meta"):                                  # names without numbers
+            names = list(resnet(cfg).state_dict())
+        for name in names:
+            place = resnet_place(model.task, name)
+            if name.endswith("num_batches_tracked"):                # old files lack it
+                extra[place] = [name]
+            else:
+                needed[place] = [name]
+        return needed, extra
 
+    # BERT: embeddings, pooler, layers
     if not hasattr(model, "text"):
-        raise SystemExit(f"models/mct.py: this {model.task} trains no BERT")
+        raise SystemExit(f"models/mct.py: task {model.task} with these losses trains no BERT")
     if cfg.act != "gelu":
         raise SystemExit(f"models/mct.py: --act {cfg.act}: published BERTs have gelu")
-    needed = {}
-    for name in model.text.state_dict():
-        part, kind = name.rsplit(".", 1)
-        layer, inner = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", part).groups()
-        parts = BERT[part] if layer is None else BERT_BLOCK[inner]
-        prefix = "" if layer is None else f"encoder.layer.{layer}."
-        needed["text." + name] = [f"{prefix}{theirs}.{kind}" for theirs in parts]
-    return needed, {}
+    for ours, theirs in (("words", "word"), ("positions", "position"), ("segments", "token_type")):
+        needed[f"text.embeddings.{ours}.weight"] = [f"embeddings.{theirs}_embeddings.weight"]
+    parts = {"embeddings.norm": ["embeddings.LayerNorm"], "pooler": ["pooler.dense"]}
+    for n in range(cfg.text_layers):
+        for ours, theirs in BERT_BLOCK.items():
+            parts[f"blocks.{n}.{ours}"] = [f"encoder.layer.{n}.{part}" for part in theirs]
+    for ours, theirs in parts.items():
+        for kind in ("weight", "bias"):
+            needed[f"text.{ours}.{kind}"] = [f"{part}.{kind}" for part in theirs]
+    return needed, extra
 
 
 def load_pretrained(model, **states):

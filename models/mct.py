@@ -1241,11 +1241,9 @@ def foreign_names(model, side):
         with torch.device("meta"):                                  # names without numbers
             names = list(resnet(cfg).state_dict())
         for name in names:
-            place = resnet_place(model.task, name)
-            if name.endswith("num_batches_tracked"):                # old files lack it
-                extra[place] = [name]
-            else:
-                needed[place] = [name]
+            counter = name.endswith("num_batches_tracked")          # old files lack it
+            kind = extra if counter else needed
+            kind[resnet_place(model.task, name)] = [name]
         return needed, extra
 
     # BERT: embeddings, pooler, layers

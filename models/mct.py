@@ -48,10 +48,10 @@ Deviations from the paper
      6. lambda_ic and lambda_ci depend on K, as their losses are sums over the queue: `tiny` keeps
         lambda K = 3.3.
      7. Detection: torchvision's Faster R-CNN (R50-C4 of its parts: conv4 features, RoIAlign 14x14,
-        conv5 and MoCo's extra norm as box head) where the paper has Detectron2. Other than there:
+        conv5 and MoCo's extra norm as box head) where the paper has Detectron2. Differences:
         torchvision's anchors, RoIAlign without the shift of half a pixel, smooth L1 with beta 1/9
-        (not 0) for boxes, no precise BN, images without objects are kept; weight decay 0 on norms
-        as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm in FPN. Batch norm is
+        (not 0) for boxes, no precise BN, images without objects are kept. Weight decay is 0 on
+        norms, as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm in FPN. Batch norm is
         synchronised over processes on CUDA, plain on a CPU.
      8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of
         the paper), reads word pieces, clips gradients at 2 and takes the hardest negative of its
@@ -523,7 +523,7 @@ class Queue(NamedTuple):
     """The keys k_1 ... k_K that a loss compares its queries with."""
 
     keys: torch.Tensor              # (K, d) unit norm
-    ids: torch.Tensor               # (K,) the image of each key; -1 = a random vector of the start
+    ids: torch.Tensor               # (K,) the image of each key; -1 = still a random vector
     chunk: int                      # C, keys scored at a time
     present: torch.Tensor = None    # (K,) bool, False = that record had no caption; None = all had
     tags: torch.Tensor = None       # (K, L) tags of the images, padded with -1
@@ -542,7 +542,7 @@ class Queue(NamedTuple):
 def info_nce(q, k, queue, ids, tau):
     """Eq. (3), (8): J = -log exp(q.k+/tau) / sum_{j=0..K} exp(q.k_j/tau), where k_0 = k+.
 
-    Keys that do not count (Queue.chunks) leave the sum.
+    Keys that do not count (see Queue.chunks) are left out of the sum.
     """
     own = (q * k).sum(-1) / tau                                     # (B,)
     others = QueueLSE.apply(q, queue, ids, tau)                     # (B,), the sum over j = 1..K
@@ -617,7 +617,7 @@ def tag_nce(j_ii, q, k, mean_key, tau):
 def hinge(q, k, queue, ids, margin):
     """Eq. (11), (14): J = sum_{j=1..K} [alpha - q.k+ + q.k_j]_+, alpha = margin.
 
-    Keys that do not count (Queue.chunks) leave the sum.
+    Keys that do not count (see Queue.chunks) are left out of the sum.
     """
     return QueueHinge.apply(q, (q * k).sum(-1), queue, ids, margin)
 
@@ -1246,7 +1246,7 @@ def foreign_names(model, side):
             kind[resnet_place(model.task, name)] = [name]
         return needed, extra
 
-    # BERT: embeddings, pooler, layers
+    # BERT: embeddings, then what has weight and bias
     if not hasattr(model, "text"):
         raise SystemExit(f"models/mct.py: task {model.task} with these losses trains no BERT")
     if cfg.act != "gelu":

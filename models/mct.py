@@ -51,8 +51,8 @@ Deviations from the paper
         conv5 and MoCo's extra norm as box head) where the paper has Detectron2. Differences:
         torchvision's anchors, RoIAlign without the shift of half a pixel, smooth L1 with beta 1/9
         (not 0) for boxes, no precise BN, images without objects are kept. Weight decay is 0 on
-        norms, as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm in FPN. Batch norm is
-        synchronised over processes on CUDA, plain on a CPU.
+        norms, as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm in FPN.
+        Batch norm is synchronised over processes on CUDA, plain on a CPU.
      8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of
         the paper), reads word pieces, clips gradients at 2 and takes the hardest negative of its
         own process' batch (VSE++).

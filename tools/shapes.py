@@ -16,7 +16,7 @@ A scene is one to three objects on a 3x3 grid, drawn at 64x64 pixels. Everything
     '-- write_clips() ---------> clips/videodatainfo.json       MSR-VTT
                                  clips/features/VIDEO_ID.npy    (frames, 240) float32
 
-`ensure()` makes the world on first use (about 15 s on two cores), reuses it afterwards, and makes
+`ensure()` makes the world on first use (about 20 s on two cores), reuses it afterwards, and makes
 it anew when this file has changed. data.py then reads it exactly as it reads COCO. No scene occurs
 in two splits: train 10,000, val 1,000, test 1,000.
 
@@ -701,7 +701,7 @@ def star_distance(x, y, radius):
     angle = abs((np.arctan2(x, -y) + arm / 2) % arm - arm / 2)
     px, py = radius * np.cos(angle), radius * np.sin(angle)
 
-    # there the star has one edge: from its tip (1.08, 0) to the notch, 0.45 away, 36 degrees on
+    # there the star has one edge: from its tip (1.08, 0) to a notch, 36 degrees on, at 0.45
     edge_x = 0.45 * math.cos(math.pi / 5) - 1.08
     edge_y = 0.45 * math.sin(math.pi / 5)
     return ((px - 1.08) * -edge_y + py * edge_x) / -math.hypot(edge_x, edge_y)
@@ -1553,7 +1553,7 @@ def ensure(root=ROOT, quiet=False, seed=0, scale=None):
             raise SystemExit(f"tools.shapes: {root} is not empty and holds no shapes world: "
                              "name another place, or empty it")
         if not quiet:
-            print(f"tools.shapes: making the built-in world in {root} (once, about 15 s on two "
+            print(f"tools.shapes: making the built-in world in {root} (once, about 20 s on two "
                   "cores)", file=sys.stderr, flush=True)
 
         # the lock is ours, so whoever began these is dead

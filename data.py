@@ -2752,8 +2752,9 @@ def with_regions(records, views, files=""):
     """
     if "regions" not in view_keys(views).values():
         return records
-    if not files and os.path.exists(os.path.join(records.root, "version.json")):
-        own = os.path.join(records.root, f"regions_{records.split}.safetensors")
+    root = records.root or ""
+    if not files and os.path.exists(os.path.join(root, "version.json")):
+        own = os.path.join(root, f"regions_{records.split}.safetensors")
         files = own if os.path.exists(own) else ""
     if not files:
         fail("this model looks at regions: name their files, --regions FILE "

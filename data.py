@@ -260,6 +260,7 @@ def expand(spec, flag="--data"):
 
     Errors: DataError that names the flag and the path that is missing.
     """
+    # a path may hold a comma itself
     items = [spec]
     if not os.path.exists(spec):
         items = [item.strip() for item in spec.split(",") if item.strip()]
@@ -280,6 +281,7 @@ def expand(spec, flag="--data"):
     if not paths:
         fail(f"{flag} is empty")
 
+    # every path must exist
     for path in paths:
         if not os.path.exists(path):
             fail(f"{flag} {path}: no such file")
@@ -338,6 +340,8 @@ def json_records(path, data=None):
     """
     if data is None:
         data = read_json(path)
+
+    # a single object, a list, or jsonl, whose iterator names its lines
     if isinstance(data, dict):
         yield f"{path} line 1", data
     elif isinstance(data, list):
@@ -395,6 +399,7 @@ class PairFile(NamedTuple):
 
 def read_pairs(files, reading):
     """Image-text pairs in any of PAIR_FORMATS."""
+    # what is in each file
     opened = []
     for number, (path, root) in enumerate(files):
         opened.append(PairFile(number, path, root, *sniff(path)))
@@ -419,6 +424,7 @@ def read_pairs(files, reading):
 def sniff(path):
     """-> (format, JSON value or None) of a file of image-text pairs; a format is a key of
     PAIR_FORMATS."""
+    # by name
     if os.path.isdir(path) or path.endswith(".tar"):
         return "tar", None
     if path.endswith((".tsv", ".txt")):
@@ -427,7 +433,7 @@ def sniff(path):
         fail(f"{path}: unknown format (pairs are read from .json, .jsonl, .tsv, .tar or a folder "
              "of .tar)")
 
-    # JSON files are told apart by their keys
+    # JSON by its keys: Karpathy's and COCO's have images, VQA's and GQA's questions
     data = read_json(path)
     if not isinstance(data, dict) or "image" in data:
         return "records", data
@@ -456,6 +462,7 @@ def pair(where, raw, image, reading):
     if not reading.wants(raw.get("split")):
         return None
 
+    # what is documented; other keys of the file are left out
     record = {"image": image}
     for key in ("image_id", "split", "tags", "boxes", "labels", "label_names"):
         if raw.get(key) is not None:
@@ -467,6 +474,7 @@ def pair(where, raw, image, reading):
             reading.count("no_caption_left")
             return None
 
+    # tags, boxes and labels of the documented form
     if "tags" in record and not is_list_of(record["tags"], str):
         fail(f"{where}: key 'tags' must be a list of strings")
     boxes = record.get("boxes", ())
@@ -487,12 +495,14 @@ def clean_captions(where, raw, reading):
 
     Empty captions are left out, with their paraphrase, and counted.
     """
+    # one caption or several
     captions = get(where, raw, "caption", (str, list))
     if isinstance(captions, str):
         captions = [captions]
     if not is_list_of(captions, str):
         fail(f"{where}: key 'caption' must be a string or a list of strings")
 
+    # paraphrases: none, or one of each caption
     paraphrases = raw.get("paraphrase")
     if isinstance(paraphrases, str):
         paraphrases = [paraphrases]
@@ -501,6 +511,7 @@ def clean_captions(where, raw, reading):
             fail(f"{where}: key 'paraphrase' must hold one string per caption ({len(captions)}), "
                  "in the captions' order")
 
+    # empty captions go, and their paraphrases with them
     keep = [i for i, caption in enumerate(captions) if caption.strip()]
     reading.count("empty_captions", len(captions) - len(keep))
     if paraphrases is not None:
@@ -513,12 +524,14 @@ def read_instances(file, reading):
 
     Crowd regions give tags, but no boxes.
     """
+    # a label is the position of its category by id: COCO's ids have gaps
     path, data = file.path, file.data
     categories = sorted(get(path, data, "categories", list), key=lambda c: c["id"])
     names = [category["name"] for category in categories]
     label_of = {category["id"]: n for n, category in enumerate(categories)}
     reading.set_label_names(path, names)
 
+    # the annotations of each image
     joined = {}
     for image in data["images"]:
         joined[image["id"]] = {"tags": set(), "boxes": [], "labels": []}
@@ -554,10 +567,12 @@ def pairs_karpathy(file, reading, joined):
     bases = folders(file.path, file.root)
     for n, image in enumerate(file.data["images"]):
         where = f"{file.path} images[{n}]"
+        # COCO's images lie in a folder of their year
         names = [get(where, image, "filename", str)]
         if image.get("filepath"):
             names.insert(0, os.path.join(image["filepath"], names[0]))
 
+        # of a COCO image that instances were read of: tags, boxes and labels too
         captions = []
         for sentence in get(where, image, "sentences", list):
             captions.append(get(where, sentence, "raw", str))
@@ -568,6 +583,7 @@ def pairs_karpathy(file, reading, joined):
 
 def pairs_coco(file, reading, joined):
     """COCO's captions, or its instances alone (then without captions)."""
+    # image id -> its captions
     captions = {}
     for n, note in enumerate(file.data["annotations"]):
         if "caption" in note:
@@ -592,6 +608,7 @@ def pairs_tsv(file, reading, joined):
     The file of a URL is row N with 9 digits, as img2dataset names it, N_crc32(url), as the common
     CC downloader names it, or the last part of the URL if no other row ends in the same.
     """
+    # all rows first: whether the end of a URL is unique shows at the last one
     rows = []
     for where, line in lines_of(file.path):
         cells = line.split("\t")
@@ -599,6 +616,7 @@ def pairs_tsv(file, reading, joined):
             fail(f"{where}: 'caption TAB path-or-url' expected, found no TAB")
         rows.append((where, cells[0], cells[1].strip()))
 
+    # the names that each row's file may have
     last_parts = [url.split("?")[0].rstrip("/").split("/")[-1] for _, _, url in rows]
     times = Counter(last_parts)
     bases = folders(file.path, file.root)
@@ -614,6 +632,7 @@ def pairs_tsv(file, reading, joined):
 
 def pairs_tar(file, reading, joined):
     """img2dataset's shards: KEY.jpg with KEY.txt, or with the caption in KEY.json."""
+    # one shard or a folder of them
     shards = [file.path]
     if os.path.isdir(file.path):
         names = sorted(name for name in os.listdir(file.path) if name.endswith(".tar"))
@@ -626,10 +645,12 @@ def pairs_tar(file, reading, joined):
     for shard in tqdm(shards, desc=f"indexing {file.path}", disable=quiet):
         for key, parts in index_tar(shard).items():
             where = f"{shard} member {key}"
+            # a failed download has a caption and no picture
             image = next((parts[kind] for kind in parts if "." + kind in IMAGE_TYPES), None)
             if image is None:
                 reading.count("missing")
                 continue
+
             try:
                 if "txt" in parts:
                     raw = {"caption": parts["txt"].decode()}
@@ -653,6 +674,8 @@ def index_tar(shard):
                 stem, _, kind = name.partition(".")
                 if not member.isfile() or not kind:
                     continue
+
+                # captions are small and read now, pictures are not
                 content = TarMember(shard, member.offset_data, member.size)
                 if kind in ("txt", "json"):
                     content = tar.extractfile(member).read()
@@ -667,6 +690,7 @@ def pairs_questions(file, reading, joined):
 
     VQA v2: {questions: [{image_id, question}], data_subtype}. GQA: {id: {imageId, question}}.
     """
+    # the questions of test-dev are about the images of test2015
     path, data = file.path, file.data
     subtype = data.get("data_subtype", "").replace("test-dev", "test")
 
@@ -712,6 +736,7 @@ def read_vqa(files, reading):
 
     `answers` is the list of the annotators' answers, None where there are none (test).
     """
+    # the files in any order, told apart by their keys
     question_files, answers = [], {}
     for number, (path, root) in enumerate(files):
         data = as_dict(read_json(path), path)
@@ -725,6 +750,7 @@ def read_vqa(files, reading):
         fail(f"{files[0][0]}: VQA needs the questions file too "
              "(--data questions.json,annotations.json)")
 
+    # one record a question
     seen = set()
     for number, path, root, data in question_files:
         # test-dev asks about the images of test2015
@@ -743,6 +769,7 @@ def read_vqa(files, reading):
             yield number, where, {"image": image, "image_id": image_id, "question_id": question_id,
                                   "question": question, "answers": answers.get(question_id)}
 
+    # what the two kinds of files have without each other
     reading.count("without_answers", len(seen - answers.keys()))
     reading.count("answers_without_question", len(answers.keys() - seen))
 
@@ -770,6 +797,7 @@ def read_ve(files, reading):
     for number, (path, root) in enumerate(files):
         bases = folders(path, root)
         for where, raw in json_records(path):
+            # the annotators' majority
             label = get(where, raw, "gold_label", str)
             if label == "-":
                 reading.count("without_majority_label")
@@ -807,6 +835,7 @@ def read_nlvr2(files, reading):
                 subfolders += [os.path.join(sub, str(raw["directory"])) for sub in subfolders[:2]]
             bases = folders(path, root, *subfolders)
 
+            # the left picture, the right picture, and whether the sentence is true of them
             stem = identifier.rpartition("-")[0]
             left = raw.get("left_image") or stem + "-img0.png"
             right = raw.get("right_image") or stem + "-img1.png"
@@ -820,6 +849,7 @@ def read_sts(files, reading):
     """Pairs of sentences with a score of 0 to 5: s1, s2, score, dataset ("STS12", "STSB"), subset
     ("MSRpar"). Rows without a score are left out and counted."""
     for number, (path, _) in enumerate(files):
+        # the tables and folders under this path, of the split that is wanted
         parts = list(sts_parts(path))
         if not parts:
             fail(f"{path}: no STS data in it (STS.input.*.txt with STS.gs.*.txt, or "
@@ -832,6 +862,8 @@ def read_sts(files, reading):
                 if not score.strip():
                     reading.count("unscored")
                     continue
+
+                # a number of 0 to 5
                 try:
                     value = float(score)
                 except ValueError:
@@ -848,10 +880,13 @@ def sts_parts(path):
         yield path, None
         return
 
+    # a folder of SentEval: training data only by its name
     names = sorted(os.listdir(path))
     if any(name.startswith("STS.input.") for name in names):
         train = os.path.normpath(path).endswith("train")
         yield path, "train" if train else "test"
+
+    # STS-B's tables, and folders of such folders
     for name in names:
         table = re.fullmatch(r"sts-(train|dev|test)\.csv", name)
         inside = os.path.join(path, name)
@@ -874,6 +909,7 @@ def sts_rows(home):
             yield where, "STSB", cells[0], cells[4], cells[5], cells[6]
         return
 
+    # a folder's subsets, in the order of their names
     dataset = os.path.basename(os.path.normpath(home)).split("-")[0]
     for name in sorted(os.listdir(home)):
         if not name.startswith("STS.input."):
@@ -907,6 +943,7 @@ def read_hashing(files, reading):
         for file in hashing_lists(path, reading.split):
             bases = folders(file, root)
             for where, line in lines_of(file):
+                # as many labels as in the first line
                 name, *labels = line.split()
                 known = bool(labels) and set(labels) <= {"0", "1"}
                 if not known or len(labels) != (width or len(labels)):
@@ -916,6 +953,7 @@ def read_hashing(files, reading):
                 if "1" not in labels:
                     reading.count("without_label")
 
+                # the whole path, and what is left without its first folder, its first two, ...
                 parts = name.split("/")
                 names = [os.path.join(*parts[k:]) for k in range(len(parts))]
                 yield number, where, {"image": reading.find(bases, *names),
@@ -941,8 +979,11 @@ def read_classes(files, reading):
     for number, (path, _) in enumerate(files):
         if not os.path.isdir(path):
             fail(f"{path}: an ImageFolder is a directory")
+        # the same labels for every split
         homes, names = class_homes(path, reading.split)
         reading.set_label_names(path, names)
+
+        # one record a picture
         for home in homes:
             for name in folder_names(home):
                 for image in pictures_in(os.path.join(home, name)):
@@ -952,6 +993,7 @@ def read_classes(files, reading):
 
 def class_homes(path, split):
     """-> (the folders of an ImageFolder that hold the split's classes, all class names sorted)."""
+    # {folder of a split: our name of the split}, or no splits: the classes lie here
     splits = {}
     for name in folder_names(path):
         if SPLIT_NAMES.get(name, name) in ("train", "val", "test"):
@@ -990,6 +1032,7 @@ def read_clips(files, reading):
     With the csv the protocol is "1k-A": test is its rows, with one caption each, and train every
     other video (9k of the whole json). Without it "full": the splits of the json.
     """
+    # the kinds of files that were named
     jsons, table, home = [], None, None
     for number, (path, root) in enumerate(files):
         home = path if os.path.isdir(path) else home or root
@@ -1005,6 +1048,7 @@ def read_clips(files, reading):
         return {"video_id": video_id, "feature": os.path.join(folder, f"{video_id}.npy"),
                 "caption": captions, "split": part}
 
+    # the videos of the json; those of the csv come after them
     for number, path, data in jsons:
         captions = clip_captions(path, data)
         for k, video in enumerate(get(path, data, "videos", list)):
@@ -1016,9 +1060,11 @@ def read_clips(files, reading):
             if video_id not in captions:
                 reading.count("no_caption_left")
                 continue
+            # beside the csv all of train, val and test is for training
             part = "train" if table else SPLIT_NAMES.get(part, part)
             yield number, where, clip(path, video_id, captions[video_id], part)
 
+    # the test of 1k-A
     if table:
         number, path, rows = table
         for line, row in enumerate(rows, 2):
@@ -1067,6 +1113,7 @@ def read_detection(files, reading):
             found = detection_voc(path, reading)
         else:
             found = detection_coco(path, root, reading)
+        # all lists of a record have an entry for each object
         for where, record in found:
             valid = [x0 < x1 and y0 < y1 for x0, y0, x1, y1 in record["boxes"]]
             reading.count("boxes_without_area", valid.count(False))
@@ -1080,6 +1127,7 @@ def detection_coco(path, root, reading):
     """Yields (where, record) of COCO's instances, by image id."""
     if not path.endswith(".json") or sniff(path)[0] != "instances":
         fail(f"{path}: detection reads COCO's instances json or a VOCdevkit folder")
+    # a label is the position of its category by id
     data = read_json(path)
     categories = sorted(get(path, data, "categories", list), key=lambda c: c["id"])
     reading.set_label_names(path, [category["name"] for category in categories])
@@ -1124,8 +1172,11 @@ def detection_voc(path, reading):
     """
     from torchvision.datasets import VOCDetection
 
+    # torchvision wants the folder in which VOCdevkit lies
     home = os.path.normpath(path)
     home = os.path.dirname(home) if os.path.basename(home) == "VOCdevkit" else path
+
+    # the years that have this split
     part = "trainval" if reading.split == "train" else reading.split
     years = []
     for year in ("2007",) if part == "test" else ("2007", "2012"):
@@ -1135,6 +1186,7 @@ def detection_voc(path, reading):
     if not years:
         fail(f"{path}: no VOCdevkit/VOC2007/ImageSets/Main/{part}.txt in it")
 
+    # one record an annotation file
     reading.set_label_names(path, VOC_CLASSES)
     for year in years:
         found = VOCDetection(home, year, part)
@@ -1178,6 +1230,7 @@ def rle_counts(text):
     """
     counts, number, shift = [], 0, 0
     for char in text.encode() if isinstance(text, str) else text:
+        # five more bits of the number
         bits = char - 48
         number |= (bits & 31) << shift
         shift += 5
@@ -1199,6 +1252,7 @@ def polygon_mask(polygon, height, width):
     column of pixels, note the row of the crossing. A pixel is inside if an odd number of crossings
     lies above it or in the columns before its own.
     """
+    # the outline, side by side, on the fine grid
     points = (5 * np.asarray(polygon, float).reshape(-1, 2) + 0.5).astype(int)
     sides = [side_points(a, b) for a, b in zip(points, np.roll(points, -1, 0))]
     x, y = np.concatenate(sides, axis=1)
@@ -1228,6 +1282,7 @@ def side_points(start, end):
     if backwards:
         start, end = end, start
 
+    # along the longer direction in steps of 1, along the other one by the slope
     steps = end[longer] - start[longer]
     along = np.arange(steps + 1)
     slope = (end[1 - longer] - start[1 - longer]) / max(steps, 1)
@@ -1250,6 +1305,7 @@ def decode_mask(segmentation, height, width, where=""):
                 mask |= polygon_mask(polygon, height, width)
             return mask
 
+        # runs outside and inside take turns
         counts = segmentation["counts"]
         if not isinstance(counts, list):
             counts = rle_counts(counts)
@@ -1292,6 +1348,7 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
     missing: "drop" leaves out records whose files do not exist, "keep" keeps them.
     Errors: DataError that names file, line and key.
     """
+    # the files, and the folder of each one's images
     if source not in SOURCES:
         fail(f"no source '{source}' (there are: {', '.join(SOURCES)})")
     if spec == "shapes":
@@ -1300,6 +1357,7 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
     roots = image_roots(image_root, paths)
     records = Records(source, split, roots[0] or os.path.dirname(paths[0]))
 
+    # read them: records of other splits and of missing files are left out
     reading, ids, captions_seen = Reading(records), ImageIds(), set()
     first_gone = None
     for number, where, record in SOURCES[source](list(zip(paths, roots)), reading):
@@ -1319,13 +1377,14 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
             count_pair(record, captions_seen, reading)
         records.append(record)
 
-    # what was found: splits in the order train, val, ..., test, and the counts that are not 0
+    # report what was found: splits in the order train, val, test, and counts that are not 0
     records.splits = sorted(reading.splits, key=lambda s: (s != "train", s == "test", s))
     if source == "pairs":
         reading.count("repeated_images", ids.repeats)
     records.notes = {note: count for note, count in records.notes.items() if count}
     report_missing(records, spec, first_gone if missing == "drop" else None)
 
+    # a random choice, in the files' order
     if limit and limit < len(records):
         chosen = random.Random(seed).sample(range(len(records)), limit)
         records = records.subset(sorted(chosen))
@@ -1336,6 +1395,7 @@ def world_files(source, split):
     """The built-in world's files of a source and split -> (spec, image_root)."""
     from tools import shapes                        # only here: real data needs no drawing code
 
+    # of every split that has such a file
     world = str(shapes.ensure())
     splits = [split] if split else ["train", "val", "database", "test"]
     paths = []
@@ -1352,6 +1412,7 @@ def world_files(source, split):
 
 def image_roots(image_root, paths):
     """--image_root -> list of one folder (or None) for each path of --data."""
+    # one folder, whose name may hold a comma, or several
     roots = [image_root]
     if image_root and not os.path.exists(image_root):
         roots = [root.strip() for root in image_root.split(",")]
@@ -1389,6 +1450,7 @@ def report_missing(records, spec, first_gone):
 
     first_gone: (where, path) of the first missing file, None if none was missing or all are kept.
     """
+    # some files were missing, or all of them
     missing = records.notes.get("missing", 0)
     if first_gone:
         where, path = first_gone
@@ -1398,6 +1460,8 @@ def report_missing(records, spec, first_gone):
         if ranks()[0] == 0:                         # every process reads the same files
             say(f"{spec}: {missing} of {missing + len(records)} records left out, "
                 f"their files are missing (first: {path}, {where})")
+
+    # nothing was there, or nothing of this split
     if not len(records):
         if records.splits:
             there = ", ".join(sorted(records.splits))
@@ -1427,9 +1491,12 @@ class ImageIds:
 
     def __call__(self, file, where, record, index):
         """The id of a record from file number `file`; index: its place among the Records."""
+        # text alone (sts) has no location: its place is its own
         location = record.get("image") or record.get("feature") or index
         own = record.get("image_id")
         is_number = isinstance(own, int)
+
+        # a new file begins behind all ids given so far
         if file != self.file:
             self.file, self.numbered = file, is_number
             self.offset, self.by_name = self.next, {}
@@ -1437,9 +1504,12 @@ class ImageIds:
             fail(f"{where}: key 'image_id' is {own!r}: a number >= 0 in every record of a file, "
                  "or in none")
 
+        # met before
         if location in self.by_location:
             self.repeats += 1
             return self.by_location[location]
+
+        # the file's number, the number of its name, or the next one
         if is_number:
             number = self.offset + own
         elif own is not None:
@@ -1491,6 +1561,7 @@ def caption_tags(records, path):
     if not words:
         fail(f"{path}: no word in it")
 
+    # records without one of the words stay, with no tags
     out = records.subset(())
     tagged = 0
     for record in records:
@@ -1585,10 +1656,13 @@ def contraction_table():
         "'ll": "how it somebody someone something they what who why you y'all",
         "'re": "there they what why you",
         "'s": "he how somebody someone that there what when where who why"}
+
+    # the words as they should be written
     full = ["ma'am", "o'clock", "'ow's'at", "'twas", "y'all", "y'all'd've"]
     for ending, stems in endings.items():
         full += [stem + ending for stem in stems.split()]
 
+    # each of their apostrophes left out
     table = {}
     for word in full:
         for i, char in enumerate(word):
@@ -1618,6 +1692,7 @@ def normalize_answer(text):
         beside_space = mark + " " in text or " " + mark in text
         out = out.replace(mark, "" if beside_space or comma_in_number else " ")
 
+    # periods go, except in numbers; then word by word
     words = []
     for word in re.sub(r"\.(?!\d)", "", out).lower().split():
         word = NUMBER_WORDS.get(word, word)
@@ -1639,6 +1714,7 @@ class Tokenizer:
     """
 
     def __init__(self, path):
+        # a token's id is the number of its line
         self.words = list(text_lines(path))
         ids = {}
         for n, word in enumerate(self.words):
@@ -1646,13 +1722,15 @@ class Tokenizer:
                 fail(f"{path} line {n + 1}: '{word}' stands in line {ids[word] + 1} already")
             ids[word] = n
 
-        # BERT's special tokens, and behind them the ordinary ones
+        # BERT's special tokens
         specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
         lacking = [word for word in specials if word not in ids]
         if lacking:
             fail(f"{path}: not a BERT vocabulary, it lacks {', '.join(lacking)}")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = map(ids.get, specials)
         self.vocab_size = len(self.words)
+
+        # ordinary tokens stand behind the last one that is not
         self.first_word = 0
         for n, word in enumerate(self.words):
             if word in specials or re.fullmatch(r"\[unused\d+\]", word):
@@ -1660,6 +1738,7 @@ class Tokenizer:
         if self.first_word >= self.vocab_size:
             fail(f"{path}: words must stand after the special and [unusedN] tokens")
 
+        # lower case without accents, split at spaces and punctuation, then into word pieces
         model = tokenizer_models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100)
         self.rust = RustTokenizer(model)
         self.rust.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -1716,6 +1795,7 @@ def load_image(where):
     try:
         file = where if isinstance(where, str) else io.BytesIO(where.read())
         with Image.open(file) as image:
+            # the size is in the header: refuse a bomb before it is decoded
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} pixels are too many")
             image.load()
@@ -1765,6 +1845,7 @@ def center(image, size, rng=None, crop_scale=None):
 def crop(image, size, rng, crop_scale):
     """RandomResizedCrop: a share of the area in crop_scale, an aspect of 3/4 to 4/3, resized to a
     square (bicubic; Inception's)."""
+    # up to ten tries to find a crop that lies inside
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(*crop_scale)
@@ -1774,6 +1855,8 @@ def crop(image, size, rng, crop_scale):
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             box = (left, top, left + w, top + h)
             return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+    # a picture that is very wide or very high
     return center(image, size)
 
 
@@ -1831,6 +1914,7 @@ def jitter(image, rng, brightness, contrast, saturation, hue):
              ("hue", hue)]
     rng.shuffle(steps)
     for name, strength in steps:
+        # PIL has no enhancer for the hue, a number of 0 to 255
         if name == "hue":
             hues, saturations, values = image.convert("HSV").split()
             shift = round(255 * rng.uniform(-strength, strength))
@@ -1901,6 +1985,7 @@ class Draft:
         self.record = views.records[index]
         self.opened = {}
 
+        # drawn first, so that it does not depend on the views
         captions = self.record.get("caption")
         if caption is None and views.train and isinstance(captions, list):
             caption = rng.randrange(len(captions))
@@ -1952,6 +2037,7 @@ def view_objects(draft, key):
         raise BadImage(f"{image.width}x{image.height} pixels, its annotation says "
                        f"{record['width']}x{record['height']}")
 
+    # the objects that are no crowds
     keep = [i for i, crowd in enumerate(record["crowd"]) if not crowd]
     boxes = [record["boxes"][i] for i in keep]
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
@@ -1999,6 +2085,7 @@ def view_regions(draft, key):
     1 = a region, KEY_size (2,) width and height of the picture, KEY_global (G,) float16 where the
     file has it.
     """
+    # regions lie by falling score: the first ones are the best
     regions = draft.views.records.regions
     found = regions[draft.record["regions"]]
     most = draft.views.max_regions or regions.most
@@ -2009,6 +2096,7 @@ def view_regions(draft, key):
            key + "_label": torch.full((most,), -1),
            key + "_mask": torch.zeros(most, dtype=torch.long),
            key + "_size": torch.tensor(found["sizes"].tolist(), dtype=torch.float32)}
+    # np.array copies from the mapped file, which is read-only
     out[key][:n] = torch.from_numpy(np.array(found["features"][:n]))
     out[key + "_box"][:n] = torch.from_numpy(np.array(found["boxes"][:n]))
     out[key + "_label"][:n] = torch.from_numpy(np.array(found["labels"][:n]))
@@ -2029,6 +2117,8 @@ def view_frames(draft, key):
     x = read_frames(draft.record["feature"])
     if len(x) > FRAMES:
         x = x[np.linspace(0, len(x) - 1, FRAMES).round().astype(int)]
+
+    # pad
     frames = torch.zeros(FRAMES, x.shape[1])
     frames[:len(x)] = torch.from_numpy(x.astype(np.float32))
     mask = torch.zeros(FRAMES, dtype=torch.long)
@@ -2149,10 +2239,12 @@ def view_keys(views):
 
 def check_views(views):
     """Errors: a word in VIEWS[task] that is no source, norm, batch key, KEY_eval or view."""
+    # source and norm
     for word, known in (("source", SOURCES), ("norm", NORMS)):
         if word in views and views[word] not in known:
             fail(f"no {word} '{views[word]}' (there are: {', '.join(known)})")
 
+    # batch keys may have any name; what they ask for must be a view
     keys = view_keys(views)
     for key, name in keys.items():
         if name not in VIEW_TABLE:
@@ -2212,6 +2304,7 @@ class Views(Dataset):
         self.crop_scale = tuple(crop_scale)
         self.features = None
 
+        # what is asked of each record
         check_views(views)
         if views.get("source", records.name) != records.name:
             fail(f"these views are of '{views['source']}', the records are '{records.name}'")
@@ -2223,6 +2316,7 @@ class Views(Dataset):
         mean, std = torch.tensor(NORMS[views.get("norm", "clip")]).view(2, 3, 1, 1)
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
+        # the vocabulary of tags, only where they are asked for
         self.tag_names = tag_names
         if {"tags", "any_tags"} & set(self.keys.values()):
             self.tag_names = tag_list(records) if tag_names is None else list(tag_names)
@@ -2251,6 +2345,7 @@ class Views(Dataset):
         for attempt in range(100):
             # no two of (attempt, seed, draw, i) give the same number
             rng = random.Random((attempt << 160) ^ (self.seed << 96) ^ (int(draw) << 40) ^ i)
+            # after an unreadable picture another record stands in
             index = i if attempt == 0 else rng.randrange(len(self.records))
             sample = self.build(index, rng, caption, keys, trouble)
             if sample is not None:
@@ -2272,6 +2367,7 @@ class Views(Dataset):
             try:
                 out.update(view.make(draft, key))
             except BadImage as e:
+                # evaluation keeps the place, training looks for another record
                 line = f"{draft.location(key)}: {e}"
                 if line not in trouble:
                     trouble.append(line)
@@ -2301,13 +2397,18 @@ class Views(Dataset):
 
         Errors: more than max_bad of 100 or more training samples are stand-ins.
         """
+        # bad counts samples, one of which may hold two unreadable pictures
         self.seen += samples
         self.bad += bool(trouble) if bad is None else bad
+
+        # in words
         done = "another record stands in" if self.train else "evaluated as a grey image"
         for line in trouble:
             if line not in self.named:
                 self.named.add(line)
                 say(f"unreadable image {line}; {done}")
+
+        # a few files are damaged in every crawl; many are a mistake
         if self.train and self.seen >= 100 and self.bad > self.max_bad * self.seen:
             fail(f"{self.bad} of {self.seen} images were unreadable, more than "
                  f"--max_bad {self.max_bad}")
@@ -2320,12 +2421,13 @@ def chosen_views(views, train, image_view=None):
 
     keys = {}
     for key, name in view_keys(views).items():
+        # training: as it says, or with --image_view
         if train:
             forced = image_view and name in IMAGE_VIEWS and key.startswith("image")
             keys[key] = image_view if forced else name
             continue
 
-        # stored features are of training's pictures: evaluation makes them of the picture itself
+        # evaluation; stored features are of training's records, so it gets the picture itself
         shown = views.get(key + "_eval", VIEW_TABLE[name].evaluated or name)
         if shown is not None:
             keys["image" if name == "features" else key] = shown
@@ -2380,6 +2482,7 @@ class Plan(Dataset):
     def __getitem__(self, t):
         samples, troubles = [], []
         for item in self.items(t):
+            # a worker cannot raise a SystemExit
             try:
                 sample, trouble = self.dataset.sample(*item[:4])
             except DataError as e:
@@ -2399,6 +2502,7 @@ class Plan(Dataset):
             made = DataLoader(self, batch_size=None, sampler=steps, num_workers=workers,
                               worker_init_fn=one_thread, generator=torch.Generator())
         for got in made:
+            # the troubles are counted here, in the main process
             if isinstance(got, str):
                 raise DataError(got)
             batch, troubles = got
@@ -2425,13 +2529,14 @@ class Stream:
         self.now, self.order = None, None           # the pass whose permutation is kept
 
     def __call__(self, t):
+        # the permutation of this pass
         epoch, step = divmod(t, self.steps)
         if epoch != self.now:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = torch.randperm(self.length, generator=generator)
             self.now = epoch
 
-        # the draw is the number of the sample in the whole stream
+        # this rank's part; the draw is the number of the sample in the whole stream
         start = step * self.total + self.first
         records = self.order[start:start + self.batch].tolist()
         draw = t * self.total + self.first
@@ -2492,15 +2597,18 @@ def flat_captions(records):
 
 def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", batch_size=64,
               rank=0, world=1, workers=0, **options):
-    """Yields batches of this rank's share of a split: each item once, nothing padded, the last
+    """Iterator of batches of this rank's share of a split: each item once, nothing padded, the last
     batch may be short.
 
     what="image": each picture, `index` = its position among the unique images; "text": each
     caption, `index` = its position in flat_captions; "sample": each record, `index` = its position.
     options: more of Views' arguments.
     """
+    # of a picture the keys of its side alone, of a caption those of the text
     dataset = Views(records, views, tokenizer, image_size, max_text, train=False, **options)
     keys = [key for key, name in dataset.keys.items() if VIEW_TABLE[name].side == what]
+
+    # what there is to make, in order
     items = []
     if what == "image":
         for number, i in enumerate(unique_images(records)[0]):
@@ -2514,9 +2622,10 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
     else:
         raise ValueError(f"what={what!r}: image, text or sample")
 
+    # every world-th of it
     items = items[rank::world]
     steps = range(math.ceil(len(items) / batch_size))
-    yield from Plan(dataset, Chunks(items, batch_size)).run(steps, workers)
+    return Plan(dataset, Chunks(items, batch_size)).run(steps, workers)
 
 
 def store_features(path, key, fn, records, views, tokenizer, image_size, max_text, device,
@@ -2588,6 +2697,7 @@ def map_safetensors(path):
     """-> ({name: read-only memory-mapped array}, metadata). Only the header is read."""
     types = {name: dtype for dtype, name in SAFE_TYPES.items()}
     try:
+        # 8 bytes with the length of the header, the header in JSON, the arrays
         blob = np.memmap(path, np.uint8, "r")
         start = 8 + int.from_bytes(blob[:8].tobytes(), "little")
         if start > len(blob):
@@ -2595,6 +2705,7 @@ def map_safetensors(path):
         header = json.loads(blob[8:start].tobytes())
         metadata = header.pop("__metadata__", {})
 
+        # each array is a view of the file
         arrays = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
@@ -2637,6 +2748,7 @@ class Regions:
             fail(f"{' and '.join(kinds.values())} differ in feature size, global feature or label "
                  "names")
 
+        # what they have in common
         self.dim, self.global_dim, names = next(iter(kinds))
         self.label_names = json.loads(names)
         self.classes = len(self.label_names)
@@ -2656,11 +2768,13 @@ class Regions:
         return int(self.ends[-1])
 
     def __getitem__(self, n):
+        # the file that holds picture n, and its row there
         file = int(np.searchsorted(self.ends, n, "right"))
         arrays = self.files[file][0]
         row = n - (int(self.ends[file - 1]) if file else 0)
-        start, end = map(int, arrays["offsets"][row:row + 2])
 
+        # its regions, and what it has once
+        start, end = map(int, arrays["offsets"][row:row + 2])
         found = {name: arrays[name][start:end] for name in ROW_ARRAYS}
         found["sizes"] = arrays["sizes"][row]
         if "globals" in arrays:
@@ -2685,9 +2799,12 @@ class Regions:
         Errors: a location that fits several pictures, a picture that fits several locations, no
         picture found at all.
         """
+        # names are relative to the root of their file
         roots = [metadata.get("root", "") for _, metadata in self.files]
         tables = list(zip(roots, self.tables()))
         files, image_of = ", ".join(self.paths), {}
+
+        # exactly one picture for a record, exactly one image_id for a picture
         out = records.subset([])
         out.regions = self
         for record in records:
@@ -2722,6 +2839,7 @@ def picture_numbers(where, tables):
     """
     names, ids = [], []
     if isinstance(where, str):
+        # the path as the file's own root continues it
         path = os.path.abspath(where)
         found = set()
         for root, table in tables:
@@ -2730,6 +2848,7 @@ def picture_numbers(where, tables):
         if found - {None}:
             return found - {None}
 
+        # else its ends, and the number at the end of its name
         parts = path.split(os.sep)
         names = ["/".join(parts[k:]) for k in range(1, len(parts))]
         stem = os.path.splitext(parts[-1])[0]
@@ -2738,6 +2857,7 @@ def picture_numbers(where, tables):
     else:
         names = [where.name()]
 
+    # the longest name that some file has
     for name in names:
         found = {table[name] for root, table in tables if root and name in table}
         if found:
@@ -2752,6 +2872,7 @@ def with_regions(records, views, files=""):
     """
     if "regions" not in view_keys(views).values():
         return records
+    # the built-in world is known by its version.json
     root = records.root or ""
     if not files and os.path.exists(os.path.join(root, "version.json")):
         own = os.path.join(root, f"regions_{records.split}.safetensors")
@@ -2773,6 +2894,7 @@ def guess_source(spec):
     """The source of files or a folder, from the first one's name and first record."""
     if spec == "shapes":
         return "pairs"
+    # a folder, by the files in it
     path = expand(spec)[0]
     if os.path.isdir(path):
         names = os.listdir(path)
@@ -2783,6 +2905,7 @@ def guess_source(spec):
             return "hashing"
         return "pairs" if ".tar" in kinds else "classes"
 
+    # a file that is no JSON, by its name
     kind = os.path.splitext(path)[1]
     if kind in (".txt", ".csv"):
         return "hashing" if kind == ".txt" else "sts"
@@ -2818,6 +2941,7 @@ def trouble_with(where):
 def check_split(records, title):
     """Opens every file of the records -> ({what: count} to print, list of (location, reason) of
     the unreadable ones)."""
+    # each file once
     files = {}
     for record in records:
         for key in ("image", "image2", "feature"):
@@ -2833,6 +2957,7 @@ def check_split(records, title):
             if reason:
                 troubles.append((where, reason))
 
+    # what to print
     rows = {"records": len(records), "images": len(files)}
     counts = [len(r["caption"]) for r in records if isinstance(r.get("caption"), list)]
     if counts:
@@ -2852,6 +2977,7 @@ def check_split(records, title):
 def check(spec, image_root=None, split=None, source=None):
     """Prints what is in the files of `spec` and opens every image -> number of missing and corrupt
     ones."""
+    # read all splits once to learn their names, then each one
     source = source or guess_source(spec)
     everything = open_source(source, spec, split, image_root, missing="keep")
     table, troubles = {}, []
@@ -2861,6 +2987,7 @@ def check(spec, image_root=None, split=None, source=None):
         table[part or "all"] = rows
         troubles += found
 
+    # what was read, the counts, the first ten unreadable files
     protocol = f" ({everything.protocol})" if everything.protocol else ""
     print(f"{source}: {spec}{protocol}")
     names = everything.label_names
@@ -2891,6 +3018,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
+
+    # check, the one task so far
     p = tasks.add_parser("check", help="count records and open every image; exit status 1 if one "
                                        "is missing or corrupt")
     p.add_argument("path", help='files or folders separated by commas, or "shapes"')

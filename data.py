@@ -264,8 +264,6 @@ def expand(spec, flag="--data"):
     items = [spec]
     if not os.path.exists(spec):
         items = [item.strip() for item in spec.split(",") if item.strip()]
-    if not items:
-        fail(f"{flag} is empty")
 
     # {00..02} counts up, with as many digits as its first number has
     paths = []
@@ -2401,7 +2399,7 @@ class Views(Dataset):
         self.seen += samples
         self.bad += bool(trouble) if bad is None else bad
 
-        # in words
+        # each file is named once
         done = "another record stands in" if self.train else "evaluated as a grey image"
         for line in trouble:
             if line not in self.named:

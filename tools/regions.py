@@ -79,6 +79,7 @@ def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False, 
     source: a text that identifies the items. Errors: DataError if the parts that lie there are of
     other settings or other items, or if no picture could be read.
     """
+    # what the parts belong to: the same settings, the same pictures
     plan = json.dumps({**metadata, "items": total, "shard": shard, "source": source}, indent=1)
     folder = f"{out}.parts"
     note = os.path.join(folder, "plan.json")
@@ -149,6 +150,7 @@ def join_parts(out, files, metadata):
         fail(f"{out}: no picture could be read")
     check_one_width(dims)
 
+    # what is counted in each part counts on through the parts
     tensors = {}
     for name in parts[0][0]:
         tensors[name] = [arrays[name] for arrays in filled]
@@ -183,6 +185,7 @@ def pack(found, metadata):
 
     Errors: features of several widths, or not finite in float16 (which ends at 65,504).
     """
+    # one array a kind, of all pictures' regions
     check_one_width({f["features"].shape[1]: f"picture {f['name']}" for f in found})
     out = {}
     for name, dtype in ROW_ARRAYS.items():
@@ -249,6 +252,7 @@ def load_detector(weights, top, min_score, random=False):
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.ops import FrozenBatchNorm2d
 
+    # how many labels it has, and their names if they are COCO's
     published = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
     names = published.meta["categories"]
     state, classes = None, len(names)
@@ -261,6 +265,7 @@ def load_detector(weights, top, min_score, random=False):
         if classes != len(names):
             names = [str(n) for n in range(classes)]
 
+    # random weights are the same ones each time
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None,
@@ -273,6 +278,7 @@ def load_detector(weights, top, min_score, random=False):
             if isinstance(module, FrozenBatchNorm2d):
                 module.eps = 0.0            # as torchvision sets it for its published detector
 
+    # what the region file will say of it
     kind = "COCO ids" if classes == 91 else "numbered"
     origin = "RANDOM: it detects nothing" if random else weights
     about = (f"torchvision Faster R-CNN R50-FPN, {classes} labels ({kind}; not the 1,600 of Visual "
@@ -284,6 +290,7 @@ def load_detector(weights, top, min_score, random=False):
 def detect(model, image):
     """image: (3, H, W) float32 in 0..1 -> dict of arrays, by falling score: features (n, 1024) of
     the box head for the final boxes, boxes (n, 4) xyxy in pixels, labels (n,), scores (n,)."""
+    # as the model's own forward does
     images, _ = model.transform([image])
     maps = model.backbone(images.tensors)
     proposals, _ = model.rpn(images, maps)
@@ -293,6 +300,7 @@ def detect(model, image):
     roi = model.roi_heads
     features = roi.box_head(roi.box_roi_pool(maps, [found[0]["boxes"]], images.image_sizes))
 
+    # boxes back in the pixels of the picture
     found = model.transform.postprocess(found, images.image_sizes, [tuple(image.shape[-2:])])[0]
     order = found["scores"].argsort(descending=True)
     out = {"features": features[order].cpu().numpy()}
@@ -356,6 +364,7 @@ def extract_regions(args):
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pictures, root = list_pictures(args.images, args.image_root)
 
+    # the detector, and the CNN beside it if one is asked for
     detector, names, about = load_detector(args.weights, args.top, args.min_score,
                                            args.random_weights)
     detector.to(device)
@@ -369,6 +378,7 @@ def extract_regions(args):
         metadata["global_feature"] = about
         print(about, flush=True)
 
+    # what is found in one picture
     def look(where):
         try:
             picture = open_for(detector, where)
@@ -439,6 +449,7 @@ def tsv_regions(item, classes):
     Regions without scores keep the file's order; without labels they have label -1 and score 1.
     classes: how many label names there are. Errors: DataError with file, line and column.
     """
+    # the columns by name
     where, line = item
     cells = line.split("\t")
     if len(cells) not in TSV_FIELDS:
@@ -446,6 +457,7 @@ def tsv_regions(item, classes):
              f"found {len(cells)}")
     row = dict(zip(TSV_FIELDS[len(cells)].split(), cells))
 
+    # without labels or scores: unknown, and all alike
     n = tsv_number(where, row, "num_boxes")
     labels, scores = np.full(n, -1), np.ones(n)
     if "labels" in row:
@@ -457,6 +469,7 @@ def tsv_regions(item, classes):
     boxes = tsv_array(where, row, "boxes", np.float32, n, 4)
     features = tsv_array(where, row, "features", np.float32, n)
 
+    # by falling score
     order = np.argsort(-scores, kind="stable")
     return {"name": row["image_id"], "size": size, "labels": labels[order],
             "scores": scores[order], "boxes": boxes[order], "features": features[order]}
@@ -496,6 +509,7 @@ def convert_regions(args):
     elif labeled:
         names = [str(n) for n in range(1600)]
 
+    # another file of the same name has another size
     files = ", ".join(map(os.path.basename, paths))
     metadata = {"detector": f"bottom-up-attention ({files})", "root": "",
                 "label_names": json.dumps(names)}
@@ -542,6 +556,7 @@ def main(argv=None):
         fail("name the pictures (--images) or bottom-up-attention files (--tsv)")
     unreadable = extract_regions(args) if args.images else convert_regions(args)
 
+    # read it again, as training will
     regions = data.Regions([args.out])
     counts = np.diff(regions.files[0][0]["offsets"])
     rows = {"pictures": len(regions), "unreadable, left out": unreadable,

@@ -205,9 +205,11 @@ def graded(score, gold, subsets):
     "P+S / 2": their mean, `mean` and `wmean`: Spearman within each subset, averaged plainly or by
     size}. A subset of one pair has no correlation and is left out.
     """
+    # Over all pairs at once.
     score, gold, subsets = np.asarray(score), np.asarray(gold), np.asarray(subsets)
     p, s = 100 * pearson(score, gold), 100 * spearman(score, gold)
 
+    # Within each subset of two pairs or more.
     inner, sizes = [], []
     for name in dict.fromkeys(subsets.tolist()):
         at = np.flatnonzero(subsets == name)
@@ -215,6 +217,7 @@ def graded(score, gold, subsets):
             inner.append(100 * spearman(score[at], gold[at]))
             sizes.append(len(at))
 
+    # Averaged plainly, and by the sizes of the subsets.
     mean = wmean = math.nan
     if inner:
         mean = sum(inner) / len(inner)
@@ -227,6 +230,7 @@ def bag_of_words(a, b):
     a = Counter(re.findall(r"\w+", a.lower()))
     b = Counter(re.findall(r"\w+", b.lower()))
 
+    # A word that one sentence lacks counts 0 there.
     def dot(x, y):
         return sum(x[word] * y[word] for word in x)
 
@@ -268,6 +272,7 @@ def vqa_accuracy(answer, answers):
     hits = [data.normalize_answer(other) == answer for other in answers]
     if len(hits) == 1:
         return float(hits[0])
+    # Leaving out an annotator who agrees takes one match away.
     matches = sum(hits)
     return sum(min(1.0, (matches - hit) / 3) for hit in hits) / len(hits)
 
@@ -277,6 +282,7 @@ def tag_overlap(top, truth, k):
 
     top: (N, at least k) ids; truth: N sets of ids.
     """
+    # The union is never empty: k tags are predicted for every image.
     total = 0
     for row, gold in zip(top[:, :k].tolist(), truth):
         total += len(gold & set(row)) / len(gold | set(row))
@@ -303,6 +309,7 @@ def box_cover(boxes, size, grid):
     width, height = size
     cover = np.zeros(grid)
     for x0, y0, x1, y1 in boxes:
+        # A box covers rows and columns independently.
         rows = covered(y0, y1, height, grid[0])
         columns = covered(x0, x1, width, grid[1])
         cover = np.maximum(cover, np.outer(rows, columns))
@@ -318,6 +325,7 @@ def pointed(words, boxes, size):
     """
     out = []
     for word, m in words:
+        # Only what speaks for the word: the positive part.
         m = m.clamp(min=0).double().numpy()
         cover = box_cover(boxes[word], size, m.shape)
         peak = float(cover.flat[m.argmax()] >= 0.5)
@@ -327,6 +335,7 @@ def pointed(words, boxes, size):
 
 def box_iou(boxes, others):
     """The IoU of each of n boxes with each of m. (n, 4), (m, 4) xyxy, numpy -> (n, m)."""
+    # The corners of each overlap; where there is none, a side is negative.
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     both = (high - low).clip(0).prod(-1)
@@ -338,6 +347,7 @@ def box_iou(boxes, others):
 
 def mask_iou(masks, others):
     """The IoU of each of n masks with each of m. (n, H, W), (m, H, W) bool, numpy -> (n, m)."""
+    # Common pixels as one matrix product of flat masks.
     pixels = math.prod(masks.shape[1:])
     masks = masks.reshape(len(masks), pixels).astype(np.float32)
     others = others.reshape(len(others), pixels).astype(np.float32)
@@ -357,6 +367,7 @@ def voc_ap(found, truth, threshold):
     first detection is right and further ones are wrong; those of a difficult object are ignored.
     At or below the threshold a detection is wrong.
     """
+    # The objects that are to be found: the difficult ones are not.
     total = 0
     for difficult in truth.values():
         total += (~difficult.astype(bool)).sum()
@@ -389,6 +400,7 @@ def voc_scores(found, records, classes, key="iou"):
     found: {record: dict of labels (n,), scores (n,) and, under `key`, the IoU with the record's
     objects (n, m)}. Difficult objects and crowds are ignored.
     """
+    # Read once: each access of a record unpacks it.
     labels, ignored = [], []
     for record in records:
         labels.append(np.array(record["labels"], int))
@@ -407,6 +419,7 @@ def voc_scores(found, records, classes, key="iou"):
         if truth:
             table[c] = [voc_ap(mine, truth, (50 + 5 * n) / 100) for n in range(10)]
 
+    # The mean over the classes, for each threshold.
     mean = 100 * np.nanmean(table, 0) if np.isfinite(table).any() else np.zeros(10)
     return {"AP": float(mean.mean()), "AP50": float(mean[0]), "AP75": float(mean[5])}
 
@@ -486,6 +499,7 @@ def fit_linear(x, y, classes, lr=30.0, epochs=60, batch=256, seed=0):
     x: (N, D) float32; y: (N,) int64 -> weight (classes, D), bias (classes,).
     """
     generator = torch.Generator().manual_seed(seed)
+    # Small weights from a seed, the same on every device.
     weight = 0.01 * torch.randn(classes, x.shape[1], generator=generator)
     weight = weight.to(x.device).requires_grad_()
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
@@ -540,6 +554,7 @@ def fit_probe(x, y, classes, lr=None):
         rates = (lr,)
     else:
         rates = PROBE_RATES
+        # Statistics of train alone.
         std, mean = torch.std_mean(x["train"], 0)
         # A feature that is constant in train must not blow up in test.
         std = std + 0.01 * std.mean() + 1e-12
@@ -566,6 +581,7 @@ def to_width(picture, width):
 def heat(picture, m):
     """The picture (PIL) under the heat colors of a map (h, w), stretched over it. The map's own
     maximum is red."""
+    # The map stretched over the picture, from 0 to 1.
     size = (picture.height, picture.width)
     x = F.interpolate(m[None, None], size, mode="bilinear")[0, 0].clamp(min=0).numpy()
     x = x / max(x.max(), 1e-12)
@@ -580,6 +596,7 @@ def draw_maps(picture, text, words, sentence, path, width=192, columns=6):
 
     words: [(word, map (h, w))]; sentence: (h, w); `width` of a tile in pixels.
     """
+    # A map of zeros shows the bare picture.
     picture = to_width(picture, width)
     tiles = [("picture", picture), ("sentence", heat(picture, sentence))]
     for word, m in words:
@@ -594,6 +611,7 @@ def draw_maps(picture, text, words, sentence, path, width=192, columns=6):
     pen = ImageDraw.Draw(page)
     pen.text((gap, 4), text, "black", font)
 
+    # From left to right, from top to bottom.
     for n, (caption, tile) in enumerate(tiles):
         row, column = divmod(n, columns)
         x, y = gap + column * (width + gap), line + row * (picture.height + line)
@@ -608,6 +626,7 @@ def draw_gallery(parts, path, width=192):
     parts: [(query, "text" or "image", [(score, right?, the picture's place or the caption)])];
     `width` of a picture in pixels.
     """
+    # One page: a row for each query, a column for each picture.
     most = max(len(found) for _, _, found in parts)
     line, row, font = 22, width + 4 * 22, ImageFont.load_default(14)
     page = Image.new("RGB", (8 + most * (width + 8), len(parts) * row), "white")
@@ -643,7 +662,9 @@ def draw_gallery(parts, path, width=192):
 def by_rank(picture, scores):
     """The picture, each area as bright as its score ranks: 20 % the lowest, 100 % the highest.
     scores: (h, w)."""
+    # argsort twice gives the rank of each score.
     order = scores.flatten().argsort().argsort().view(scores.shape).float()
+    # A grid of light, laid over the picture without smoothing.
     light = 0.2 + 0.8 * order / max(1, order.numel() - 1)
     size = (picture.height, picture.width)
     light = F.interpolate(light[None, None], size, mode="nearest")[0, 0].numpy()
@@ -656,6 +677,7 @@ def draw_ranks(picture, panels, path, width=256):
 
     panels: [(title, scores (h, w), [(word, score)])]; `width` of a tile in pixels.
     """
+    # The page: about four words a line below the pictures.
     picture = to_width(picture, width)
     lines = 2 + max(len(words) for _, _, words in panels) // 4
     gap, font = 10, ImageFont.load_default(13)
@@ -696,6 +718,7 @@ def module_of(model):
 def offers(model, *names):
     """Does the model offer these methods? Its attribute `offers` lists those that its task has; a
     model without this attribute offers all the methods that it has."""
+    # A task may leave a part of its model out, and with it some methods.
     listed = getattr(model, "offers", names)
     return all(name in listed and callable(getattr(model, name, None)) for name in names)
 
@@ -732,6 +755,7 @@ class Eval:
     """
 
     def __init__(self, model, info, task, opts, rank, world):
+        # The run, and the part of the work that is this process's.
         self.model, self.cfg, self.info, self.task, self.opts = model, model.cfg, info, task, opts
         self.rank, self.world, self.is_main = rank, world, rank == 0
         self.device = next(model.parameters()).device
@@ -758,6 +782,7 @@ class Eval:
             vocab = copy
         vocab = vocab or self.loop.get("vocab") or "shapes"
 
+        # Other ids would go unnoticed, and give numbers that mean nothing.
         tokenizer = data.get_tokenizer(vocab)
         if tokenizer.vocab_size != self.cfg.vocab_size:
             raise Stop(f"{vocab}: {tokenizer.vocab_size} tokens, "
@@ -838,6 +863,7 @@ class Eval:
         if self.task not in offered(model):
             raise Stop(f"{path}: {type(model).__name__} trained for {info['task']} "
                        f"does not offer {self.task}")
+        # The same command line, but the data of this run and the vocabulary of that one.
         given = {**vars(self.opts), "data": self.spec, "image_root": self.root, "vocab": None}
         return Eval(model, info, self.task, argparse.Namespace(**given), self.rank, self.world)
 
@@ -851,6 +877,7 @@ class Eval:
             self.cfg.max_text, max_regions=getattr(self.cfg, "max_regions", None), what=what,
             batch_size=self.opts.batch_size, rank=self.rank, world=self.world,
             workers=max(0, self.setting("workers", 0)))
+        # An unreadable picture is a grey one: it is counted, not left out.
         for batch in batches:
             self.bad.update(batch["index"][batch["bad"].bool()].tolist())
             yield data.move(batch, self.device)
@@ -867,6 +894,7 @@ class Eval:
 
     def collect_all(self, records, what, total, fn, text=None):
         """collect() of several tensors: fn(batch) -> {name: (B, ...)}; -> {name: (total, ...)}."""
+        # This process's rows.
         numbers, parts = [torch.empty(0, dtype=torch.long)], defaultdict(list)
         for batch in self.progress(self.batches(records, what), total, text or what):
             numbers.append(batch["index"].cpu())
@@ -983,6 +1011,7 @@ def candidates_of(ev):
 def similarities(run, records, order, n, text_emb=None):
     """The inner products of a run's vectors -> (N, M) float32 on the device; 0.5 GB for the 5,000
     images of COCO. order: (M,) sorts the captions; text_emb: (M, d), if known, sorted already."""
+    # Every picture and every caption goes through its encoder once.
     image_emb = run.embed(records, "image", n)
     if text_emb is None:
         text_emb = run.embed(records, "text", len(order))[order]
@@ -995,12 +1024,14 @@ def ensemble(ev, records, order, sim):
     if sim is None:
         raise Stop("--ensemble averages similarities of dual encoders; "
                    f"{type(ev.model).__name__} has none")
+    # The same directory may be named in several ways.
     mine = Path(ev.info["path"]).resolve()
     others = {path.resolve(): path for path in map(find_run, ev.opts.ensemble)}
     others.pop(mine, None)
     if not others:
         raise Stop("--ensemble: name at least one other run")
 
+    # Each run encodes the same gallery with its own views and vocabulary.
     for path in others.values():
         run = ev.other(path)
         sim = sim + similarities(run, records, order, len(sim))
@@ -1046,11 +1077,13 @@ def gallery_spans(ev, owner):
     owner: (M,) int64 the image of each caption, sorted.
     """
     n = int(owner[-1]) + 1
+    # COCO's 1K numbers are means over five folds of its 5,000 test images.
     folds = ev.opts.folds or (5 if n == 5000 else 1)
     size = n // folds
     if not size:
         raise Stop(f"--folds {folds}: there are only {n} images")
 
+    # The captions of neighbouring images stand together.
     def span(start, end):
         edges = torch.tensor([start, end], device=owner.device)
         return slice(start, end), slice(*torch.searchsorted(owner, edges).tolist())
@@ -1068,6 +1101,7 @@ def retrieval_rows(ev, records, texts, sim, owner, base, rule, k):
 
     owner: (M,) int64, sorted, beside sim; texts: as in match_scores().
     """
+    # The galleries, and what the last row of each is called.
     galleries = gallery_spans(ev, owner)
     how = base if rule == "none" else f"re-ranked, {rule}, k={k}"
 
@@ -1082,6 +1116,7 @@ def retrieval_rows(ev, records, texts, sim, owner, base, rule, k):
         if rule == "sum":
             scores += sim
 
+    # Means over the folds of a gallery; the metrics are those of the whole split.
     rows, metrics = [], {}
     for name, spans in galleries.items():
         found = defaultdict(list)
@@ -1109,12 +1144,14 @@ def retrieval_rows(ev, records, texts, sim, owner, base, rule, k):
 def vtm(ev):
     """Video-text retrieval: retrieval() of clips. `lists` in the protocol names the split, "full"
     or "1k-A"."""
+    # Features of another extractor do not fit.
     records, width = ev.open(need=("caption",)), ev.cfg.frame_width
     found = data.read_frames(records[0]["feature"]).shape[1]
     if found != width:
         raise Stop(f"{records[0]['feature']}: {found} features a frame, "
                    f"the run was trained on {width}")
 
+    # Clips take the place of images.
     result = retrieval(ev)
     ev.protocol.update(frames=f"at most {data.FRAMES} a clip, evenly spread")
     rows = []
@@ -1141,6 +1178,7 @@ def masked(ev):
     with seeded(ev.rank, ev.device):
         found = ev.collect_all(records, "sample", len(records), predictions)
 
+    # A row for each kind of hidden place.
     rows, metrics = [], {}
     for name in dict.fromkeys(name for name, _ in found):
         # -100 = a place that is not hidden.
@@ -1202,6 +1240,7 @@ def vqa_row(name, result, truth):
 
     result: {question_id: answer}; truth: {question_id: record with `answers`}.
     """
+    # Each question counts once overall, and once in its type.
     overall, kinds = [], defaultdict(list)
     for question, record in truth.items():
         score = 100 * vqa_accuracy(result[question], record["answers"])
@@ -1209,6 +1248,7 @@ def vqa_row(name, result, truth):
         if record.get("answer_type"):
             kinds[record["answer_type"]].append(score)
 
+    # The types in alphabetical order.
     row = {"answers": name, "questions": len(truth), "overall": sum(overall) / len(overall)}
     for kind, scores in sorted(kinds.items()):
         row[kind] = sum(scores) / len(scores)
@@ -1234,6 +1274,7 @@ CLASSES = {"ve": ("entailment", "neutral", "contradiction"), "nlvr2": ("False", 
 def classification(ev):
     """Accuracy of predict() against the labels, beside that of the split's most frequent class;
     where sentences are judged on several pairs of pictures also their consistency()."""
+    # The model must have been trained on as many classes.
     records = ev.open(need=("label",))
     names = CLASSES.get(ev.task) or records.label_names
     label = torch.tensor([record["label"] for record in records])                       # (N,)
@@ -1242,6 +1283,7 @@ def classification(ev):
         raise Stop(f"{ev.task}: the model has {logits.shape[1]} classes, "
                    f"the task {len(names)}: {', '.join(names[:20])}")
 
+    # Over all records, beside the class that is most frequent.
     right = logits.argmax(1) == label
     share = torch.bincount(label, minlength=len(names)) / len(label)
     metrics = {"accuracy": 100 * right.double().mean().item(), "baseline": 100 * share.max().item()}
@@ -1257,6 +1299,7 @@ def classification(ev):
             rows.append({"classes": f"  {name}", "records": len(own),
                          "accuracy": 100 * own.double().mean().item()})
 
+    # For NLVR2 alone.
     found = consistency(records, right.tolist())
     if found:
         metrics["consistency"], sentences = found
@@ -1275,6 +1318,7 @@ def consistency(records, right):
         parts = str(record.get("identifier", "")).split("-")
         if len(parts) != 4:
             return None
+        # The pair of pictures is what changes between records of one sentence.
         split, group, _, sentence = parts
         groups[split, group, sentence].append(ok)
     return 100 * sum(map(all, groups.values())) / len(groups), len(groups)
@@ -1301,6 +1345,7 @@ def tagging(ev):
     often = torch.arange(most).expand(len(truth), -1)
     top = ev.collect(records, "sample", len(records),
                      lambda b: ev.model.tag_scores(b).topk(most).indices)               # (N, most)
+    # A k beyond the vocabulary is left out.
     rows = []
     for name, guess in (("the most frequent tags", often), ("model", top)):
         scores = {f"mIOU@{k}": tag_overlap(guess, truth, k) for k in (5, 10, 15, 20) if k <= most}
@@ -1317,6 +1362,7 @@ def probe(ev):
     """Linear probe: a layer trained on the frozen features of an ImageFolder's train split, top-1
     on its val split; beside it the same on a model of this shape with random weights, and the most
     frequent class."""
+    # Pictures as the model sees them in evaluation, with their labels.
     shown = ev.views.get("image_eval") or ev.views.get("features_eval", "resize")
     ev.views = {"source": "classes", "image": "resize", "image_eval": shown, "label": "label",
                 "norm": ev.views.get("norm", "clip")}
@@ -1329,6 +1375,7 @@ def probe(ev):
             raise Stop(f"probe: {hint}")
         return {"rows": [{"linear probe": hint}], "metrics": {}}
 
+    # Both splits and their labels.
     splits, truth = {}, {}
     for name, split in (("train", "train"), ("test", "val")):
         splits[name] = data.open_source("classes", ev.spec, split, ev.root, limit=ev.opts.limit,
@@ -1342,6 +1389,7 @@ def probe(ev):
     top1s = {name: 100 * (y == most).double().mean().item() for name, y in truth.items()}
     found = {"always the most frequent class": (top1s["train"], top1s["test"], None)}
 
+    # The same layer on the features of both models.
     for name, model in (("random weights", random_twin(ev)), ("model", ev.model)):
         x = {}
         for split, records in splits.items():
@@ -1350,6 +1398,7 @@ def probe(ev):
             x[split] = features.to(ev.device)
         found[name] = fit_probe(x, truth, classes, lr)
 
+    # The table, and how it was made.
     rows, metrics = [], {}
     for name, (train, test, rate) in found.items():
         rows.append({"linear probe on": name, "images": len(truth["test"]), "lr": rate,
@@ -1391,8 +1440,11 @@ def with_overlaps(detected, record):
     detected: {boxes (n, 4) xyxy, scores (n,), labels (n,), perhaps masks (n, H, W) bool}
     -> {the same; iou (n, m); with masks also mask_iou (n, m), and masks as COCO's run lengths}.
     """
+    # The boxes, and how they overlap with the true ones.
     mine = {name: detected[name].float().cpu().numpy() for name in ("boxes", "scores", "labels")}
     mine["iou"] = box_iou(mine["boxes"], np.array(record["boxes"]).reshape(-1, 4))
+
+    # The masks are kept as run lengths: those of 5,000 pictures would not fit in memory.
     if "masks" in detected:
         size = (record["height"], record["width"])
         masks = detected["masks"].cpu().numpy()
@@ -1420,12 +1472,14 @@ def detection(ev):
     whole_pictures()."""
     # Pictures of up to 1,333 pixels.
     ev.opts.batch_size = min(ev.opts.batch_size, 4)
+    # Classes are compared by name: their numbers depend on the file.
     records = ev.open(need=("boxes",))
     trained = ev.info.get("stats", {}).get("label_names")
     if trained and trained != records.label_names:
         raise Stop(f"{ev.task}: the run's classes ({', '.join(trained[:5])}, ...) are not those of "
                    f"{ev.spec} ({', '.join(records.label_names[:5])}, ...)")
 
+    # Each process has looked at its share.
     found = {}
     for piece in everyone(ev, detections(ev, records)):
         found.update(piece)
@@ -1436,6 +1490,7 @@ def detection(ev):
         measured.append(("masks", found, "mask_iou", "segm"))
     measured.append(("whole picture", whole_pictures(records), "iou", "bbox"))
 
+    # A row for each of them and each way to measure.
     classes, coco = len(records.label_names), importlib.util.find_spec("pycocotools")
     rows, metrics = [], {}
     for name, of, overlap, kind in measured:
@@ -1450,6 +1505,7 @@ def detection(ev):
         print(f"{ev.task}: COCO's own average precision needs pip install pycocotools; "
               "VOC's is computed here")
 
+    # How many objects there are, and how many boxes were found.
     objects, boxes = sum(len(r["boxes"]) for r in records), 0
     for detected in found.values():
         boxes += len(detected["scores"])
@@ -1509,8 +1565,10 @@ def word_maps(tokens, maps):
 def attention_maps(ev, batch):
     """model.gradcam() of a batch -> for each record ([(word, map (h, w))], the sentence's map
     (h, w)), float32 on the CPU."""
+    # Grad-CAM needs gradients, and evaluation runs without.
     with torch.enable_grad():
         maps = ev.model.gradcam(batch, block=ev.opts.block)
+    # Padding has no map.
     for b, mask in enumerate(batch["text_mask"].bool()):
         tokens = ev.tokenizer.tokens(batch["text"][b][mask].tolist())
         words = maps["word"][b][mask].detach().float().cpu()
@@ -1525,6 +1583,7 @@ def gradcam(ev):
     ev.views, cropped = picture_views(ev.views)
     picture = seen_picture(ev.opts.image, cropped)
 
+    # One picture: every process looks at it, the main one draws.
     ev.alone()
     batch = next(ev.batches(one_record(ev.opts.image, ev.opts.text), "sample"))
     words, sentence = next(attention_maps(ev, batch))
@@ -1533,6 +1592,7 @@ def gradcam(ev):
         draw_maps(picture, ev.opts.text, words, sentence, out)
     ev.protocol.update(image=ev.opts.image, text=ev.opts.text, block=ev.opts.block)
 
+    # A word whose state the score does not read has no gradient.
     silent = sum(m.max() <= 0 for _, m in words)
     if silent and ev.is_main:
         print(f"{silent} of {len(words)} words have a map of zeros: of the last (or only) fusion "
@@ -1560,6 +1620,7 @@ def pointing(ev):
                 size = data.load_image(records[i]["image"]).size
                 found += pointed(named, boxes, size)
 
+    # The words of all processes.
     found = sum(everyone(ev, found), [])
     if not found:
         raise Stop("pointing: no word that equals a label's name has a map other than zero: of the "
@@ -1572,6 +1633,7 @@ def pointing(ev):
 
 def named_boxes(records, record):
     """{a label's name: the boxes (xyxy, pixels) of the record's objects of that name}."""
+    # A record may name its own labels; else the data set does.
     names = record.get("label_names")
     if not names:
         names = [records.label_names[label] for label in record["labels"]]
@@ -1603,6 +1665,7 @@ def cross_attention(ev):
     def deviation(n, total, squares):
         return (squares / n - (total / n) ** 2).clamp(min=0).sqrt()
 
+    # Sums are all that is kept of a sample: its mean and deviation follow.
     rows, metrics = [], {}
     found = ev.collect_all(records, "sample", len(records), sums, "attention")
     for name, parts in found.items():
@@ -1627,6 +1690,7 @@ def gallery(ev, k=5):
     a caption, captions of the picture."""
     if not (ev.opts.text or ev.opts.image):
         raise Stop('gallery: ask with a text, a picture or both: --text "..." --image a.jpg')
+    # An unreadable picture is refused before the split is encoded.
     if ev.opts.image:
         data.open_picture(ev.opts.image)
     records = ev.open(need=("caption",))
@@ -1652,6 +1716,7 @@ def gallery(ev, k=5):
             rank = int((scores[~right] >= scores[right].max()).sum()) + 1
         metrics[f"rank of the true {other}"] = rank
 
+        # For the drawing and for the table.
         parts.append((asked, what, [(scores[i].item(), bool(right[i]), things[i]) for i in best]))
         for n, i in enumerate(best):
             known = "unknown" if rank is None else ""
@@ -1693,12 +1758,14 @@ def attention(ev):
     if bool(ev.opts.image) != bool(ev.opts.text):
         raise Stop("attention: --image and --text go together "
                    "(without them: the split's first picture and caption)")
+    # One picture and one text for all runs, each with its own views of them.
     runs = [ev.other(ev.opts.beside)] if ev.opts.beside else []
     runs.append(ev)
     for run in runs:
         run.views, cropped = picture_views(run.views)
         run.alone()
 
+    # The picture and the text.
     if ev.opts.image:
         records = one_record(ev.opts.image, ev.opts.text)
     else:
@@ -1706,6 +1773,7 @@ def attention(ev):
     image, text = records[0]["image"], records[0]["caption"][0]
     picture = seen_picture(image, cropped)
 
+    # Each run's scores of areas and words.
     panels, rows = [], []
     for run in runs:
         batch = next(run.batches(records, "sample"))
@@ -1715,6 +1783,7 @@ def attention(ev):
         words = [(word, float(score)) for word, score in pieces]
         areas = scores["image"][0].float().cpu()                                        # (h, w)
 
+        # A panel of the drawing, and a row of the table.
         title = run_name(run)
         panels.append((title if len(title) < 38 else "..." + title[-35:], areas, words))
         row, column = divmod(int(areas.argmax()), areas.shape[1])
@@ -1749,6 +1818,7 @@ def sts(ev):
             vectors.append(ev.model.encode_text(sentence).float())
         return (vectors[0] * vectors[1]).sum(1)                                         # (B,)
 
+    # Both scores of every pair.
     found = ev.collect(records, "sample", len(records), cosine).numpy()
     words = np.array([bag_of_words(record["s1"], record["s2"]) for record in records])
 
@@ -1757,6 +1827,7 @@ def sts(ev):
     for i, record in enumerate(records):
         sets[record["dataset"]].append(i)
 
+    # Two rows for each dataset.
     rows, models, bags = [], [], []
     for name, at in sets.items():
         part = [records[i] for i in at]
@@ -1767,6 +1838,7 @@ def sts(ev):
         rows.append({"data": name, "pairs": len(at), "scores": "bag of words", **bags[-1]})
         rows.append({"data": name, "pairs": len(at), "scores": "model", **models[-1]})
 
+    # The metrics are means over the datasets.
     mean = average(models)
     metrics = {key: mean[key] for key in ("P+S / 2", "spearman", "pearson")}
     metrics["baseline"] = average(bags)["spearman"]
@@ -1779,6 +1851,7 @@ def sts(ev):
 def hashing(ev):
     """MAP@5000 of hash codes: the pictures of the test list ask, those of the database list answer;
     beside it random codes."""
+    # Two lists: who asks, and what answers.
     queries, opts = ev.open(need=("labels",)), ev.opts
     if not (opts.database or ev.spec == "shapes" or os.path.isdir(ev.spec)):
         raise Stop("hashing: --data names the queries' list; name the database's with --database "
@@ -1800,11 +1873,13 @@ def hashing(ev):
                    f"{labels[1].shape[1]} in the database's; "
                    f"{len(codes[0])} and {len(codes[1])} labeled images")
 
+    # The baseline: codes of the same size by coin flips.
     generator = torch.Generator().manual_seed(0)
     random_codes = []
     for h in codes:
         random_codes.append(torch.randint(0, 2, h.shape, generator=generator) * 2.0 - 1)
 
+    # MAP of both.
     r, name = min(opts.map_at, len(codes[1])), f"MAP@{opts.map_at}"
     rows = []
     for who, (query, base) in (("random codes", random_codes), ("model", codes)):
@@ -1828,6 +1903,7 @@ def timed(fn, device, repeats):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    # The fastest call is the one that was disturbed least.
     best = math.inf
     for _ in range(repeats):
         wait()
@@ -1849,10 +1925,12 @@ def score_dual(ev, images, texts):
 def score_pairs(ev, images, texts):
     """Scores by match() -> (N * M,): every picture with every caption. images, texts: lists of
     batches."""
+    # The states of all captions, made once.
     states = [ev.states("text", batch) for batch in texts]
     captions = {name: torch.cat([state[name] for state in states]) for name in states[0]}
     m = len(next(iter(captions.values())))
 
+    # Pair number n * M + m is picture n with caption m.
     out = []
     for batch in images:
         pictures = ev.states("image", batch)
@@ -1867,10 +1945,12 @@ def score_pairs(ev, images, texts):
 def growth(sizes, seconds):
     """How seconds grow with the size: the slope in log-log scale from each size to the next (1 is
     O(n), 2 is O(n^2)) and over all of them -> [None, slope, ...], slope; NaN for a single size."""
+    # From each size to the next.
     steps = [None]
     for n in range(1, len(sizes)):
         ratio = math.log(seconds[n] / seconds[n - 1])
         steps.append(ratio / math.log(sizes[n] / sizes[n - 1]))
+    # One straight line through all of them.
     if len(sizes) == 1:
         return steps, math.nan
     return steps, float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
@@ -1880,6 +1960,7 @@ def speed(ev):
     """Seconds of embedding and scoring a gallery of n pictures and their captions, without those of
     reading files and of the detector behind stored regions; for a dual encoder and for a model that
     scores pairs; with --beside those of another run too. `growth` is as in growth()."""
+    # The sizes, and the runs to compare.
     words = ev.opts.sizes.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
         raise Stop(f"--sizes {ev.opts.sizes}: numbers of pictures, separated by commas")
@@ -1911,6 +1992,7 @@ def speed(ev):
                              "growth": None if step is None else f"{step:.2f}"})
             metrics[f"{run_name(run)}, {way}: growth"] = slope
 
+    # Regions are stored: the detector that made them takes its time elsewhere.
     left_out = "reading files"
     if any("regions" in run.views for run in runs):
         left_out += ", making regions"
@@ -1992,10 +2074,12 @@ def result_path(ev, name):
 
 def provenance(ev):
     """What the numbers depend on: checkpoint, commit, versions, number of processes, device."""
+    # The file itself: a directory may be trained again.
     weights, sha256 = result_path(ev, "model.safetensors"), None
     if weights and weights.is_file():
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
 
+    # The code, if it lies in a git repository.
     commit = None
     if shutil.which("git"):
         done = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True,
@@ -2023,6 +2107,7 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
         raise Stop(f"task {task}: {type(model).__name__} trained for {info['task']} "
                    f"does not offer it{known}; it offers: {', '.join(offered(model)) or 'none'}")
 
+    # Whoever calls from Python gives only what differs from the defaults.
     defaults = vars(parser().parse_args([info.get("path") or ""]))
     given = opts if isinstance(opts, dict) else vars(opts or argparse.Namespace())
     ev = Eval(model, info, task, argparse.Namespace(**{**defaults, **given}), rank, world)
@@ -2037,6 +2122,7 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
         result = TASKS[task][0](ev)
     model.train(training)
 
+    # Unreadable pictures of all processes.
     ev.bad = set().union(*everyone(ev, ev.bad))
     protocol = {**ev.protocol, "unreadable_images": len(ev.bad), **provenance(ev)}
     result = {"task": task, **result, "protocol": protocol}
@@ -2051,6 +2137,7 @@ def report(ev, result):
     if out:
         out.write_text(json.dumps(result, indent=1, default=str))
 
+    # The protocol stands above the table, without what does not apply.
     words = [f"{key} {value}" for key, value in ev.protocol.items() if value is not None]
     print("\n" + textwrap.fill(f"{ev.task}: {'; '.join(words)}", 120))
     if ev.bad:
@@ -2127,6 +2214,7 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
+    # Without --task: those that the model lists for the task it was trained on.
     model, info = load_run(opts.run, device)
     tasks = [opts.task] if opts.task else module_of(model).EVALS[info["task"]]
     results = {task: evaluate(model, info, task, opts, rank, world) for task in tasks}

@@ -2567,10 +2567,11 @@ def batches(dataset, batch_size, seed, rank=0, world=1, start=0, workers=0, unit
     captions, each of them once.
     Errors: DataError if the data are fewer than batch_size * world.
     """
-    if batch_size * world > len(dataset):
-        fail(f"{len(dataset)} records are fewer than one global batch ({batch_size} x {world} "
-             "ranks): use a smaller --batch_size")
     stream = Stream(len(dataset) if units is None else units, batch_size, seed, rank, world)
+    if not stream.steps:
+        what = "records" if units is None else "captions"
+        fail(f"{stream.length} {what} are fewer than one global batch ({batch_size} x {world} "
+             "ranks): use a smaller --batch_size")
     return Plan(dataset, stream).run(itertools.count(start), workers)
 
 

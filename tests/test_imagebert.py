@@ -1,6 +1,8 @@
-"""models/imagebert.py: each equation against loops in float64 written from the paper, what is
-hidden, which pairs are drawn, scores, BERT's weights."""
+"""models/imagebert.py: each equation and each training step against loops in float64 written from
+the paper; every setting and every number of the recipe; what is hidden, which pairs are drawn,
+scores, BERT's weights."""
 
+import dataclasses
 import math
 import os
 import shutil
@@ -48,12 +50,12 @@ def make_batch(b=6, t=8, r=4, f=6, k=5, seed=0):
             "image_id": torch.arange(b)}
 
 
-def make_model(task="pretrain", dtype=torch.float32, **changes):
+def make_model(task="pretrain", dtype=torch.float32, spread=0.1, **changes):
     torch.manual_seed(0)
     model = ib.ImageBert(config(**changes), task)
     with torch.no_grad():                               # no bias or norm at its neutral start
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(spread * torch.randn_like(p))
     return model.to(dtype)
 
 
@@ -222,9 +224,10 @@ def test_region_masking_rates():
     x0 = 10.0 * torch.arange(r).expand(b, r)            # no two boxes touch
     boxes = torch.stack([x0, x0 * 0, x0 + 5, x0 * 0 + 5], -1)
     regions = torch.rand(b, r, 3) + 1
-    out, positions, live = ib.mask_regions(regions, boxes, mask)
+    out, positions, live, zeroed = ib.mask_regions(regions, boxes, mask)
     chosen, gone = chosen_of(positions, live, r), (out == 0).all(-1)
     assert not chosen[mask == 0].any() and not gone[~chosen].any()
+    assert torch.equal(gone, zeroed)                    # no feature here is 0 of itself
     assert torch.equal(out[~gone], regions[~gone])
     assert chosen.sum() / mask.sum() == pytest.approx(0.15, abs=0.01)
     assert gone.sum() / chosen.sum() == pytest.approx(0.9, abs=0.01)
@@ -234,7 +237,8 @@ def test_region_masking_rates():
 
 @pytest.mark.parametrize("r,once_in", [(100, 24_000), (36, 9_600)])
 def test_how_often_the_cap_of_deviation_5_shows_a_region(r, once_in):
-    _, positions, _ = ib.mask_regions(torch.zeros(1, r, 1), torch.zeros(1, r, 4), torch.ones(1, r))
+    boxes = torch.zeros(1, r, 4)
+    _, positions, _, _ = ib.mask_regions(torch.zeros(1, r, 1), boxes, torch.ones(1, r))
     cap = positions.shape[1]
     more = sum(math.comb(r, k) * 0.15 ** k * 0.85 ** (r - k) for k in range(cap + 1, r + 1))
     assert 1 / more == pytest.approx(once_in, rel=0.02) and f"{once_in:,}" in ib.__doc__
@@ -251,14 +255,14 @@ def test_a_twin_gives_nothing_away():
     assert iou[0, 3] == 0 and iou[4, 4] == 0
 
     # 0 and 1 go together, 2 overlaps too little
-    out, positions, live = ib.mask_regions(regions, box, mask)
+    out, positions, live, zeroed = ib.mask_regions(regions, box, mask)
     chosen, gone = chosen_of(positions, live, 5), (out == 0).all(-1)
-    assert torch.equal(gone[:, 0], gone[:, 1])
+    assert torch.equal(gone[:, 0], gone[:, 1]) and torch.equal(gone, zeroed)
     assert (gone[:, 1] & ~chosen[:, 1]).sum() > 50
     assert not (gone[:, 2:] & ~chosen[:, 2:]).any() and not gone[:, 4].any()
 
     # the print: no twins
-    out, positions, live = ib.mask_regions(regions, box, mask, twin_iou=1.0)
+    out, positions, live, _ = ib.mask_regions(regions, box, mask, twin_iou=1.0)
     assert not ((out == 0).all(-1) & ~chosen_of(positions, live, 5)).any()
 
 
@@ -337,7 +341,7 @@ def test_masked_losses_are_of_matched_pairs_only(monkeypatch):
         assert set(labels[i].tolist()) - {-100} <= set(batch["regions_label"][i].tolist())
         for feature in features[i][live[i]]:
             assert (batch["regions"][i] == feature).all(-1).any()
-    assert set(out["logs"]) == {"mlm", "moc", "mrfr", "itm", "itm_acc"}
+    assert set(out["logs"]) == {"mlm", "moc", "mrfr", "itm", "itm_acc", "zeroed"}
     want = sum(out["logs"][k] for k in ("mlm", "moc", "mrfr", "itm"))
     assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
 
@@ -373,13 +377,407 @@ def test_a_hidden_region_is_not_in_the_sequence():
     outs = []
     for regions in (batch["regions"], 5 * torch.randn(6, 4, 6)):
         torch.manual_seed(3)
-        read, positions, truth = model.hide({**batch, "regions": regions})
+        read, positions, truth, _ = model.hide({**batch, "regions": regions})
         cls, *hidden = model.encode(read, positions)
         predictions, live = model.predict_hidden(*hidden), truth["live"]
         assert live.sum() == batch["regions_mask"].sum()
         outs.append((cls, predictions["moc"][live], predictions["mrfr"][live]))
     for a, b in zip(*outs):
         torch.testing.assert_close(a, b)
+
+
+# --------------------------------------------------------------------------------------------------
+# A step by hand: the model written again, for one pair without padding, one head at a time
+
+def leaves(model):
+    """{name: the model's weight as float64, with a gradient of its own}."""
+    found = {}
+    for name, p in model.named_parameters():
+        found[name] = p.detach().double().requires_grad_()
+    return found
+
+
+def linear(x, w, name):
+    return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+
+def norm(x, w, name):
+    centred = x - x.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+    return centred / deviation * w[name + ".weight"] + w[name + ".bias"]
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def attend(x, w, name, heads, factor):
+    """Every token looks at every token: softmax(q k / sqrt(size)) v. factor: of the softmax."""
+    query, key, value = linear(x, w, name + ".qkv").chunk(3, dim=-1)
+    size, seen = x.shape[-1] // heads, []
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        energy = (query[:, part] @ key[:, part].T / math.sqrt(size)).exp()
+        seen.append(factor * energy / energy.sum(-1, keepdim=True) @ value[:, part])
+    return linear(torch.cat(seen, -1), w, name + ".out")
+
+
+def sentence_of(batch, n):
+    """The ids of sentence n, without padding."""
+    return batch["text"][n, :batch["text_mask"][n].sum()].tolist()
+
+
+def picture_of(batch, n):
+    """The regions of image n, without padding."""
+    real = batch["regions_mask"][n].sum()
+    return {"features": batch["regions"][n, :real].double(),
+            "boxes": batch["regions_box"][n, :real].tolist(),
+            "labels": batch["regions_label"][n, :real].tolist(),
+            "size": batch["regions_size"][n].tolist(), "whole": batch["regions_global"][n].double()}
+
+
+def read_pair(w, cfg, words, picture, drop=None):
+    """The transformer's output at all tokens of one pair -> (words + regions (+ 1), D).
+
+    drop: {name of a dropout: a factor in its place}, for "probabilities" too.
+    """
+    drop = drop or {}
+    tables = "bert.embeddings."
+    positions, segments = w[tables + "positions.weight"], w[tables + "segments.weight"]
+    tokens = []
+    for n, word in enumerate(words):
+        e = w[tables + "words.weight"][word] + positions[n] + segments[0]
+        tokens.append(norm(e, w, tables + "norm") * drop.get("bert.embeddings.drop", 1))
+
+    # regions, then the whole image
+    (width, height), seen = picture["size"], []
+    for feature, (x0, y0, x1, y1) in zip(picture["features"], picture["boxes"]):
+        area = (x1 - x0) * (y1 - y0) / (width * height)
+        c = [x0 / width, y0 / height, x1 / width, y1 / height, area]
+        seen.append((linear(feature, w, "regions.feature"), c))
+    if cfg.global_feature:
+        seen.append((linear(picture["whole"], w, "regions.image"), [0, 0, 1, 1, 1]))
+    for v, c in seen:
+        c = torch.tensor(c, dtype=torch.float64)
+        e = v + segments[1] + linear(c, w, "regions.box") + positions[cfg.positions - 1]
+        tokens.append(norm(e, w, "regions.norm") * drop.get("regions.drop", 1))
+
+    # BERT's layers
+    x = torch.stack(tokens)
+    for n in range(cfg.layers):
+        name = f"bert.blocks.{n}"
+        factor = drop.get(name + ".drop", 1)
+        seen = attend(x, w, name + ".attention", cfg.heads, drop.get("probabilities", 1))
+        x = norm(x + factor * seen, w, name + ".attention_norm")
+        thought = linear(gelu(linear(x, w, name + ".mlp.0")), w, name + ".mlp.2")
+        x = norm(x + factor * thought, w, name + ".mlp_norm")
+    return x
+
+
+def matching_score(w, tokens):
+    return linear(tokens[0], w, "itm_head")[0]
+
+
+def word_logits(w, token):
+    x = norm(gelu(linear(token, w, "mlm_head.transform.0")), w, "mlm_head.transform.2")
+    return x @ w["bert.embeddings.words.weight"].T + w["mlm_head.bias"]
+
+
+def surprise(logits, truth):
+    """-log softmax(logits)[truth]."""
+    return logits.exp().sum().log() - logits[truth]
+
+
+def binary(score, y):
+    share = 1 / (1 + (-score).exp())
+    return -(share if y else 1 - share).log()
+
+
+def mean(terms):
+    return sum(terms) / len(terms)
+
+
+def overlap(a, b):
+    """Intersection over union of two boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, width) * max(0, height)
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return both / (areas - both)
+
+
+def hide_words(cfg, words, order, dice, noise):
+    """-> the words as they are read, {position of a hidden one: the true word}."""
+    candidates = [n for n, word in enumerate(words) if word not in (cfg.cls_id, cfg.sep_id)]
+    count = min(len(candidates), max(1, round(cfg.mlm_prob * len(candidates))))
+    candidates.sort(key=lambda n: -order[n])
+    read, hidden = list(words), {}
+    for m, n in enumerate(candidates[:count]):
+        hidden[n] = words[n]
+        if dice[m] < 0.8:
+            read[n] = cfg.mask_id
+        elif dice[m] < 0.9:
+            read[n] = noise[m]
+    return read, hidden
+
+
+def hide_regions(cfg, picture, dice):
+    """-> the picture as it is read, the hidden regions, those that are zero."""
+    boxes, hidden, zero = picture["boxes"], [], set()
+    for i in range(len(boxes)):
+        if dice[i] < cfg.region_prob:
+            hidden.append(i)
+        if dice[i] < cfg.region_prob * cfg.region_zero:
+            zero.add(i)
+    twins = set()
+    for i in zero:
+        twins |= {j for j in range(len(boxes)) if overlap(boxes[i], boxes[j]) > cfg.twin_iou}
+
+    features = picture["features"].clone()
+    features[sorted(zero | twins)] = 0
+    return {**picture, "features": features}, hidden, zero | twins
+
+
+def hand_in(monkeypatch, *tables):
+    """torch.rand gives these numbers instead of its own, by shape; randint the last table's."""
+    uniform, whole = list(tables[:-1]), tables[-1]
+
+    def rand(*shape, device=None):
+        shape = torch.empty(*shape).shape
+        at = next(n for n, table in enumerate(uniform) if table.shape == shape)
+        return uniform.pop(at)
+
+    def randint(low, high, shape, device=None):
+        assert whole.shape == shape
+        return low + whole % (high - low)
+    monkeypatch.setattr(torch, "rand", rand)
+    monkeypatch.setattr(torch, "randint", randint)
+
+
+IDS = torch.tensor([7, 7, 3, 9, 5, 7])                  # six pairs of four images
+# no number at its default, no two weights alike
+NUMBERS = dict(positions=14, pad_id=1, mask_id=6, first_word=9, mlm=0.7, moc=1.3, mrfr=0.4, itm=2.1,
+               mlm_prob=0.4, region_prob=0.6, region_zero=0.7, twin_iou=0.3, bce=0.7, ce=1.3,
+               triplet=0.4, margin=0.02, pool=5)
+
+
+def hand_batch():
+    """Six pairs, 9 tokens and 5 regions at most; the second region is a twin of the first."""
+    batch = make_batch(t=9, r=5, seed=2)
+    g = torch.Generator().manual_seed(3)
+    text, mask = batch["text"], batch["text_mask"].bool()
+    ordinary = mask & (text != 2) & (text != 3)
+    text = torch.where(ordinary, torch.randint(9, 40, text.shape, generator=g), text)
+    batch["text"] = text.masked_fill(~mask, 1)
+
+    real = batch["regions_mask"]
+    batch["regions_box"][:, 1] = (batch["regions_box"][:, 0] + 0.5) * real[:, 1:2]
+    batch["regions_label"][:, 3] = -1                   # the detector does not say
+    return batch | {"image_id": IDS}
+
+
+def draws_of_pretraining():
+    """What torch.rand and randint are to give: which other pair; image or sentence; which words,
+    and what becomes of them; which regions; which random word."""
+    g = torch.Generator().manual_seed(0)
+    sizes = ((6, 6), (6,), (6, 9), (6, 4), (6, 5))
+    uniform = [torch.rand(size, generator=g) for size in sizes]
+    return *uniform, torch.randint(1000, (6, 4), generator=g)
+
+
+def pairs_by_hand(others, coin):
+    """The last three of six pairs get another image's sentence, or another image."""
+    pairs, kinds = [], []
+    for n in range(6):
+        image, sentence, kind = n, n, "matched"
+        if n >= 3:
+            allowed = [j for j in range(6) if IDS[j] != IDS[n]]
+            other = max(allowed, key=lambda j: others[n, j])
+            if coin[n] < 0.5:
+                image, kind = other, "image"
+            else:
+                sentence, kind = other, "sentence"
+        pairs.append((image, sentence))
+        kinds.append(kind)
+    return pairs, kinds
+
+
+def hidden_by_hand(w, cfg, batch, pairs, draws):
+    """What the transformer says of these pairs, words and regions hidden -> one dict a pair."""
+    _, _, order, word_dice, region_dice, whole = draws
+    noise = cfg.first_word + whole % (cfg.vocab_size - cfg.first_word)
+    found = []
+    for n, (image, sentence) in enumerate(pairs):
+        words, picture = sentence_of(batch, sentence), picture_of(batch, image)
+        read, hidden_words = hide_words(cfg, words, order[n], word_dice[n], noise[n].tolist())
+        seen, hidden_regions, zero = hide_regions(cfg, picture, region_dice[n])
+        tokens = read_pair(w, cfg, read, seen)
+        found.append({"tokens": tokens, "words": hidden_words, "regions": hidden_regions,
+                      "picture": picture, "zero": zero, "read": read,
+                      "at": lambda i, first=len(words), tokens=tokens: tokens[first + i]})
+    return found
+
+
+def assert_gradients(model, w):
+    """The model's gradients are those of the leaves w."""
+    for name, p in model.named_parameters():
+        assert p.grad.any(), f"{name} has no gradient"
+        torch.testing.assert_close(p.grad, w[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("global_feature", [False, True])
+def test_a_step_of_pretraining_by_hand(monkeypatch, global_feature):
+    model = make_model("pretrain", torch.float64, 0.4, global_feature=global_feature, **NUMBERS)
+    cfg, w, batch, draws = model.cfg, leaves(model), hand_batch(), draws_of_pretraining()
+    pairs, kinds = pairs_by_hand(*draws[:2])
+    read = hidden_by_hand(w, cfg, batch, pairs, draws)
+    assert set(kinds) == {"matched", "image", "sentence"}
+
+    # the masked losses, of the three matched pairs; what is true is from before the masking
+    mlm, moc, mrfr, fates = [], [], [], set()
+    for pair in read[:3]:
+        for n, word in pair["words"].items():
+            mlm.append(surprise(word_logits(w, pair["tokens"][n]), word))
+            now = pair["read"][n]
+            fates.add("mask" if now == cfg.mask_id else "same" if now == word else "another word")
+        picture = pair["picture"]
+        for i in pair["regions"]:
+            if picture["labels"][i] >= 0:
+                moc.append(surprise(linear(pair["at"](i), w, "moc_head"), picture["labels"][i]))
+            distance = linear(pair["at"](i), w, "mrfr_head") - picture["features"][i]
+            mrfr.append(distance.square().sum() / cfg.region_dim)
+            fates.add("zero" if i in pair["zero"] else "visible")
+        if pair["zero"] - set(pair["regions"]):
+            fates.add("twin")
+    assert fates == {"mask", "same", "another word", "zero", "visible", "twin"}
+    assert len(mrfr) > len(moc) > 1 and len(mlm) > 3
+
+    # matching, of all six
+    scores = [matching_score(w, pair["tokens"]) for pair in read]
+    itm = [binary(score, kind == "matched") for score, kind in zip(scores, kinds)]
+    right = [(score > 0) == (kind == "matched") for score, kind in zip(scores, kinds)]
+    want = {"mlm": mean(mlm), "moc": mean(moc), "mrfr": mean(mrfr), "itm": mean(itm)}
+    total = 0.7 * want["mlm"] + 1.3 * want["moc"] + 0.4 * want["mrfr"] + 2.1 * want["itm"]
+    want["itm_acc"] = sum(right) / 6
+    regions = sum(len(pair["picture"]["boxes"]) for pair in read)
+    want["zeroed"] = sum(len(pair["zero"]) for pair in read) / regions
+    total.backward()
+
+    hand_in(monkeypatch, *draws)
+    out = model.train()(batch)
+    out["loss"].backward()
+    assert {name: value.item() for name, value in out["logs"].items()} == pytest.approx(
+        {name: torch.as_tensor(value).item() for name, value in want.items()}, rel=1e-5)
+    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    assert_gradients(model, w)
+
+
+@pytest.mark.parametrize("negatives", ["both", "text", "image"])
+def test_a_step_of_fine_tuning_by_hand(monkeypatch, negatives):
+    model = make_model("retrieval", torch.float64, 0.4, negatives=negatives, **NUMBERS)
+    w, batch = leaves(model), hand_batch()
+    g = torch.Generator().manual_seed(1)
+    draws = [torch.rand(6, 6, generator=g), torch.rand(6, 6, generator=g)]
+    directions = ("text", "image") if negatives == "both" else (negatives,)
+
+    def score(image, sentence):
+        words, picture = sentence_of(batch, sentence), picture_of(batch, image)
+        return matching_score(w, read_pair(w, model.cfg, words, picture))
+
+    # four negatives of each pair in each direction; the image that three pairs show has but three
+    matched = [score(n, n) for n in range(6)]
+    bce, ce, triplet, first = [binary(s, True) for s in matched], [], [], []
+    for direction, noise in zip(directions, draws):
+        for n in range(6):
+            allowed = [j for j in range(6) if IDS[j] != IDS[n]]
+            drawn = sorted(allowed, key=lambda j: -noise[n, j])[:4]
+            assert len(drawn) == (3 if IDS[n] == 7 else 4)
+            if direction == "text":
+                others = [score(n, j) for j in drawn]
+            else:
+                others = [score(j, n) for j in drawn]
+            bce += [binary(s, False) for s in others]
+            ce.append(surprise(torch.stack([matched[n], *others]), 0))
+            triplet.append((0.02 - matched[n].sigmoid() + max(others).sigmoid()).clamp(min=0))
+            first.append(matched[n] > max(others))
+    assert any(triplet) and not all(triplet) and any(first) and not all(first)
+    want = {"bce": mean(bce), "ce": mean(ce), "triplet": mean(triplet), "first": mean(first)}
+    total = 0.7 * want["bce"] + 1.3 * want["ce"] + 0.4 * want["triplet"]
+    total.backward()
+
+    hand_in(monkeypatch, *draws, None)
+    out = model.train()(batch)
+    out["loss"].backward()
+    assert {name: value.item() for name, value in out["logs"].items()} == pytest.approx(
+        {name: torch.as_tensor(value).item() for name, value in want.items()}, rel=1e-5)
+    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    assert_gradients(model, w)
+
+
+def test_masked_predictions_by_hand(monkeypatch):
+    """What evaluation asks for: of matched pairs, all of them; the likeliest word and label at
+    each hidden place."""
+    model = make_model("pretrain", torch.float64, 0.4, **NUMBERS).eval()
+    w, batch, draws = leaves(model), hand_batch(), draws_of_pretraining()
+    want = {"mlm": [], "moc": []}
+    for pair in hidden_by_hand(w, model.cfg, batch, [(n, n) for n in range(6)], draws):
+        places = [(word_logits(w, pair["tokens"][n]), word) for n, word in pair["words"].items()]
+        want["mlm"].append(sorted((logits.argmax().item(), word) for logits, word in places))
+        labels, places = pair["picture"]["labels"], []
+        for i in pair["regions"]:
+            if labels[i] >= 0:
+                places.append((linear(pair["at"](i), w, "moc_head").argmax().item(), labels[i]))
+        want["moc"].append(sorted(places))
+
+    assert set(make_model(moc=0.0).masked_predictions(batch)) == {"mlm"}
+    hand_in(monkeypatch, *draws)
+    found = model.masked_predictions(batch)
+    assert set(found) == {"mlm", "moc"}
+    for name, (predicted, true) in found.items():
+        assert predicted.dtype == true.dtype == torch.long
+        for n in range(6):
+            live = true[n] != -100
+            got = sorted(zip(predicted[n][live].tolist(), true[n][live].tolist()))
+            assert got == want[name][n]
+    assert sum(map(len, want["mlm"])) > 10 and sum(map(len, want["moc"])) > 5
+
+
+class Factor(torch.nn.Module):
+    """Stands where a dropout stood: a number in training, nothing in evaluation."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x if self.training else x
+
+
+@torch.no_grad()
+def test_dropout_is_where_bert_has_it(monkeypatch):
+    """On the embeddings, on attention's probabilities, on what each part of a layer adds, at the
+    rate of the Config; on in training, off in evaluation."""
+    model = make_model("retrieval", torch.float64, 0.4, dropout=0.3, global_feature=True)
+    batch, w, drop = hand_batch(), leaves(model), {"probabilities": 1.3}
+    for n, (name, module) in enumerate(list(model.named_modules())):
+        if isinstance(module, torch.nn.Dropout):
+            assert module.p == 0.3
+            drop[name] = 1 + n / 10
+            model.set_submodule(name, Factor(drop[name]))
+    assert len(drop) == 5                               # words, regions, one a layer, probabilities
+
+    # attention's own: the factor is 1 + its rate
+    real = F.scaled_dot_product_attention
+
+    def attention(query, key, value, mask, dropout):
+        return real(query, key, value, mask) * (1 + dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for factors in (drop, {}):
+        got = model.train(bool(factors)).match(batch)
+        for n in range(6):
+            pair = sentence_of(batch, n), picture_of(batch, n)
+            want = matching_score(w, read_pair(w, model.cfg, *pair, factors))
+            assert got[n].item() == pytest.approx(want.item(), rel=1e-5, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,27 +815,27 @@ def test_a_model_offers_what_it_can_do(task, flags):
         getattr(model, name)(batch)
 
 
-def test_checkpointing_changes_nothing():
-    a, b = make_model(), make_model(checkpointing=True)
-    grads = []
-    for model in (a, b):
-        torch.manual_seed(0)
-        model.train()(make_batch())["loss"].backward()
-        grads.append([p.grad for p in model.parameters()])
-    for x, y in zip(*grads):
-        torch.testing.assert_close(x, y)
+@pytest.mark.parametrize("task,n,changes,words", [
+    ("pretrain", 1, {}, "--itm needs 2 pairs .* not 1"),
+    ("retrieval", 1, dict(pool=2), "--pool 2 needs 2 pairs .* not 1"),
+    ("retrieval", 3, {}, "--pool 4 needs 4 pairs .* not 3")])
+def test_a_forward_pass_too_small_for_negatives_is_one_line(task, n, changes, words):
+    with pytest.raises(SystemExit, match=words) as caught:
+        make_model(task, **changes)(make_batch(n))
+    assert "\n" not in str(caught.value) and "--batch_size" in str(caught.value)
 
 
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("task", ib.TASKS)
-def test_small_batches(task, n):
-    """A batch of one has no negative, nor has a batch of one image: losses of 0, no NaN, nothing
-    called a mismatch."""
-    for ids in (torch.arange(n), torch.zeros(n, dtype=torch.long)):
-        out = make_model(task, ce=1.0, triplet=1.0)(make_batch(n) | {"image_id": ids})
-        assert math.isfinite(out["loss"].item())
-        if task == "retrieval" and ids.unique().numel() == 1:
-            assert out["logs"]["ce"] == 0 and out["logs"]["triplet"] == 0
+def test_the_smallest_batches():
+    """One pair without ITM; two with it; P pairs. A batch of one image only has no negative:
+    losses of 0, no NaN, nothing called a mismatch."""
+    assert make_model(itm=0.0)(make_batch(1))["loss"].item() > 0
+    assert "itm" in make_model()(make_batch(2))["logs"]
+    for ids in (torch.arange(4), torch.zeros(4, dtype=torch.long)):
+        batch = make_batch(4) | {"image_id": ids}
+        assert math.isfinite(make_model()(batch)["loss"].item())
+        logs = make_model("retrieval", ce=1.0, triplet=1.0, margin=2.0)(batch)["logs"]
+        assert all(math.isfinite(value) for value in logs.values())
+        assert (logs["ce"] > 0 and logs["triplet"] > 0) == bool(ids.any())
 
 
 @pytest.mark.parametrize("task", ib.TASKS)
@@ -449,35 +847,6 @@ def test_half_precision(task):
     with torch.autocast("cpu", torch.bfloat16):
         got = model({**batch, "regions": batch["regions"].half()})["loss"]
     assert got.dtype == torch.float32 and got.item() == pytest.approx(want.item(), rel=0.03)
-
-
-def test_retrieval_losses_against_loops():
-    """loss_retrieval's pairs, one at a time through match()."""
-    model = make_model("retrieval", ce=1.0, triplet=1.0, pool=3).eval()
-    batch = make_batch() | {"image_id": torch.tensor([0, 1, 2, 2, 4, 5])}
-    torch.manual_seed(5)
-    logs = model(batch)["logs"]
-    torch.manual_seed(5)
-    draws = [ib.others(batch["image_id"], 2) for _ in range(2)]
-
-    def one(image, text):
-        pair = {}
-        for name, tensor in batch.items():
-            pair[name] = tensor[[image if name.startswith("regions") else text]]
-        return model.match(pair).item()
-
-    matched = [one(i, i) for i in range(6)]
-    binary, ce, triplet = [bce(s, 1.0) for s in matched], [], []
-    for direction, (index, found) in zip(("text", "image"), draws):
-        assert found.all()
-        for i in range(6):
-            s = [one(i, j) if direction == "text" else one(j, i) for j in index[i].tolist()]
-            binary += [bce(x, 0.0) for x in s]
-            ce.append(-math.log(math.exp(matched[i]) / sum(map(math.exp, [matched[i], *s]))))
-            triplet.append(max(0, 0.2 - sigmoid(matched[i]) + sigmoid(max(s))))
-    assert logs["bce"].item() == pytest.approx(sum(binary) / len(binary), rel=1e-4)
-    assert logs["ce"].item() == pytest.approx(sum(ce) / 12, rel=1e-4)
-    assert logs["triplet"].item() == pytest.approx(sum(triplet) / 12, rel=1e-4)
 
 
 @torch.no_grad()
@@ -522,30 +891,6 @@ def test_the_last_layer_computes_only_what_is_read():
     torch.testing.assert_close(some_regions, ib.pick(image, regions))
     torch.testing.assert_close(cls, text[:, 0])
     assert shapes == [4, 13]                            # [CLS] and those asked for
-
-
-def test_masked_predictions():
-    model, batch = make_model().eval(), make_batch()
-    found = model.masked_predictions(batch)
-    assert set(found) == {"mlm", "moc"}
-    for predicted, true in found.values():
-        assert predicted.shape == true.shape and len(predicted) == 6
-        assert predicted.dtype == true.dtype == torch.long
-    assert set(make_model(moc=0.0).masked_predictions(batch)) == {"mlm"}
-
-
-def test_recipe_is_the_papers():
-    base = ib.Config()
-    assert base.max_text + base.max_regions == 144
-    sizes = (base.width, base.layers, base.heads, base.mlp_ratio * base.width)
-    assert sizes == (768, 12, 12, 3072)
-    for stage in (0, 1):
-        loop, cfg = train.settings(ib, "base", "pretrain", {}, stage)
-        got = (loop.optimizer, loop.lr, loop.batch_size, loop.epochs, loop.schedule)
-        assert got == ("adam", 1e-4, 48, 17, "constant")
-        assert loop.limit == (2_000_000, 0)[stage]
-    loop, _ = train.settings(ib, "base", "retrieval", {})
-    assert (loop.optimizer, loop.lr, loop.batch_size, loop.epochs) == ("adam", 5e-5, 24, 130)
 
 
 STATS = {"region_dim": 77, "region_classes": 91, "global_dim": 5}

@@ -2,13 +2,20 @@
 the paper; every setting and every number of the recipe; what is hidden, which pairs are drawn,
 scores, BERT's weights."""
 
+import contextlib
 import dataclasses
+import io
+import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -778,6 +785,322 @@ def test_dropout_is_where_bert_has_it(monkeypatch):
             pair = sentence_of(batch, n), picture_of(batch, n)
             want = matching_score(w, read_pair(w, model.cfg, *pair, factors))
             assert got[n].item() == pytest.approx(want.item(), rel=1e-5, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Every setting matters
+
+def look_at_parameters(task, **changes):
+    model = ib.ImageBert(config(**changes), task)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def look_at_scores(task, **changes):
+    return make_model(task, spread=0.4, **changes).eval().match(make_batch()).tolist()
+
+
+def step(task, **changes):
+    """A training step, the same random numbers whatever is changed -> (model, what it returns)."""
+    model = make_model(task, spread=0.4, **changes).train()
+    torch.manual_seed(1)
+    out = model(make_batch())
+    out["loss"].backward()
+    return model, out
+
+
+def look_at_loss(task, **changes):
+    return step(task, **changes)[1]["loss"].item()
+
+
+def look_at_logs(task, **changes):
+    return {name: value.item() for name, value in step(task, **changes)[1]["logs"].items()}
+
+
+def look_at_gradients(task, **changes):
+    return [p.grad.tolist() for p in step(task, **changes)[0].parameters()]
+
+
+def hidden(name, task, **changes):
+    model, batch = make_model(task, **changes), make_batch(60)
+    batch["regions_box"][:, 1] = batch["regions_box"][:, 0] + 0.5 * batch["regions_mask"][:, 1:2]
+    torch.manual_seed(1)
+    return model.hide(batch)[0][name].tolist()
+
+
+def look_at_words_read(task, **changes):
+    return hidden("text", task, **changes)
+
+
+def look_at_regions_read(task, **changes):
+    return hidden("regions", task, **changes)
+
+
+def look_at_pairs_read(task, **changes):
+    """How many pairs go through the transformer, and which images and sentences they are."""
+    model, sizes = make_model(task, **changes), []
+    model.bert.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    torch.manual_seed(1)
+    model(make_batch())
+    return sizes
+
+
+def look_at_first_weights(task, **changes):
+    torch.manual_seed(0)
+    return ib.ImageBert(config(**changes), task).bert.embeddings.words.weight.std().item()
+
+
+def look_at_trained_words(task, **changes):
+    """Ids whose embedding learns from being read: not that of [PAD]."""
+    words = make_model(task, **changes).bert.embeddings
+    words(torch.arange(40)[:, None])[..., 0].sum().backward()
+    return words.words.weight.grad.any(-1).tolist()
+
+
+def look_at_saved_numbers(task, **changes):
+    """How many numbers forward keeps for backward."""
+    model, saved = make_model(task, **changes).train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()), lambda x: x):
+        model(make_batch())
+    return sum(saved)
+
+
+class FewRegions:
+    """Three regions, the same for every picture."""
+    dim, classes, global_dim, most, about, label_names = 6, 5, 0, 3, "a test", []
+
+    def __getitem__(self, n):
+        corner = 10.0 * np.arange(6, dtype=np.float32).reshape(3, 2)
+        return {"features": np.ones((3, 6), np.float16), "labels": np.arange(3),
+                "boxes": np.concatenate([corner, corner + 5], 1), "sizes": np.array([64, 64])}
+
+
+def look_at_batches(task, **changes):
+    """The shapes that train.py's batches have."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        folder, shapes = Path(folder), {}
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square"]
+        (folder / "vocab.txt").write_text("\n".join(words))
+        lines = [{"image": f"{n}.png", "image_id": n, "caption": "a red square"} for n in range(8)]
+        (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+        # a detector's file is another test's: here are regions without one
+        def with_regions(records, views, files=""):
+            found = records.subset([])
+            found.regions = FewRegions()
+            for record in records:
+                found.append({**record, "regions": 0})
+            return found
+
+        def forward(self, batch):
+            shapes.update({name: tuple(tensor.shape) for name, tensor in batch.items()})
+            raise SystemExit
+        patch.setattr(train.data, "with_regions", with_regions)
+        patch.setattr(ib.ImageBert, "forward", forward)
+        flags = dict(model="imagebert", task=task, data=folder / "pairs.jsonl", batch_size=4,
+                     vocab=folder / "vocab.txt", out=folder / "run", workers=0, device="cpu",
+                     evals="none", steps=1) | changes
+        argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            train.main(argv)
+    return shapes
+
+
+# Of each field of Config: the task, settings beside it, another value, what that changes, and what
+# it leaves as it is.
+SETTINGS = {
+    "width": ("pretrain", {}, 24, "parameters", ""),
+    "layers": ("retrieval", {}, 3, "parameters", ""),
+    "heads": ("retrieval", {}, 4, "scores", "parameters"),
+    "mlp_ratio": ("retrieval", {}, 3, "parameters", ""),
+    "act": ("retrieval", {}, "relu", "scores", "parameters"),
+    "dropout": ("retrieval", {}, 0.5, "loss", "scores"),
+    "max_text": ("retrieval", {}, 4, "batches", ""),
+    "max_regions": ("retrieval", {}, 2, "batches", ""),
+    "positions": ("retrieval", {}, 14, "parameters", ""),
+    "vocab_size": ("retrieval", {}, 44, "parameters", ""),
+    "pad_id": ("retrieval", {}, 7, "trained_words", "scores"),
+    "cls_id": ("pretrain", dict(mlm_prob=0.9), 39, "words_read", "regions_read"),
+    "sep_id": ("pretrain", dict(mlm_prob=0.9), 39, "words_read", "regions_read"),
+    "mask_id": ("pretrain", {}, 39, "words_read", "regions_read"),
+    "first_word": ("pretrain", {}, 30, "words_read", "regions_read"),
+    "region_dim": ("pretrain", {}, 9, "parameters", ""),
+    "region_classes": ("pretrain", {}, 9, "parameters", ""),
+    "global_feature": ("retrieval", {}, True, "parameters", ""),
+    "global_dim": ("retrieval", dict(global_feature=True), 9, "parameters", ""),
+    "mlm": ("pretrain", {}, 3.0, "loss", "logs"),
+    "moc": ("pretrain", dict(region_prob=0.7), 3.0, "loss", "logs"),
+    "mrfr": ("pretrain", dict(region_prob=0.7), 3.0, "loss", "logs"),
+    "itm": ("pretrain", {}, 3.0, "loss", "logs"),
+    "mlm_prob": ("pretrain", {}, 0.5, "words_read", "scores"),
+    "region_prob": ("pretrain", {}, 0.5, "regions_read", "words_read"),
+    "region_zero": ("pretrain", {}, 0.5, "regions_read", "words_read"),
+    "twin_iou": ("pretrain", {}, 0.99, "regions_read", "words_read"),
+    "bce": ("retrieval", dict(ce=1.0), 3.0, "loss", "logs"),
+    "ce": ("retrieval", dict(ce=1.0), 3.0, "loss", "logs"),
+    "triplet": ("retrieval", dict(triplet=1.0), 3.0, "loss", "logs"),
+    "margin": ("retrieval", dict(triplet=1.0), 0.9, "logs", "pairs_read"),
+    "pool": ("retrieval", {}, 5, "pairs_read", "scores"),
+    "negatives": ("retrieval", {}, "text", "pairs_read", "scores"),
+    "init_std": ("retrieval", {}, 0.5, "first_weights", "parameters"),
+    "checkpointing": ("pretrain", dict(dropout=0.3), True, "saved_numbers", "loss gradients"),
+}
+# what belongs to the data and stands in no command line
+DATA_FIELDS = {"vocab_size", "pad_id", "cls_id", "sep_id", "mask_id", "first_word", "region_dim",
+               "region_classes", "global_dim"}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ib.Config)])
+def test_every_setting_matters(name):
+    task, beside, value, changed, kept = SETTINGS[name]
+    assert value != getattr(config(**beside), name)
+    for part in changed.split() + kept.split():
+        look = globals()["look_at_" + part]
+        before, after = look(task, **beside), look(task, **beside | {name: value})
+        assert (before == after) == (part in kept.split()), part
+
+
+def test_what_settings_change_is_what_they_say():
+    """The numbers behind SETTINGS' words."""
+    assert set(SETTINGS) == {field.name for field in dataclasses.fields(ib.Config)}
+    fields = train.fields_of(ib.Config)
+    assert {field.name for field, comment, _ in fields if not train.is_flag(comment)} == DATA_FIELDS
+
+    batches = look_at_batches("pretrain", max_text=6, max_regions=2)
+    assert batches["text"] == (4, 6) and batches["regions"] == (4, 2, 6)
+    learnt = look_at_trained_words("retrieval", pad_id=7)
+    assert [n for n in range(40) if not learnt[n]] == [7]
+
+    # 6 pairs and their negatives: P - 1 a direction
+    assert look_at_pairs_read("retrieval", pool=5) == [6 + 2 * 6 * 4]
+    assert look_at_pairs_read("retrieval", pool=2, negatives="image") == [6 + 6]
+    assert look_at_first_weights("retrieval", init_std=0.1) == pytest.approx(0.1, rel=0.15)
+    shapes = look_at_parameters("pretrain", mlp_ratio=3)
+    assert shapes["bert.blocks.0.mlp.0.weight"] == (48, 16)
+    assert shapes["mrfr_head.weight"] == (6, 16) and shapes["moc_head.weight"] == (5, 16)
+    assert shapes["bert.embeddings.positions.weight"] == (12, 16)
+
+    # recomputing is for the layers: less than half of what is kept without
+    kept = [look_at_saved_numbers("pretrain", checkpointing=on) for on in (True, False)]
+    assert kept[0] < 0.5 * kept[1]
+
+
+def test_a_log_value_builds_no_graph():
+    """Logs are detached, and what only they need keeps nothing for backward."""
+    model, kept = make_model("retrieval").train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape), lambda x: x):
+        out = model(make_batch())
+    assert (2, 6, 3) not in kept                        # negatives, of which `first` takes the best
+    for logs in (out["logs"], make_model().train()(make_batch())["logs"]):
+        assert all(value.grad_fn is None and value.ndim == 0 for value in logs.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# The recipe is the paper's
+
+CONFIG = {
+    "width": (768, "5.1: 768 hidden units"),
+    "layers": (12, "5.1: 12-layer Transformer"),
+    "heads": (12, "5.1: 12 attention heads"),
+    "mlp_ratio": (4, "5.1: 3072 intermediate units"),
+    "act": ("gelu", "5.1: GELU"),
+    "dropout": (0.1, "5.1: dropout probability 0.1"),
+    "max_text": (44, "5.1: 144 tokens, 100 of them visual"),
+    "max_regions": (100, "5.1: 100 visual tokens"),
+    "positions": (512, "BERT-base, which 5.1 starts from"),
+    "vocab_size": (30522, "bert-base-uncased's vocab.txt"),
+    "pad_id": (0, "bert-base-uncased's vocab.txt"),
+    "cls_id": (101, "bert-base-uncased's vocab.txt"),
+    "sep_id": (102, "bert-base-uncased's vocab.txt"),
+    "mask_id": (103, "bert-base-uncased's vocab.txt"),
+    "first_word": (999, "bert-base-uncased's vocab.txt: the first line after [unused993]"),
+    "region_dim": (1024, "torchvision's Faster R-CNN; the paper does not say"),
+    "region_classes": (91, "torchvision's; the paper's detector has 1600: Deviation 11"),
+    "global_feature": (False, "4.1: in the ablation only"),
+    "global_dim": (2048, "ResNet-50's, one of Table 4's three networks"),
+    "mlm": (1.0, "4.3: the four tasks, without weights"),
+    "moc": (1.0, "4.3: the four tasks, without weights"),
+    "mrfr": (1.0, "4.3: the four tasks, without weights; of a mean over F: Deviation 3"),
+    "itm": (1.0, "4.3: the four tasks, without weights"),
+    "mlm_prob": (0.15, "4.3, task 1: 15%"),
+    "region_prob": (0.15, "4.3, task 2: 15%"),
+    "region_zero": (0.9, "4.3, task 2: zeroed 90%, kept 10%"),
+    "twin_iou": (0.4, "ours: Deviation 6"),
+    "bce": (1.0, "5.3, fine-tune loss: binary cross-entropy by itself is best"),
+    "ce": (0.0, "5.3, fine-tune loss"),
+    "triplet": (0.0, "5.3, fine-tune loss"),
+    "margin": (0.2, "not printed: Deviation 1"),
+    "pool": (4, "not printed: Deviation 8"),
+    "negatives": ("both", "4.4: negative sentences for each image, negative images for each text"),
+    "init_std": (0.02, "BERT"),
+    "checkpointing": (False, "ours: memory only"),
+}
+STAGE = {"optimizer": ("adam", "5.1: Adam"), "lr": (1e-4, "5.1: 1e-4"),
+         "schedule": ("constant", "none is printed: Deviation 9"), "epochs": (17, "5.1: 17 epochs"),
+         "batch_size": (48, "5.1: 48")}
+RECIPE = {
+    ("pretrain", 0): {**STAGE, "limit": (2_000_000, "5.1: only sampled 2M from LAIT"),
+                      "own_data": (True, "4.2: LAIT, then other data")},
+    ("pretrain", 1): STAGE,
+    ("retrieval", 0): {"optimizer": ("adam", "5.1: Adam"), "lr": (5e-5, "5.2: 5e-5"),
+                       "schedule": ("constant", "none is printed: Deviation 9"),
+                       "epochs": (130, "5.2: 130 epochs"), "batch_size": (24, "5.2: 24")},
+}
+# Deviation 9: nothing else is printed
+PLAIN = dict(weight_decay=0.0, warmup_steps=0.0, clip=0.0, accum=1, steps=0, beta2=0.999)
+
+
+def test_every_number_of_the_recipe_has_its_place_in_the_paper():
+    assert dataclasses.asdict(ib.Config()) == {name: value for name, (value, _) in CONFIG.items()}
+    assert ib.PRESETS["base"] == {}
+    stages = {}
+    for task, table in ib.RECIPE.items():
+        for n, row in enumerate(table if isinstance(table, list) else [table]):
+            stages[task, n] = row
+    assert set(stages) == set(RECIPE)
+    for key, row in stages.items():
+        assert row == {name: value for name, (value, _) in RECIPE[key].items()}, key
+
+
+@pytest.mark.parametrize("task,stage,lr,limit", [
+    ("pretrain", 0, 1e-4, 2_000_000), ("pretrain", 1, 1e-4, 0), ("retrieval", 0, 5e-5, 0)])
+def test_the_optimizer_is_plain_adam(task, stage, lr, limit):
+    """What reaches the optimizer with --preset base: one rate from the first step to the last,
+    for every parameter, no decay."""
+    loop, cfg = train.settings(ib, "base", task, {}, stage)
+    assert cfg == ib.Config() and loop.limit == limit
+    assert {name: getattr(loop, name) for name in PLAIN} == PLAIN
+    assert {train.learning_rate(n, 1000, loop) for n in (0, 1, 500, 999)} == {lr}
+
+    model = make_model(task)
+    optimizer = train.make_optimizer(model, loop)
+    assert type(optimizer) is torch.optim.Adam
+    trained = 0
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (lr, (0.9, 0.999), 0.0)
+        trained += len(group["params"])
+    assert trained == len(list(model.parameters()))
+
+
+def test_what_runs_around_the_model():
+    """Tasks, evaluations, foreign weights, and what a sample is: regions and a caption as they
+    are, without augmentation."""
+    assert ib.TASKS == ("pretrain", "retrieval") and ib.INITS == ("text",)
+    assert ib.EVALS == {"pretrain": ("retrieval", "masked"), "retrieval": ("retrieval",)}
+    assert ib.VIEWS == dict.fromkeys(ib.TASKS, dict(source="pairs", regions="regions",
+                                                    text="caption"))
+    assert train.count_stages(ib, "base", "pretrain", {"stage_data": ("a", "b")}) == 2
+    assert not list(make_model().buffers())             # no memory that --init would carry over
+
+
+def test_the_tables_name_flags_that_exist():
+    """The rows of Tables 3 and 4 above RECIPE. Table 3's CC is Table 4's, without MRFR."""
+    source = Path(ib.__file__).read_text()
+    notes = source[source.index("# Sections 5.1"):source.index("STAGE = ")]
+    known = {field.name for cls in (ib.Config, train.Loop) for field in dataclasses.fields(cls)}
+    flags = set(re.findall(r"--(\w+)", notes))
+    assert flags <= known | {"task", "init_text"}, flags - known
+    assert re.search(r"CC +--stage_data CC --limit 0 --mrfr 0\n", notes)
+    assert {"global_feature", "mrfr", "max_regions", "bce", "ce", "triplet"} <= flags
 
 
 # --------------------------------------------------------------------------------------------------

@@ -254,23 +254,24 @@ def test_how_often_the_cap_of_deviation_5_shows_a_region(r, once_in):
 def test_a_twin_gives_nothing_away():
     torch.manual_seed(0)
     box = torch.tensor([[0.0, 0, 10, 10], [0, 1, 10, 10], [0, 0, 10, 40], [50, 50, 60, 60],
-                        [0, 0, 0, 0]])
-    box = box.expand(3000, 5, 4)
-    regions, mask = torch.ones(3000, 5, 2), torch.tensor([1, 1, 1, 1, 0]).expand(3000, 5)
+                        [0, 0, 0, 0], [0, 0, 10, 10]])
+    box = box.expand(3000, 6, 4)
+    regions, mask = torch.ones(3000, 6, 2), torch.tensor([1, 1, 1, 1, 0, 0]).expand(3000, 6)
     iou = ib.box_iou(box[:1])[0]
     assert iou[0, 1].item() == pytest.approx(0.9) and iou[0, 2].item() == pytest.approx(0.25)
     assert iou[0, 3] == 0 and iou[4, 4] == 0
 
     # 0 and 1 go together, 2 overlaps too little
     out, positions, live, zeroed = ib.mask_regions(regions, box, mask)
-    chosen, gone = chosen_of(positions, live, 5), (out == 0).all(-1)
+    chosen, gone = chosen_of(positions, live, 6), (out == 0).all(-1)
     assert torch.equal(gone[:, 0], gone[:, 1]) and torch.equal(gone, zeroed)
     assert (gone[:, 1] & ~chosen[:, 1]).sum() > 50
-    assert not (gone[:, 2:] & ~chosen[:, 2:]).any() and not gone[:, 4].any()
+    assert not (gone[:, 2:] & ~chosen[:, 2:]).any()
+    assert not gone[:, 4:].any()                        # padding, whatever its box
 
     # the print: no twins
     out, positions, live, _ = ib.mask_regions(regions, box, mask, twin_iou=1.0)
-    assert not ((out == 0).all(-1) & ~chosen_of(positions, live, 5)).any()
+    assert not ((out == 0).all(-1) & ~chosen_of(positions, live, 6)).any()
 
 
 def test_word_masking_rates():
@@ -286,6 +287,16 @@ def test_word_masking_rates():
     assert (new == 4).float().mean() == pytest.approx(0.8, abs=0.02)
     assert (new == old).float().mean() == pytest.approx(0.1, abs=0.02)
     assert torch.equal(out.scatter(1, positions, 0), text.scatter(1, positions, 0))
+
+
+def test_how_many_words_are_hidden():
+    """Deviation 5: max(1, round(0.15 n)) of n words, none of none."""
+    torch.manual_seed(0)
+    maskable = torch.arange(40) < torch.arange(41)[:, None]
+    text = torch.randint(5, 4000, (41, 40))
+    _, _, labels = ib.mask_tokens(text, maskable, 4, 5, 4000)
+    want = [0] + [max(1, round(0.15 * n)) for n in range(1, 41)]
+    assert (labels != -100).sum(1).tolist() == want and want[10] == want[16] == 2
 
 
 def test_negatives_are_of_other_images():
@@ -564,7 +575,7 @@ def hand_in(monkeypatch, *tables):
 IDS = torch.tensor([7, 7, 3, 9, 5, 7])                  # six pairs of four images
 # no number at its default, no two weights alike
 NUMBERS = dict(positions=14, pad_id=1, mask_id=6, first_word=9, mlm=0.7, moc=1.3, mrfr=0.4, itm=2.1,
-               mlm_prob=0.4, region_prob=0.6, region_zero=0.7, twin_iou=0.3, bce=0.7, ce=1.3,
+               mlm_prob=0.45, region_prob=0.6, region_zero=0.7, twin_iou=0.3, bce=0.7, ce=1.3,
                triplet=0.4, margin=0.02, pool=5)
 
 
@@ -577,8 +588,11 @@ def hand_batch():
     text = torch.where(ordinary, torch.randint(9, 40, text.shape, generator=g), text)
     batch["text"] = text.masked_fill(~mask, 1)
 
-    real = batch["regions_mask"]
-    batch["regions_box"][:, 1] = (batch["regions_box"][:, 0] + 0.5) * real[:, 1:2]
+    # moved by half its width, it has an intersection over union of 1/3
+    box = batch["regions_box"]
+    moved = box[:, 0].clone()
+    moved[:, [0, 2]] += (box[:, 0, 2:3] - box[:, 0, 0:1]) / 2
+    box[:, 1] = moved * batch["regions_mask"][:, 1:2]
     batch["regions_label"][:, 3] = -1                   # the detector does not say
     return batch | {"image_id": IDS}
 
@@ -635,6 +649,8 @@ def assert_gradients(model, w):
 @pytest.mark.parametrize("global_feature", [False, True])
 def test_a_step_of_pretraining_by_hand(monkeypatch, global_feature):
     model = make_model("pretrain", torch.float64, 0.4, global_feature=global_feature, **NUMBERS)
+    with torch.no_grad():
+        model.itm_head.bias -= 0.75                     # scores on both sides of 0
     cfg, w, batch, draws = model.cfg, leaves(model), hand_batch(), draws_of_pretraining()
     pairs, kinds = pairs_by_hand(*draws[:2])
     read = hidden_by_hand(w, cfg, batch, pairs, draws)
@@ -994,6 +1010,12 @@ def test_a_log_value_builds_no_graph():
         assert all(value.grad_fn is None and value.ndim == 0 for value in logs.values())
 
 
+def test_a_tie_is_not_a_first_place():
+    model = make_model("retrieval")
+    torch.nn.init.zeros_(model.itm_head.weight)
+    assert model(make_batch())["logs"]["first"] == 0
+
+
 # --------------------------------------------------------------------------------------------------
 # The recipe is the paper's
 
@@ -1081,10 +1103,25 @@ def test_the_optimizer_is_plain_adam(task, stage, lr, limit):
     assert trained == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("task", ib.TASKS)
+def test_norms_and_first_weights_are_berts(task):
+    """LayerNorm's epsilon; biases 0, weights of standard deviation init_std."""
+    model = ib.ImageBert(config(width=64, init_std=0.3), task)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert module.eps == 1e-12, name
+        if isinstance(module, torch.nn.Linear):
+            assert not module.bias.any(), name
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 2 and weight.numel() > 1000:
+            assert weight.std().item() == pytest.approx(0.3, rel=0.1), name
+
+
 def test_what_runs_around_the_model():
     """Tasks, evaluations, foreign weights, and what a sample is: regions and a caption as they
     are, without augmentation."""
     assert ib.TASKS == ("pretrain", "retrieval") and ib.INITS == ("text",)
+    assert ib.BACKBONE == ("bert.", "regions.")
     assert ib.EVALS == {"pretrain": ("retrieval", "masked"), "retrieval": ("retrieval",)}
     assert ib.VIEWS == dict.fromkeys(ib.TASKS, dict(source="pairs", regions="regions",
                                                     text="caption"))
@@ -1112,6 +1149,7 @@ FLAGS = [("pretrain", {}),
          ("pretrain", dict(itm=0.0)),
          ("pretrain", dict(moc=0.0)),
          ("retrieval", {}),
+         ("retrieval", dict(itm=0.0)),
          ("retrieval", dict(bce=0.0, ce=1.0)),
          ("retrieval", dict(bce=0.0, triplet=1.0, negatives="text")),
          ("retrieval", dict(ce=1.0, triplet=1.0, negatives="image", global_feature=True))]
@@ -1130,7 +1168,8 @@ def test_every_parameter_learns(task, flags):
 @pytest.mark.parametrize("task,flags", FLAGS)
 def test_a_model_offers_what_it_can_do(task, flags):
     model, batch = make_model(task, **flags).eval(), make_batch()
-    want = set() if flags.get("itm") == 0 else {"match", "image_states", "text_states"}
+    unmatched = task == "pretrain" and flags.get("itm") == 0
+    want = set() if unmatched else {"match", "image_states", "text_states"}
     if task == "pretrain" and "mlm" not in flags:
         want.add("masked_predictions")
     assert model.offers == want
@@ -1223,6 +1262,18 @@ def test_setup_reads_the_regions_file():
     cfg = config(global_feature=True)
     ib.setup(cfg, "pretrain", STATS)
     assert (cfg.region_dim, cfg.region_classes, cfg.global_dim) == (77, 91, 5)
+
+
+@pytest.mark.parametrize("task,weights", [("pretrain", ("mlm", "moc", "mrfr", "itm")),
+                                          ("retrieval", ("bce", "ce", "triplet"))])
+def test_one_loss_is_enough(task, weights):
+    """The others at 0 are left out; only MOC needs regions with labels."""
+    for only in weights:
+        cfg = config(**dict.fromkeys(weights, 0.0) | {only: 1.0})
+        classes = 91 if only == "moc" else 0
+        ib.setup(cfg, task, STATS | {"region_classes": classes})
+        logs = ib.ImageBert(cfg, task)(make_batch(f=77))["logs"]
+        assert set(logs) & set(weights) == {only}
 
 
 @pytest.mark.parametrize("flag,task,changes,stats", [

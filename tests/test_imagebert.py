@@ -1327,6 +1327,10 @@ def test_foreign_names_are_of_the_whole_tower():
     assert set(needed) == {name for name in names if name.startswith("bert.")}
     assert set(extra) == {name for name in names if name.startswith("mlm_head.")}
     assert not ib.foreign_names(make_model("retrieval"), "text")[1]
+    layer = "encoder.layer.1.attention.self."
+    rows = [layer + "query.bias", layer + "key.bias", layer + "value.bias"]
+    assert needed["bert.blocks.1.attention.qkv.bias"] == rows
+    assert extra["mlm_head.bias"] == ["cls.predictions.bias"]
     for model, side, words in ((make_model(), "vision", "no vision tower"),
                                (make_model(act="relu"), "text", "gelu.*relu")):
         with pytest.raises(SystemExit, match=words) as caught:

@@ -1058,14 +1058,15 @@ CONFIG = {
 }
 STAGE = {"optimizer": ("adam", "5.1: Adam"), "lr": (1e-4, "5.1: 1e-4"),
          "schedule": ("constant", "none is printed: Deviation 9"), "epochs": (17, "5.1: 17 epochs"),
-         "batch_size": (48, "5.1: 48")}
+         "batch_size": (48, "5.1: 48"), "epoch_of": ("images", "they have one caption each")}
 RECIPE = {
     ("pretrain", 0): {**STAGE, "limit": (2_000_000, "5.1: only sampled 2M from LAIT"),
                       "own_data": (True, "4.2: LAIT, then other data")},
     ("pretrain", 1): STAGE,
     ("retrieval", 0): {"optimizer": ("adam", "5.1: Adam"), "lr": (5e-5, "5.2: 5e-5"),
                        "schedule": ("constant", "none is printed: Deviation 9"),
-                       "epochs": (130, "5.2: 130 epochs"), "batch_size": (24, "5.2: 24")},
+                       "epochs": (130, "5.2: 130 epochs"), "batch_size": (24, "5.2: 24"),
+                       "epoch_of": ("images", "not printed: Deviation 10")},
 }
 # Deviation 9: nothing else is printed
 PLAIN = dict(weight_decay=0.0, warmup_steps=0.0, clip=0.0, accum=1, steps=0, beta2=0.999)

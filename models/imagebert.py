@@ -691,7 +691,8 @@ class ImageBert(nn.Module):
     def loss_pretrain(self, batch):
         """Section 4.3: the sum of the four tasks."""
         # Eq. 5 needs mismatched pairs: the last half of the batch, so that matched ones come first
-        cfg, size, swapped = self.cfg, len(batch["image_id"]), 0
+        cfg, size = self.cfg, len(batch["image_id"])
+        swapped = 0
         if cfg.itm:
             check_size(size, 2, "--itm")
             swapped = size // 2

@@ -2086,7 +2086,8 @@ def view_features(draft, key):
 
 
 def view_regions(draft, key):
-    """The max_regions regions with the highest scores, padded with zeros.
+    """The max_regions regions with the highest scores, padded with zeros; of a file without scores
+    (it says so) the first ones.
 
     KEY (R, F) float16, KEY_box (R, 4) xyxy in pixels, KEY_label (R,), -1 = none, KEY_mask (R,),
     1 = a region, KEY_size (2,) width and height of the picture, KEY_global (G,) float16 where the

@@ -119,7 +119,9 @@ def test_the_command(tmp_path):
     assert re.search(r"regions +3\n", done.stdout) and "feature size" in done.stdout
     file = data.Regions([str(out)])
     np.testing.assert_array_equal(file[0]["features"], features)
-    assert (file.about, file.classes) == ("bottom-up-attention (a.tsv)", 0)
+    assert file.about == ("bottom-up-attention (a.tsv), without scores: regions in the file's "
+                          "order")
+    assert file.classes == 0
 
 
 @pytest.mark.parametrize("args, words", [

@@ -513,8 +513,10 @@ def convert_regions(args):
 
     # another file of the same name has another size
     files = ", ".join(map(os.path.basename, paths))
-    metadata = {"detector": f"bottom-up-attention ({files})", "root": "",
-                "label_names": json.dumps(names)}
+    about = f"bottom-up-attention ({files})"
+    if not labeled:
+        about += ", without scores: regions in the file's order"
+    metadata = {"detector": about, "root": "", "label_names": json.dumps(names)}
     source = ", ".join(f"{path}, {os.path.getsize(path)} bytes" for path in paths)
     try:
         return collect_regions(args.out, tsv_lines(paths), None,

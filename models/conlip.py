@@ -77,6 +77,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -113,7 +114,8 @@ class Config:
     head_layers: int = 1            # layers of a token-level head
     head_shared: bool = False       # its layers share their parameters
     queue_chunk: int = 4096         # keys of a queue scored at a time
-    init_std: float = 0.02          # standard deviation of initial weights and position embeddings
+    init_std: float = 0.02          # standard deviation of initial weights
+    pos_std: float = 0.02           # that of the image tower's position embeddings and class token
     checkpointing: bool = False     # recompute blocks in backward instead of keeping activations
 
     def __post_init__(self):
@@ -140,10 +142,11 @@ PRESETS = {
     # new key by its age: with 1,024 keys, batch 32 and m 0.98 both losses fell below 3
     # (log 1024 = 6.9) while recall stayed at chance.
     "tiny": dict(
-        image_size=64, stem="conv", width=128, vision_layers=4, text_layers=2, heads=4, mlp_ratio=2,
-        act="relu", dropout=0.0, max_text=22, queue_size=192, init_std=0.08,
+        image_size=72, patch=24, stem="conv", width=128, vision_layers=4, text_layers=2, heads=4,
+        mlp_ratio=2, act="relu", dropout=0.0, max_text=22, queue_size=192, init_std=0.08,
+        pos_std=0.5,
         pretrain=dict(batch_size=64, steps=1300, lr=1e-3, warmup_steps=100, amp="auto"),
-        retrieval=dict(image_size=64, batch_size=64, steps=500, lr=3e-4, warmup_steps=50,
+        retrieval=dict(image_size=72, batch_size=64, steps=500, lr=3e-4, warmup_steps=50,
                        amp="auto"),
     ),
 }
@@ -351,6 +354,25 @@ def blank(image, hidden, patch):
     hidden = hidden.repeat_interleave(patch, dim=2)
     hidden = hidden.repeat_interleave(patch, dim=3)                              # (B, 1, H, W)
     return image.masked_fill(hidden, 0)
+
+
+# Copied from models/codis.py::init_vit
+def init_vit(vit, pos_std):
+    """Initial weights of an image encoder, where a model's `init_std` does not suit it.
+
+    He's for the convolutions of a stem, `pos_std` for position embeddings and class token, 0.02 for
+    what a block adds to its tokens. With tiny's 0.08 for all three the first block drowned the
+    patches: every token knew the colours of the whole picture, few knew their own position.
+    """
+    for module in vit.patch_embed.children():  # of a conv stem; ViT's single projection has none
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    for token in (vit.pos_embed, vit.cls_token):
+        nn.init.trunc_normal_(token, std=pos_std)
+    for block in vit.blocks:
+        for module in (block.attention.out, block.mlp[2]):
+            nn.init.trunc_normal_(module.weight, std=0.02)
 
 
 # Copied from models/codis.py::run_block
@@ -660,6 +682,7 @@ class QueueLogSum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, ids, queue, queue_ids, total = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
@@ -737,14 +760,12 @@ class ConLIP(nn.Module):
             self.offers.add("cross_attention")
 
     def init_weights(self):
-        # a stem's convolutions keep PyTorch's own start
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=self.cfg.init_std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        for token in (self.vision.pos_embed, self.vision.cls_token):
-            nn.init.trunc_normal_(token, std=self.cfg.init_std)
+        init_vit(self.vision, self.cfg.pos_std)
 
         # 0.02 at all sizes: with tiny's 0.08 all patches ended in one guess, the median pixel
         if self.masks_image:

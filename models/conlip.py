@@ -130,6 +130,9 @@ class Config:
             if given not in words:
                 raise SystemExit(f"--{field} {given}: it is one of {', '.join(words)}")
 
+        if self.queue_size < 1:
+            raise SystemExit(f"--queue_size {self.queue_size}: every negative is a key of the queue")
+
         # images divide into units, units into patches
         if self.image_size % (self.patch * self.mask_unit):
             raise SystemExit(f"--image_size {self.image_size}: not a multiple of "

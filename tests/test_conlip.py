@@ -14,7 +14,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-import data
 import eval as evaluation
 import train
 from models import conlip
@@ -569,6 +568,49 @@ def test_a_row_without_negatives_has_loss_and_gradient_zero(kind):
     assert (loss[1:] != 0).all() and grad.isfinite().all()
 
 
+def test_queue_scores_are_float32_under_autocast():
+    """Forward and backward: sums of exponentials of scores over 0.05 need it."""
+    q, _, ids, queue, queue_ids = (x.float() if x.is_floating_point() else x
+                                   for x in contrast_data())
+    q.requires_grad_()
+    expected = plain_sum(q, ids, queue, queue_ids, 0.05)
+    grad, = torch.autograd.grad(expected.sum(), q)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = QueueLogSum.apply(q, ids, queue, queue_ids, 0.05, 4)
+        grad_found, = torch.autograd.grad(found.sum(), q)
+    close(found, expected, 1e-5)
+    close(grad_found, grad, 1e-5)
+
+
+def test_backward_of_the_queue_is_differentiable_once():
+    """A second derivative is an error, and not a silent zero."""
+    q, _, ids, queue, queue_ids = contrast_data()
+    q.requires_grad_()
+    total = QueueLogSum.apply(q, ids, queue, queue_ids, 0.05, 4).square().sum()
+    grad, = torch.autograd.grad(total, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(grad.sum(), q)
+
+
+def test_token_losses_are_float32():
+    logits, labels = torch.randn(2, 3, 7).bfloat16(), torch.randint(0, 7, (2, 3))
+    y, z = torch.randn(2, 3, 12).bfloat16(), torch.randn(2, 3, 12).bfloat16()
+    for loss, args in ((conlip.conmlm_loss, (logits, labels)), (conlip.conmim_loss, (y, z))):
+        exact = [x.float() if x.is_floating_point() else x for x in args]
+        assert loss(*args).dtype == torch.float32 and torch.equal(loss(*args), loss(*exact))
+
+
+def test_one_pair_is_a_batch():
+    """Negatives are the queue's, so that a batch of one trains."""
+    model = make_model()
+    batch = {name: x[3:] for name, x in make_batch(model.cfg).items()}
+    out = model(batch)
+    out["loss"].backward()
+    model.after_backward(out)
+    assert all(value.isfinite() and value != 0 for value in out["logs"].values())
+    assert model.queue_ids[0] == 10 and model.ptr == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     """Under autocast every loss stays near its float32 value, and gradients are finite."""
@@ -780,6 +822,250 @@ def test_pictures_that_are_no_squares():
 
 
 # --------------------------------------------------------------------------------------------------
+# Every setting matters
+
+# A field of Config, another legal value (in comparison with small() and `given`), and the first
+# thing that changes: the names of weights whose shapes do, the start of weights, the losses, the
+# gradients, the momentum towers; or nothing here, for fields that the tests behind look at.
+BLOCKS = ("vision.blocks", "text.blocks", "mlm_layers.blocks", "mim_layers.blocks")
+SETTINGS = [
+    ("image_size", 48, ("vision.pos_embed",), {}),
+    ("patch", 12, ("vision.pos_embed", "vision.patch_embed", "mim_head"), {}),
+    ("stem", "conv", ("vision.patch_embed",), {}),
+    ("width", 30, ("vision.", "text.", "mlm_", "mim_", "mask_token", "queue_"), {}),
+    ("vision_layers", 3, ("vision.blocks.2",), {}),
+    ("text_layers", 2, ("text.blocks.1",), {}),
+    ("heads", 4, "losses", {}),
+    ("mlp_ratio", 3, BLOCKS, {}),
+    ("act", "relu", "losses", {}),
+    ("dropout", 0.1, "losses", {}),
+    ("max_text", 9, "nothing", {}),             # test_max_text_is_the_width_of_a_batch
+    ("positions", 16, ("text.embeddings.positions",), {}),
+    ("vocab_size", 60, ("text.embeddings.words", "mlm_head.bias"), {}),
+    ("pad_id", 9, "gradients", {}),
+    ("cls_id", 9, "losses", {}),
+    ("sep_id", 9, "losses", {}),
+    ("mask_id", 5, "losses", {}),
+    ("first_word", 30, "losses", {"mlm_prob": 1.0}),
+    ("queue_size", 25, ("queue_",), {}),
+    ("momentum", 0.9, "teachers", {}),
+    ("temp", 0.1, "losses", {}),
+    ("contrast", "infonce", "losses", {"temp": 0.5}),
+    ("positive", "online", "losses", {}),
+    ("mlm", "vanilla", "losses", {}),
+    ("mlm", "none", ("mlm_",), {}),
+    ("mim", "vanilla", "losses", {}),
+    ("mim", "none", ("mim_",), {}),
+    ("mlm_prob", 0.4, "losses", {}),
+    ("mim_prob", 0.7, "losses", {}),
+    ("mask_unit", 2, "losses", {"image_size": 32}),
+    ("head_layers", 2, ("mlm_layers.blocks.1", "mim_layers.blocks.1"), {}),
+    ("head_shared", True, ("mlm_layers.blocks.1", "mim_layers.blocks.1"), {"head_layers": 2}),
+    ("queue_chunk", 5, "nothing", {}),          # test_queue_chunk_is_memory_alone
+    ("init_std", 0.08, "start", {}),
+    ("pos_std", 0.5, "start", {}),
+    ("checkpointing", True, "nothing", {}),     # test_checkpointing_is_memory_alone
+]
+
+
+def a_step(**settings):
+    """What a step of pre-training makes of the same seeds -> {what: {name: tensor}}."""
+    cfg = small(**settings)
+    torch.manual_seed(0)
+    model = ConLIP(cfg).train()
+    seen = {"shapes": {}, "start": {name: t.clone() for name, t in model.state_dict().items()}}
+    for name, t in seen["start"].items():
+        seen["shapes"][name] = torch.tensor(t.shape)
+
+    # momentum towers become unlike their students; ids are small()'s, whatever the settings say
+    torch.manual_seed(1)
+    shake(model)
+    batch = make_batch(small(image_size=cfg.image_size))
+    batch["text"][0, 1] = batch["text"][1, 1] = 9
+    torch.manual_seed(2)
+    out = model(batch)
+    out["loss"].backward()
+    seen["losses"] = out["logs"]
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    seen["gradients"] = {name: p.grad.clone() for name, p in trained.items()}
+    with torch.no_grad():
+        for p in trained.values():
+            p.sub_(0.1 * p.grad)
+    model.after_step(1, 10)
+    seen["teachers"] = {name: t for name, t in model.state_dict().items() if "_m." in name}
+    return seen
+
+
+def different(a, b):
+    """The names at which two dicts of tensors differ by more than rounding."""
+    return {name for name in set(a) | set(b)
+            if name not in a or name not in b or a[name].shape != b[name].shape
+            or not torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6)}
+
+
+def test_the_table_of_settings_is_whole():
+    assert {row[0] for row in SETTINGS} == {field.name for field in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize("field, value, what, given", SETTINGS)
+def test_every_setting_matters(field, value, what, given):
+    base, other = a_step(**given), a_step(**given, **{field: value})
+    changed = {name: different(base[name], other[name]) for name in base}
+    if isinstance(what, tuple):
+        names = {name.replace("_m.", ".") for name in changed["shapes"]}
+        assert all(name.startswith(what) for name in names)
+        assert all(any(name.startswith(part) for name in names) for part in what)
+        return
+
+    # the first of them, and nothing before
+    first = next((name for name in changed if changed[name]), "nothing")
+    assert first == what
+    if field == "pos_std":
+        assert {name.replace("_m.", ".") for name in changed["start"]} == {
+            "vision.pos_embed", "vision.cls_token"}
+
+
+def test_queue_chunk_is_memory_alone(monkeypatch):
+    """So many keys are scored at a time, in both directions and again in backward."""
+    sizes, scores = [], QueueLogSum.scores
+
+    def noted(*args):
+        for keys, scored in scores(*args):
+            sizes.append(tuple(scored.shape))
+            yield keys, scored
+
+    monkeypatch.setattr(QueueLogSum, "scores", staticmethod(noted))
+    model = make_model("retrieval", queue_chunk=8)
+    out = model(make_batch(model.cfg))
+    assert sizes == 2 * [(4, 8), (4, 8), (4, 5)]
+    out["loss"].backward()
+    assert sizes == 4 * [(4, 8), (4, 8), (4, 5)]
+
+
+def saved_bytes(model, batch):
+    """A step -> the shapes of what autograd keeps for backward, the bytes, losses, gradients."""
+    kept = {}
+
+    def note(t):
+        kept[t.data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        torch.manual_seed(4)
+        out = model(batch)
+        shapes = {tuple(t.shape) for t in kept.values()}
+        total = sum(t.numel() * t.element_size() for t in kept.values())
+    out["loss"].backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return shapes, total, out["logs"], grads
+
+
+def test_checkpointing_is_memory_alone():
+    """Less is kept for backward; losses, gradients, masks and dropout are the same."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = make_model(checkpointing=checkpointing, dropout=0.3)
+        found.append(saved_bytes(model, make_batch(model.cfg)))
+    (_, much, logs, grads), (_, little, logs_again, grads_again) = found
+    assert little < 0.75 * much
+    assert not different(logs, logs_again) and not different(grads, grads_again)
+
+
+def test_no_matrix_of_queue_scores_is_kept():
+    model = make_model("retrieval", queue_size=21, queue_chunk=100)
+    shapes, _, _, _ = saved_bytes(model, make_batch(model.cfg))
+    assert (21, 24) in shapes                                # the queue itself is
+    assert (4, 21) not in shapes and (21, 4) not in shapes
+
+
+def test_max_text_is_the_width_of_a_batch(photos, tmp_path, monkeypatch):
+    widths, loss = [], ConLIP.loss_pretrain
+
+    def noted(model, batch):
+        widths.append(batch["text"].shape[1])
+        return loss(model, batch)
+
+    monkeypatch.setattr(ConLIP, "loss_pretrain", noted)
+    train.main([*SMALL, *photos, "--max_text", "6", "--steps", "1", "--evals", "none",
+                "--out", str(tmp_path)])
+    assert widths == [6]
+
+
+# --------------------------------------------------------------------------------------------------
+# Dropout
+
+def runs_differ(part, *inputs):
+    torch.manual_seed(0)
+    return not torch.equal(part(*inputs), part(*inputs))
+
+
+def test_dropout_is_where_bert_has_it():
+    """On embeddings, on attention probabilities and on what each part of a layer puts out; in the
+    text tower and in the heads, in training alone."""
+    model = ConLIP(small(dropout=0.4)).train()
+    batch, x = make_batch(model.cfg), torch.randn(2, 5, 24)
+    embeddings = model.text.embeddings
+    blocks = [model.text.blocks[0], model.mlm_layers.blocks[0], model.mim_layers.blocks[0]]
+    for training in (True, False):
+        model.train(training)
+        assert runs_differ(embeddings, batch["text"]) == training
+        for block in blocks:
+            assert block.drop.p == block.attention.dropout == 0.4
+            assert runs_differ(block.attention, x) == training
+            assert runs_differ(block.feed, x) == training
+            if hasattr(block, "cross"):
+                assert block.cross.dropout == 0.4
+                context = block.cross.context(x)
+                assert runs_differ(block.cross, x, context) == training
+
+        # the ViT has none, nor have teachers
+        assert not runs_differ(model.vision, batch["image"])
+        assert not runs_differ(model.text_m, batch["text"], batch["text_mask"])
+        assert runs_differ(model.encode_text, batch) == training
+    assert embeddings.drop.p == 0.4
+
+    # what self-attention and cross-attention put out, where probabilities stay whole
+    model.train()
+    for block in blocks:
+        block.attention.dropout = 0.0
+        assert runs_differ(block.self_attend, x)
+        if hasattr(block, "cross"):
+            block.cross.dropout = 0.0
+            context = block.cross.context(x)
+            assert runs_differ(block.cross_attend, x, context)
+
+
+# --------------------------------------------------------------------------------------------------
+# How weights start
+
+def test_how_weights_start():
+    """init_std for matrices, zero for biases; the image tower as init_vit() says; the pixel head
+    and the mask token small: at tiny's 0.08 ConMIM ended in one guess for all patches."""
+    model = ConLIP(small(image_size=96, width=96, stem="conv", init_std=0.08, pos_std=0.5))
+    state, towers = model.state_dict(), ("vision_m.", "text_m.")
+    stds = [(r"vision\.(pos_embed|cls_token)", 0.5), (r"vision\.blocks\.\d\.attention\.out", 0.02),
+            (r"vision\.blocks\.\d\.mlp\.2", 0.02), (r"mim_head|mask_token", 0.02),
+            (r"vision\.patch_embed\.0", math.sqrt(2 / (3 * 2 * 2))),
+            (r"vision\.patch_embed\.[24]", math.sqrt(2 / (48 * 3 * 3))), (r"", 0.08)]
+    for name, t in state.items():
+        if name.startswith(("queue_", "ptr", *towers)):
+            continue
+        if "norm" in name or "transform.2" in name:
+            assert torch.equal(t, torch.ones_like(t) * name.endswith("weight")), name
+        elif name.endswith("bias"):
+            assert (t == 0).all(), name
+        else:
+            expected = next(std for pattern, std in stds if re.match(pattern, name))
+            assert abs(t.std() / expected - 1) < (0.3 if t.numel() < 300 else 0.1), name
+
+    # momentum towers are copies
+    for name, t in state.items():
+        if name.startswith(towers):
+            assert torch.equal(t, state[name.replace("_m.", ".", 1)]), name
+
+
+# --------------------------------------------------------------------------------------------------
 # Memory
 
 def test_queue_is_a_ring():
@@ -866,6 +1152,7 @@ def test_protocol(task):
     out["loss"].backward()
     assert out["loss"].ndim == 0
     assert all(v.ndim == 0 and not v.requires_grad for v in out["logs"].values())
+    assert not any(key.requires_grad for key in out["keys"])
     for emb in (model.encode_image(batch), model.encode_text(batch)):
         close(emb.norm(dim=-1), torch.ones(4), 1e-5)
     offered = evaluation.offered(model)
@@ -881,21 +1168,84 @@ def test_a_model_without_heads_offers_no_cross_attention():
     (dict(mlm="nope"), "--mlm nope: it is one of con, vanilla, none"),
     (dict(mim="nope"), "--mim nope"), (dict(contrast="nope"), "--contrast nope"),
     (dict(positive="nope"), "--positive nope"), (dict(mask_unit=2), "multiple"),
+    (dict(queue_size=0), "--queue_size 0: every negative is a key of the queue"),
 ])
 def test_bad_settings_are_one_line(setting, words):
     with pytest.raises(SystemExit, match=words):
         small(**setting)
 
 
-def test_base_is_the_papers():
-    cfg = Config()
-    assert (cfg.queue_size, cfg.momentum, cfg.temp, cfg.max_text) == (12288, 0.99, 0.05, 50)
-    assert (cfg.dropout, cfg.image_size, cfg.mim_prob, cfg.mlm_prob) == (0.1, 224, 0.5, 0.15)
+# Every number of Config, and where it comes from.
+CONFIG = {
+    "image_size": (224, "Table 6, PT"),
+    "patch": (16, "4.1: ViT-B/16"),
+    "stem": ("patch", "4.1: ViT-B/16"),
+    "width": (768, "4.1: ViT-B and BERT-base; 3.1: the [CLS] states themselves are compared"),
+    "vision_layers": (12, "4.1: ViT-B"),
+    "text_layers": (12, "4.1: BERT-base"),
+    "heads": (12, "4.1: ViT-B and BERT-base"),
+    "mlp_ratio": (4, "4.1: ViT-B and BERT-base"),
+    "act": ("gelu", "4.1: ViT-B and BERT-base"),
+    "dropout": (0.1, "Table 6"),
+    "max_text": (50, "Table 6"),
+    "positions": (512, "4.1: bert-base-uncased"),
+    "vocab_size": (30522, "4.1: bert-base-uncased"),
+    "pad_id": (0, "4.1: bert-base-uncased"),
+    "cls_id": (101, "4.1: bert-base-uncased"),
+    "sep_id": (102, "4.1: bert-base-uncased"),
+    "mask_id": (103, "4.1: bert-base-uncased"),
+    "first_word": (999, "4.1: bert-base-uncased, [unused*] and special tokens before it"),
+    "queue_size": (12288, "Table 6"),
+    "momentum": (0.99, "Table 6"),
+    "temp": (0.05, "Table 6"),
+    "contrast": ("dcl", "Eq. 10-12"),
+    "positive": ("momentum", "MoCo, which 3.3 follows; Deviation 3"),
+    "mlm": ("con", "Eq. 5"),
+    "mim": ("con", "Eq. 6"),
+    "mlm_prob": (0.15, "4.1"),
+    "mim_prob": (0.5, "4.1"),
+    "mask_unit": (1, "ours: Deviation 5"),
+    "head_layers": (1, "3.1 and Table 4"),
+    "head_shared": (False, "Table 4"),
+    "queue_chunk": (4096, "ours: memory alone"),
+    "init_std": (0.02, "BERT's and ViT's code"),
+    "pos_std": (0.02, "ViT's code, as timm has it"),
+    "checkpointing": (False, "ours: memory alone"),
+}
+# Every number of RECIPE, the same for both tasks: Table 6 says "Pretraining & Fine-tuning".
+LOOP = {
+    "optimizer": ("adamw", "4.1"),
+    "lr": (5e-5, "Table 6"),
+    "weight_decay": (0.01, "Table 6"),
+    "schedule": ("linear", "Table 6"),
+    "warmup_steps": (0.1, "Table 6: 10 % of all steps"),
+    "epochs": (30, "Table 6"),
+    "batch_size": (4096, "Table 6"),
+    "amp": ("fp16", "4.1"),
+}
+# What the paper says nothing about: train.py's, which are AdamW's own and none.
+SILENT = {"beta2": 0.999, "clip": 0.0, "min_lr": 0.0, "warmup_lr": 0.0, "steps": 0, "accum": 1,
+          "image_view": "", "limit": 0}
+
+
+def test_the_recipe_is_the_papers():
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    assert defaults == {name: value for name, (value, _) in CONFIG.items()}
+    assert conlip.PRESETS["base"] == {}
+
+    # Table 6 has one column for both, and the image size of each
+    numbers = {name: value for name, (value, _) in LOOP.items()}
+    assert conlip.RECIPE == {"pretrain": numbers, "retrieval": numbers | {"image_size": 336}}
     for task, size in (("pretrain", 224), ("retrieval", 336)):
         loop, cfg = train.settings(conlip, "base", task, {})
-        assert (loop.epochs, loop.batch_size, loop.lr) == (30, 4096, 5e-5)
-        assert (loop.schedule, loop.warmup_steps, loop.weight_decay) == ("linear", 0.1, 0.01)
-        assert (loop.amp, loop.optimizer, cfg.image_size) == ("fp16", "adamw", size)
+        found = {name: getattr(loop, name) for name in numbers | SILENT}
+        assert found == numbers | SILENT
+        assert vars(cfg) == defaults | {"image_size": size}
+
+    # section 4.1: "resized into the size of 224x224 with center-crop", nothing else; "half" is
+    # the range [-1, 1] of google/vit-base-patch16-224-in21k
+    view = dict(source="pairs", image="center", image_eval="center", norm="half", text="caption")
+    assert conlip.VIEWS == {"pretrain": view, "retrieval": view}
 
     # Table 7 less the poolers
     with torch.device("meta"):
@@ -928,13 +1278,6 @@ def test_heads_are_dropped_and_sizes_adapt():
     ours, theirs = model.vision.pos_embed, first.vision.pos_embed
     assert ours.shape == (1, 37, 24) and torch.equal(ours[:, 0], theirs[:, 0])
     assert model.vision(torch.randn(1, 3, 48, 48)).isfinite().all()
-
-
-def test_pixel_head_and_mask_token_start_small():
-    """Whatever the towers start with: at tiny's 0.08 ConMIM ended in one guess for all patches."""
-    model = ConLIP(small(init_std=0.08), "pretrain")
-    assert model.mim_head.weight.std() < 0.03 and model.mask_token.std() < 0.03
-    assert model.vision.pos_embed.std() > 0.03
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1233,9 +1576,16 @@ SMALL = ("--model conlip --image_size 32 --patch 16 --width 24 --vision_layers 1
          "--eval_split val").split()
 
 
-def test_pretrain_evaluate_and_fine_tune(photos, tmp_path):
-    run, tuned = tmp_path / "run", tmp_path / "tuned"
-    result = train.main([*SMALL, *photos, "--out", str(run), "--limit", "12"])
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    """A pre-trained model -> its directory, what train.main() returned."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, train.main([*SMALL, *photos, "--out", str(folder), "--limit", "12"])
+
+
+def test_pretrain_evaluate_and_fine_tune(run, photos, tmp_path):
+    run, result = run
+    tuned = tmp_path / "tuned"
     assert 0 <= result["retrieval"]["metrics"]["t2i_r10"] <= 100
     logs = [json.loads(line) for line in open(run / "log.jsonl")]
     assert len(logs) == 3 and all(math.isfinite(line["mim"]) for line in logs)
@@ -1252,6 +1602,26 @@ def test_pretrain_evaluate_and_fine_tune(photos, tmp_path):
     assert (tuned / "eval-retrieval.json").exists()
     with pytest.raises(SystemExit, match="does not offer it.*it offers: retrieval, gallery"):
         evaluation.main([str(tuned), "--task", "cross_attention"])
+
+
+def test_init_leaves_the_other_datas_queue_behind(run, photos, tmp_path, capsys):
+    """Two data sets number their pictures alike: the keys of one would pass for a picture's own in
+    the other. Both tasks start with empty queues, and say so; towers and teachers come along."""
+    old = weights.load_run(run[0])[0].state_dict()
+    assert (old["queue_ids"] >= 0).any() and old["ptr"] != 0
+    for task in conlip.TASKS:
+        out = tmp_path / task
+        train.main([*SMALL, *photos, "--task", task, "--init", str(run[0]), "--out", str(out),
+                    "--steps", "0", "--evals", "none", "--seed", "1"])
+        assert "new: ptr, queue_ids, queue_image, queue_text; dropped" in capsys.readouterr().out
+        new = weights.load_run(out)[0].state_dict()
+        assert (new["queue_ids"] == -1).all() and new["ptr"] == 0
+        for name in ("queue_image", "queue_text"):
+            close(new[name].norm(dim=-1), torch.ones(16), 1e-5)
+            assert (new[name] @ old[name].T).max() < 0.99
+        for name, t in old.items():
+            if name.startswith(("vision", "text")):
+                assert torch.equal(new[name], t), name
 
 
 @pytest.mark.parametrize("flags", [

@@ -58,11 +58,12 @@ Deviations from the paper
         published weights were trained and configured. Momentum towers run without dropout. Weight
         decay spares biases and norms.
      9. Fine-tuning drops the heads and uses Eq. 12 alone with pre-training's settings (Table 6
-        heads its column "Pretraining & Fine-tuning"); the paper does not name the loss. Its queues
-        start anew, because their image ids are those of other data.
-    10. `stem="conv"` (three convolutions instead of one 16x16 patch projection) and `act="relu"`
-        exist for `tiny`. Pixels under a mask are blanked before the stem, so that no convolution
-        carries them to a neighbour.
+        heads its column "Pretraining & Fine-tuning"); the paper does not name the loss. Every run
+        that starts from another one (`--init`) starts with new queues, because the image ids of the
+        old ones are those of other data.
+    10. `stem="conv"` (three convolutions instead of one 16x16 patch projection), `act="relu"` and
+        `pos_std` exist for `tiny`. Pixels under a mask are blanked before the stem, so that no
+        convolution carries them to a neighbour.
 
 Run: python models/conlip.py      (2 s: shapes, parameters and every loss on a random batch)
 """
@@ -131,7 +132,8 @@ class Config:
                 raise SystemExit(f"--{field} {given}: it is one of {', '.join(words)}")
 
         if self.queue_size < 1:
-            raise SystemExit(f"--queue_size {self.queue_size}: every negative is a key of the queue")
+            raise SystemExit(f"--queue_size {self.queue_size}: "
+                             "every negative is a key of the queue")
 
         # images divide into units, units into patches
         if self.image_size % (self.patch * self.mask_unit):
@@ -148,15 +150,17 @@ PRESETS = {
         image_size=72, patch=24, stem="conv", width=128, vision_layers=4, text_layers=2, heads=4,
         mlp_ratio=2, act="relu", dropout=0.0, max_text=22, queue_size=192, init_std=0.08,
         pos_std=0.5,
-        pretrain=dict(batch_size=64, steps=1300, lr=1e-3, warmup_steps=100, amp="auto"),
-        retrieval=dict(image_size=72, batch_size=64, steps=500, lr=3e-4, warmup_steps=50,
+        pretrain=dict(batch_size=64, steps=1600, lr=1e-3, warmup_steps=100, amp="auto"),
+        retrieval=dict(image_size=72, batch_size=64, steps=650, lr=3e-4, warmup_steps=50,
                        amp="auto"),
     ),
 }
 
 # Values are those of Table 6 and section 4.1. AdamW's betas, no clipping and the decay to zero are
 # train.py's, as the paper is silent about them.
-# Data: CC3M + CC12M, "randomly collect 200k, 5.3M and 9.5M": --limit 200000 --seed 0.
+# Data: CC3M + CC12M, "randomly collect 200k, 5.3M and 9.5M": --limit 200000 --seed 0. They have no
+#   test split: name the data of the closing evaluation, --eval_data dataset_coco.json --eval_root
+#   COCO_IMAGES (Tables 3 to 5 are zero-shot on COCO's 5,000 test images).
 # Towers: --init_vision google/vit-base-patch16-224-in21k --init_text bert-base-uncased; the heads
 #   start at random.
 # Table 1  CL: --mlm none --mim none; Vanilla: --mlm vanilla --mim vanilla; ConLIP: the default.

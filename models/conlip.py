@@ -58,9 +58,12 @@ Deviations from the paper
         published weights were trained and configured. Momentum towers run without dropout. Weight
         decay spares biases and norms.
      9. Fine-tuning drops the heads and uses Eq. 12 alone with pre-training's settings (Table 6
-        heads its column "Pretraining & Fine-tuning"); the paper does not name the loss. Every run
-        that starts from another one (`--init`) starts with new queues, because the image ids of the
-        old ones are those of other data.
+        heads its column "Pretraining & Fine-tuning"); the paper does not name the loss. Its 30
+        epochs go over captions, each of them once [?]: the paper counts "image-text pairs", but
+        does not say what an epoch of five captions an image is. Flickr30K's 145,000 captions are
+        1,050 steps, its 29,000 images would be 210. In pre-training there is no difference, as
+        CC3M and CC12M have one caption an image. Every run that starts from another one (`--init`)
+        starts with new queues, because the image ids of the old ones are those of other data.
     10. `stem="conv"` (three convolutions instead of one 16x16 patch projection), `act="relu"` and
         `pos_std` exist for `tiny`. Pixels under a mask are blanked before the stem, so that no
         convolution carries them to a neighbour.
@@ -180,8 +183,9 @@ PAPER = dict(optimizer="adamw", lr=5e-5, weight_decay=0.01, schedule="linear", w
              epochs=30, batch_size=4096, amp="fp16")
 RECIPE = {
     "pretrain": PAPER,
-    # Karpathy's COCO (113,287 images) or Flickr30K (29,783)
-    "retrieval": PAPER | dict(image_size=336),
+    # Karpathy's COCO (113,287 images) or Flickr30K (the paper: 29.8k; his file marks 29,000).
+    # epoch_of [?]: Deviation 9
+    "retrieval": PAPER | dict(image_size=336, epoch_of="captions"),
 }
 
 TASKS = ("pretrain", "retrieval")

@@ -1223,6 +1223,11 @@ LOOP = {
     "batch_size": (4096, "Table 6"),
     "amp": ("fp16", "4.1"),
 }
+# What fine-tuning has beside: the image size of its own, and what its epochs go over.
+FINE_TUNING = {
+    "image_size": (336, "Table 6, FT"),
+    "epoch_of": ("captions", "[?], Deviation 9: 4.1 counts image-text pairs"),
+}
 # What the paper says nothing about: train.py's, which are AdamW's own and none.
 SILENT = {"beta2": 0.999, "clip": 0.0, "min_lr": 0.0, "warmup_lr": 0.0, "steps": 0, "accum": 1,
           "image_view": "", "limit": 0}
@@ -1235,9 +1240,11 @@ def test_the_recipe_is_the_papers():
 
     # Table 6 has one column for both, and the image size of each
     numbers = {name: value for name, (value, _) in LOOP.items()}
-    assert conlip.RECIPE == {"pretrain": numbers, "retrieval": numbers | {"image_size": 336}}
-    for task, size in (("pretrain", 224), ("retrieval", 336)):
+    more = {name: value for name, (value, _) in FINE_TUNING.items()}
+    assert conlip.RECIPE == {"pretrain": numbers, "retrieval": numbers | more}
+    for task, size, unit in (("pretrain", 224, "images"), ("retrieval", 336, "captions")):
         loop, cfg = train.settings(conlip, "base", task, {})
+        assert loop.epoch_of == unit
         found = {name: getattr(loop, name) for name in numbers | SILENT}
         assert found == numbers | SILENT
         assert vars(cfg) == defaults | {"image_size": size}
@@ -1572,8 +1579,8 @@ def photos(tmp_path_factory):
 
 
 SMALL = ("--model conlip --image_size 32 --patch 16 --width 24 --vision_layers 1 --text_layers 1 "
-         "--heads 2 --max_text 8 --queue_size 16 --batch_size 4 --steps 3 --log_every 1 --workers 0 "
-         "--eval_split val").split()
+         "--heads 2 --max_text 8 --queue_size 16 --batch_size 4 --steps 3 --log_every 1 "
+         "--workers 0 --eval_split val").split()
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ class Loop:
     # -- schedule: how long, how fast
     steps: int = 0                  # optimizer steps; 0 = by epochs
     epochs: float = 1.0             # passes over the data, where steps is 0
-    epoch_of: Literal["images", "captions"] = "images"      # a pass: images, each with a caption drawn
+    epoch_of: Literal["images", "captions"] = "images"      # a pass over images draws a caption
     batch_size: int = 32            # samples per optimizer step, over all processes
     accum: int = 1                  # forward-backward passes per optimizer step
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"    # sgd has momentum 0.9
@@ -493,14 +493,17 @@ def choose_device(loop):
     return device
 
 
-def open_records(loop, views):
-    """The records of --data, with the tags and regions that this task's views ask for."""
+def open_records(loop, views, untrained):
+    """The records of --data, with the tags and regions that this task's views ask for.
+
+    untrained: no picture will be opened, so that none needs to be there.
+    """
     need = data.needs(views)
     if loop.tag_words:                                  # tags come from captions then
         need = tuple("caption" if key == "tags" else key for key in need)
     records = data.open_source(views["source"], loop.data, loop.split, loop.image_root or None,
                                limit=loop.limit or None, seed=loop.seed, need=need,
-                               missing=data.absent(views))
+                               missing="keep" if untrained else data.absent(views))
     if loop.tag_words:
         records = data.caption_tags(records, loop.tag_words)
     return data.with_regions(records, views, loop.regions)
@@ -601,8 +604,8 @@ def describe(run, records, module, news):
     first, last = (learning_rate(step, total, loop) for step in (0, max(0, total - 1)))
     yield (f"  {total:,} steps of {loop.batch_size} = {data.ranks()[1]} processes x {loop.accum} x "
            f"{run.micro}, {total / run.epoch_steps:.2f} epochs of {loop.epoch_of}")
-    yield (f"  {run.precision} on {run.device}; {loop.optimizer} lr {first:.2g} -> {loop.lr:.2g} -> "
-           f"{last:.2g} ({loop.schedule})")
+    yield (f"  {run.precision} on {run.device}; {loop.optimizer} lr {first:.2g} -> {loop.lr:.2g} "
+           f"-> {last:.2g} ({loop.schedule})")
     yield "  " + " ".join(f"{key}={value}" for key, value in info["config"].items())
     for line in news + getattr(run.raw, "remarks", []):
         yield "  " + line
@@ -628,6 +631,20 @@ def stage_settings(module, preset, task, given, out, stage, init):
     return loop, cfg, task
 
 
+def count_steps(loop, records, untrained):
+    """-> (what an epoch goes over, None for records; optimizer steps of an epoch, of the run).
+
+    The loop knows steps and no epochs: the stream of samples has no end, one permutation follows
+    the other.
+    """
+    units = data.caption_units(records) if loop.epoch_of == "captions" else None
+    epoch_steps = max(1, len(records if units is None else units) // loop.batch_size)
+    total = loop.steps
+    if not total and not untrained:
+        total = math.ceil(loop.epochs * epoch_steps)
+    return units, epoch_steps, total
+
+
 def train(module, name, preset, task, given, out, stage=0, init=""):
     """One stage of one task, on every process -> (the bare model, the run's info)."""
     loop, cfg, task = stage_settings(module, preset, task, given, out, stage, init)
@@ -643,7 +660,9 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
 
     # data, and what the model must know of it
     views = dict(module.VIEWS[task])
-    records, tokenizer = open_records(loop, views), data.get_tokenizer(loop.vocab)
+    untrained = "steps" in given and not loop.steps     # --steps 0 trains nothing, and saves
+    records = open_records(loop, views, untrained)
+    tokenizer = data.get_tokenizer(loop.vocab)
     stats = data.stats(records, views=views, tags=getattr(cfg, "tag_vocab", None))
     fit_config(module, cfg, task, tokenizer, stats)
     samples = data.Views(records, views, tokenizer, getattr(cfg, "image_size", None), cfg.max_text,
@@ -652,12 +671,7 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
                          max_regions=getattr(cfg, "max_regions", None))
     workers = loop.workers if loop.workers >= 0 else (os.cpu_count() or 1) // 4
 
-    # steps, not epochs: the stream of samples has no end, and one permutation follows the other
-    units = data.caption_units(records) if loop.epoch_of == "captions" else None
-    epoch_steps = max(1, len(records if units is None else units) // loop.batch_size)
-    total = loop.steps
-    if not total and "steps" not in given:              # `--steps 0` trains nothing, and saves
-        total = math.ceil(loop.epochs * epoch_steps)
+    units, epoch_steps, total = count_steps(loop, records, untrained)
 
     # model and optimizer; foreign weights are for the first stage, the others go on from it
     foreign = {side: given[f"init_{side}"] for side in module.INITS if given.get(f"init_{side}")}

@@ -409,6 +409,342 @@ def test_ccl_on_view1():
 
 
 # --------------------------------------------------------------------------------------------------
+# A step by hand: the model a second time, plain operations on its state dict in float64
+
+CONTINUES = 32                  # in these tests ids from here on continue the word before them
+
+
+def hand_linear(w, at, x):
+    return x @ w[at + ".weight"].T + w[at + ".bias"]
+
+
+def hand_norm(w, at, x):
+    x = x - x.mean(-1, keepdim=True)
+    variance = (x * x).mean(-1, keepdim=True)
+    return x / (variance + 1e-12).sqrt() * w[at + ".weight"] + w[at + ".bias"]
+
+
+def hand_blocks(w, at, x, heads, act):
+    """Layers at.0, at.1, ... on the real tokens of one sequence, (S, D)."""
+    n, d = 0, x.shape[1] // heads
+    while f"{at}.{n}.mlp.0.weight" in w:
+        layer = f"{at}.{n}."
+        if layer + "attention.qkv.weight" in w:                     # ws="fc" has none
+            q, k, v = hand_linear(w, layer + "attention.qkv", x).split(x.shape[1], dim=1)
+            looked = []
+            for h in range(heads):
+                part = slice(h * d, h * d + d)
+                e = torch.exp(q[:, part] @ k[:, part].T / math.sqrt(d))
+                looked.append(e / e.sum(1, keepdim=True) @ v[:, part])
+            x = x + hand_linear(w, layer + "attention.out", torch.cat(looked, 1))
+            x = hand_norm(w, layer + "attention_norm", x)
+        hidden = act(hand_linear(w, layer + "mlp.0", x))
+        x = hand_norm(w, layer + "mlp_norm", x + hand_linear(w, layer + "mlp.2", hidden))
+        n += 1
+    return x
+
+
+def hand_batch_norm(w, at, x, seen):
+    """Over the batch and all pixels; seen[at]: the mean and the unbiased variance."""
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    n = x.numel() // x.shape[1]
+    seen[at] = (mean, variance * n / (n - 1))
+    x = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+    return x * w[at + ".weight"][:, None, None] + w[at + ".bias"][:, None, None]
+
+
+def hand_resnet(w, x, seen):
+    """backbone="tiny": a stem and three basic blocks, (B, 3, H, W) -> (B, 128, H/16, W/16)."""
+    def conv(at, x, stride, padding):
+        return F.conv2d(x, w[f"vision.{at}.weight"], None, stride, padding)
+
+    def norm(at, x):
+        return hand_batch_norm(w, "vision." + at, x, seen)
+
+    x = F.max_pool2d(F.relu(norm("bn1", conv("conv1", x, 2, 3))), 3, 2, 1)
+    for stage, stride in (("layer1.0", 1), ("layer2.0", 2), ("layer3.0", 2)):
+        y = F.relu(norm(stage + ".bn1", conv(stage + ".conv1", x, stride, 1)))
+        y = norm(stage + ".bn2", conv(stage + ".conv2", y, 1, 1))
+        if stride == 2:
+            x = norm(stage + ".downsample.1", conv(stage + ".downsample.0", x, stride, 0))
+        x = F.relu(x + y)
+    return x
+
+
+def hand_gru(w, at, inputs):
+    """The states of a GRU on a list of vectors, in its order."""
+    h, states = torch.zeros(32, dtype=torch.float64), []
+    for x in inputs:
+        gates = w[at + ".weight_ih_l0"] @ x + w[at + ".bias_ih_l0"]
+        old = w[at + ".weight_hh_l0"] @ h + w[at + ".bias_hh_l0"]
+        r = torch.sigmoid(gates[:32] + old[:32])
+        z = torch.sigmoid(gates[32:64] + old[32:64])
+        h = (1 - z) * torch.tanh(gates[64:] + r * old[64:]) + z * h
+        states.append(h)
+    return states
+
+
+def hand_pool(w, cfg, side, x):
+    """Eq. 4 of the real tokens of one sequence: (S, D) -> (D,) of unit norm."""
+    if cfg.pooling == "mean":
+        x = sum(x) / len(x)
+    else:
+        places = []
+        for p in range(len(x)):
+            angles = [p / 10000 ** (k / 16) for k in range(16)]
+            both = [f(a) for a in angles for f in (math.sin, math.cos)]
+            places.append(torch.tensor(both, dtype=torch.float64))
+        ahead = hand_gru(w, f"gpo_{side}.ahead", places)
+        back = hand_gru(w, f"gpo_{side}.back", places[::-1])[::-1]
+        scores = [(a + b) / 2 @ w[f"gpo_{side}.score.weight"][0] for a, b in zip(ahead, back)]
+        e = torch.exp(torch.stack(scores) / 0.1)
+        x = (e / e.sum()) @ torch.sort(x, dim=0, descending=True)[0]
+    return x / x.square().sum().sqrt()
+
+
+def hand_images(w, cfg, images, seen):
+    """Eq. 1, 3, 4: (B, 3, H, W) -> (B, D)."""
+    out = []
+    for grid in hand_resnet(w, images, seen):
+        v = torch.stack([grid[:, i, j] for i in range(3) for j in range(3)])
+        x = hand_linear(w, "image_fc", v) + w["image_pos"][0]
+        x = hand_blocks(w, "tav.blocks", x, cfg.te_heads, F.relu) + w["s_image"]
+        x = hand_blocks(w, "ws.blocks", x, cfg.te_heads, F.relu)
+        out.append(hand_pool(w, cfg, "image", x))
+    return torch.stack(out)
+
+
+def hand_texts(w, cfg, texts):
+    """Eq. 2, 4: lists of ids without padding -> (B, D)."""
+    out = []
+    for ids in texts:
+        x = w["text.embeddings.words.weight"][ids] + w["text.embeddings.segments.weight"][0]
+        x = x + w["text.embeddings.positions.weight"][:len(ids)]
+        x = hand_norm(w, "text.embeddings.norm", x)
+        x = hand_linear(w, "text_fc", hand_blocks(w, "text.blocks", x, cfg.heads, F.gelu))
+        if "s_text" in w:
+            x = x + w["s_text"]
+        ws = "ws.blocks" if cfg.ws_shared else "ws_text.blocks"
+        out.append(hand_pool(w, cfg, "text", hand_blocks(w, ws, x, cfg.te_heads, F.relu)))
+    return torch.stack(out)
+
+
+def hand_clips(w, cfg, batch):
+    """Section 4.2: the real frames -> FC -> pooling, with vtm_te also TAV-TE and WS-TE."""
+    out = []
+    for frames, n in zip(batch["frames"], batch["frames_mask"].sum(1).tolist()):
+        x = hand_linear(w, "image_fc", frames[:n])
+        if cfg.vtm_te:
+            x = hand_blocks(w, "tav.blocks", x, cfg.te_heads, F.relu) + w["s_image"]
+            x = hand_blocks(w, "ws.blocks", x, cfg.te_heads, F.relu)
+        out.append(hand_pool(w, cfg, "image", x))
+    return torch.stack(out)
+
+
+def real_tokens(batch):
+    return [row[:n].tolist() for row, n in zip(batch["text"], batch["text_mask"].sum(1).tolist())]
+
+
+def hand_view(cfg, batch, fates):
+    """Eq. 10 word by word, of the numbers that torch draws next -> lists of ids.
+
+    fates: a list to which (fate, number of the word's pieces) are added.
+    """
+    shape = batch["text"].shape
+    noise, dice = torch.rand(shape), torch.rand(shape)
+    random_ids = torch.randint(cfg.first_word, cfg.vocab_size, shape)
+    out = []
+    for i, ids in enumerate(real_tokens(batch)):
+        # positions of each word
+        words = []
+        for j in range(1, len(ids) - 1):
+            if ids[j] >= CONTINUES:
+                words[-1].append(j)
+            else:
+                words.append([j])
+
+        fate = {}
+        for word in words:
+            first = word[0]
+            fate[first] = "kept"
+            if noise[i, first] < cfg.tcl_prob:
+                fate[first] = "deleted"
+                if dice[i, first] < cfg.tcl_mask + cfg.tcl_substitute:
+                    fate[first] = "substituted"
+                if dice[i, first] < cfg.tcl_mask:
+                    fate[first] = "masked"
+        if all(f == "deleted" for f in fate.values()):
+            fate[max(fate, key=lambda first: noise[i, first])] = "spared"
+
+        row = [ids[0]]
+        for word in words:
+            what = fate[word[0]]
+            fates.append((what, len(word)))
+            if what == "masked":
+                row += [cfg.mask_id] * len(word)
+            elif what == "substituted":
+                row += random_ids[i, word].tolist()
+            elif what != "deleted":
+                row += [ids[j] for j in word]
+        out.append(row + [ids[-1]])
+    return out
+
+
+def hand_hinge(q, k, ids, margin, hard, costs):
+    """VSE++, one direction; costs: a list to which each pair's is added."""
+    total = 0
+    for i in range(len(q)):
+        row = []
+        for j in range(len(k)):
+            if ids[j] != ids[i]:
+                row.append((margin - q[i] @ k[i] + q[i] @ k[j]).clamp(min=0))
+        costs += row
+        total = total + (max(row) if hard else sum(row) / len(row))
+    return total / len(q)
+
+
+def hand_step(task, cfg, w, batch, model, live):
+    """loss_<task> by hand -> (its loss, its logs, statistics of batch norm).
+
+    live: a dict for what must have occurred in the batch.
+    """
+    ids, seen = batch["image_id"].tolist(), {}
+    if task == "hashing":
+        return (*hand_hashing(cfg, w, batch, model, live, seen), seen)
+    if task == "vtm":
+        image = hand_clips(w, cfg, batch)
+    elif task != "pretrain":
+        image = hand_images(w, cfg, batch["image"], seen)
+    if task != "pretrain":
+        text = hand_texts(w, cfg, real_tokens(batch))
+    if task == "retrieval":
+        costs = live["costs"] = []
+        logs = {"i2t": hand_hinge(image, text, ids, cfg.margin, live["hard"], costs),
+                "t2i": hand_hinge(text, image, ids, cfg.margin, live["hard"], costs)}
+        return sum(logs.values()), logs, seen
+
+    # stage 2: batch norm sees the views together, in whatever order
+    if task == "pretrain":
+        fates = live["fates"] = []
+        names = ["view1"] if cfg.ccl_on == "view1" else ["image"]
+        if cfg.vcl:
+            names += [name for name in ("view1", "view2") if name not in names]
+        images = torch.cat([batch[name] for name in names])
+        images = dict(zip(names, hand_images(w, cfg, images, seen).split(len(ids))))
+        texts = {"image": hand_texts(w, cfg, real_tokens(batch))}
+        if cfg.tcl or cfg.ccl_on == "view1":
+            texts["view1"] = hand_texts(w, cfg, hand_view(cfg, batch, fates))
+        if cfg.tcl:
+            texts["view2"] = hand_texts(w, cfg, hand_view(cfg, batch, fates))
+        image, text = images[names[0]], texts[names[0]]
+
+    logs = {"i2t": loop_nce(image, text, ids, ids, cfg.temp),
+            "t2i": loop_nce(text, image, ids, ids, cfg.temp)}
+    if task == "pretrain" and cfg.vcl:
+        logs["i"] = loop_nce(images["view1"], images["view2"], ids, ids, cfg.temp)
+    if task == "pretrain" and cfg.tcl:
+        logs["t"] = loop_nce(texts["view1"], texts["view2"], ids, ids, cfg.temp)
+    return sum(logs.values()), logs, seen
+
+
+def hand_hashing(cfg, w, batch, model, live, seen):
+    """CSQ: the loss and its logs; a label's center is model.centers, a tie is model.tie."""
+    live["ties"], live["bare"] = 0, 0
+    central = quantization = labeled = 0
+    for grid, labels in zip(hand_resnet(w, batch["image"], seen), batch["labels"]):
+        x = grid.sum((1, 2)) / 9
+        x = F.relu(hand_linear(w, "hash_layer.0", x))
+        x = F.relu(hand_linear(w, "hash_layer.3", x))
+        y = torch.tanh(hand_linear(w, "hash_layer.5", x))
+        own = [model.centers[n] for n in range(5) if labels[n]]
+        if not own:
+            live["bare"] += 1
+            continue
+        labeled += 1
+        for k in range(cfg.bits):
+            total = sum(center[k] for center in own)
+            live["ties"] += int(total == 0)
+            bit = total > 0 if total != 0 else model.tie[k] > 0
+            p = (y[k] + 1) / 2
+            central = central - torch.log(p if bit else 1 - p) / cfg.bits
+            quantization = quantization + (y[k].abs() - 1) ** 2 / cfg.bits
+    logs = {"central": central / labeled, "quantization": quantization / labeled}
+    return logs["central"] + cfg.quantization * logs["quantization"], logs
+
+
+STEPS = [
+    ("ccl", dict(temp=0.3, tav_layers=2)),
+    ("ccl", dict(temp=0.4, ws="fc", ws_shared=False, pooling="gpo")),
+    ("pretrain", dict(temp=0.3)),
+    ("pretrain", dict(temp=0.6, ccl_on="view1", ws_shared=False, ws_layers=1)),
+    ("pretrain", dict(temp=0.2, vcl=False)),
+    ("pretrain", dict(temp=0.7, tcl=False, ccl_on="view1", tav_layers=0)),
+    ("retrieval", dict(margin=0.06, hard=False)),
+    ("retrieval", dict(margin=0.11, hard=True, pooling="gpo")),
+    ("vtm", dict(temp=0.3)),
+    ("vtm", dict(temp=0.4, vtm_te=True, pooling="gpo", tav_layers=2)),
+    ("hashing", dict(quantization=0.35)),
+]
+
+
+@pytest.mark.parametrize("task, over", STEPS, ids=str)
+def test_a_step_by_hand(task, over):
+    """Loss, logs, every gradient and the running statistics, dropout 0 and no number at its
+    default."""
+    live = {"hard": over.get("hard")}
+    over = {"tcl_prob": 0.7, "tcl_mask": 0.35, "tcl_substitute": 0.3, "text_layers": 2,
+            **{name: value for name, value in over.items() if name != "hard"}}
+    model = make_model(task, **over).double()
+    cfg, batch = model.cfg, make_batch(model.cfg, 5, [1, 2, 3, 2, 9])
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    batch["text"][:, 1] = batch["text"][:, 1].clamp(max=CONTINUES - 1)  # a word begins with a head
+    batch["labels"] = torch.tensor([[1., 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0],
+                                    [1, 0, 0, 1, 0], [0, 1, 0, 1, 1]]).double()
+    if task == "retrieval":
+        model.after_step(9 if live["hard"] else 2, 20, 5)
+    if task == "pretrain":
+        model.continues.copy_(torch.arange(cfg.vocab_size) >= CONTINUES)
+
+    # the reference begins with the same weights, and draws the same numbers
+    w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    torch.manual_seed(4)
+    loss, logs, seen = hand_step(task, cfg, w, batch, model, live)
+    loss.backward()
+    torch.manual_seed(4)
+    out = model(batch)
+    out["loss"].backward()
+
+    close(out["loss"].detach(), loss.detach())
+    assert list(out["logs"]) == list(logs)
+    for name, value in logs.items():
+        close(out["logs"][name], value.detach())
+        assert value > 0.01, name
+    for name, p in model.named_parameters():
+        assert w[name].grad is not None, name
+        torch.testing.assert_close(p.grad, w[name].grad, rtol=1e-6, atol=1e-9,
+                                   msg=lambda m: f"{name}: {m}")
+
+    # batch norm's statistics: a tenth of this batch, nine tenths of what was there
+    fresh = make_model(task, **over)
+    for name, (mean, variance) in seen.items():
+        norm = model.get_submodule(name)
+        close(norm.running_mean, 0.1 * mean.detach())
+        close(norm.running_var, 0.9 + 0.1 * variance.detach())
+    assert len(seen) == len(fresh.norms)
+
+    # whatever the losses distinguish has occurred
+    if "costs" in live:
+        costs = torch.stack(live["costs"])
+        assert (costs > 0).any() and (costs == 0).any()
+    if live.get("fates") and cfg.tcl:
+        for fate in ("kept", "masked", "substituted", "deleted", "spared"):
+            assert fate in dict(live["fates"]), fate
+        assert {f for f, pieces in live["fates"] if pieces > 1} >= {"masked", "deleted"}
+    if task == "hashing":
+        assert live["ties"] and live["bare"] == 1
+
+
+# --------------------------------------------------------------------------------------------------
 # Memory and processes
 
 @pytest.mark.parametrize("task", ["ccl", "pretrain", "retrieval", "vtm", "hashing"])

@@ -1,83 +1,84 @@
-"""MCT: a ResNet learns from images, captions and tags at once, each modality within itself and against the other.
+"""MCT: a ResNet learns from images, captions and tags at once, within each modality and across.
 
-Yuan, Lin, Kuen, Zhang, Wang, Maire, Kale, Faieta, "Multimodal Contrastive Training for Visual Representation Learning",
-CVPR 2021.
+Yuan, Lin, Kuen, Zhang, Wang, Maire, Kale, Faieta, "Multimodal Contrastive Training for Visual
+Representation Learning", CVPR 2021.
 
-Every image and caption is seen twice, as a query and as a key; keys come from slow copies of the encoders and live on
-in queues. Each encoder ends in two heads: an intra-modal one (MoCo-v2 within a modality, and supervised contrast where
-images share tags) and an inter-modal one (a margin between an image's own caption and all captions in the queue,
-and the reverse).
+Every image and every caption is seen twice, as a query and as a key. Keys come from slow copies of
+the encoders (momentum encoders) and stay in queues as negatives for later batches. Each encoder
+ends in two heads. The intra-modal head compares images with images and captions with captions:
+MoCo-v2 within a modality, and supervised contrast where images share tags. The inter-modal head
+pulls an image to its own caption, by a margin over all captions in the queue, and the reverse.
 
-    image view 1 ---> ResNet ----+--> intra head --> q_ii --- Eq. 3 J_ii, Eq. 5 J_tag --> queue of image keys, with tags
-                        : EMA    +--> inter head --> q_ic ------------- Eq. 11 J_ic ----> queue of caption keys
-    image view 2 ---> ResNet_m --+--> k_ii, k_ci  = tomorrow's image queues
-    caption --------> BERT ------+--> intra head --> q_cc ------------- Eq. 8 J_cc -----> queue of caption keys
-                        : EMA    +--> inter head --> q_ci ------------- Eq. 14 J_ci ----> queue of image keys
-    back-translation -> BERT_m --+--> k_cc, k_ic  = tomorrow's caption queues
+    image view 1 ---> ResNet ----+--> intra head --> q_ii --- Eq. 3 J_ii, Eq. 5 J_tag, image keys
+                        : EMA    +--> inter head --> q_ic --- Eq. 11 J_ic, caption keys
+    image view 2 ---> ResNet_m --+--> k_ii, k_ci, then into the queues of image keys
+    caption --------> BERT ------+--> intra head --> q_cc --- Eq. 8 J_cc, caption keys
+                        : EMA    +--> inter head --> q_ci --- Eq. 14 J_ci, image keys
+    back-translation -> BERT_m --+--> k_cc, k_ic, then into the queues of caption keys
 
-What is wanted is the ResNet: `linear`, `detection`, `segmentation`, `retrieval_gru` and `tagging` start from it alone.
+The paper is after the ResNet: `linear`, `detection`, `segmentation`, `retrieval_gru` and `tagging`
+start from it alone.
 
-Shapes: B images, T text tokens, D width of an encoder, d of an embedding, K keys in a queue, N global batch, L tags
-of a record, V tag vocabulary.
+Shapes: B images, T text tokens, D width of an encoder, d of an embedding, K keys in a queue,
+N global batch, L tags of a record, V tag vocabulary, C keys of a queue that are scored at a time.
 
 Equations
-    Eq. 1, 2, 6, 7, 9, 10, 12, 13 -> Mct.queries(), Mct.keys(), Mct.project()
-    Eq. 3, 8  -> info_nce(), QueueLSE         Eq. 4  -> tag_positives(), tag_sums()       Eq. 5 -> tag_nce()
+    Eq. 1, 6, 9, 12 -> Mct.queries()          Eq. 2, 7, 10, 13 -> Mct.keys()
+    Eq. 3, 8  -> info_nce(), QueueLSE         Eq. 4  -> tag_positives()     Eq. 5 -> tag_nce()
     Eq. 11, 14 -> hinge(), QueueHinge         Eq. 15 -> Mct.loss_pretrain()
     Section 4.2: VSE++ loss -> vse_loss()     Section 4.3: PMI embedding -> pmi_vectors()
 
 Deviations from the paper
      1. Eq. 6 prints c^+, Eq. 7 and 10 the same head: read as the query view and as two heads
         (the line after Eq. 10 says so).
-     2. A picture is never its own negative: queue entries with its id leave every sum, in Eq. 3, 5, 8 too. The own key
-        is always in P (the text; by Eq. 4 alone an image with two tags would have none). Queues start with random unit
-        vectors: negatives.
-     3. J_ii and J_tag are both summed, as Eq. 15 stands. A record's J holds the losses it can take part in; J is
-        the mean over all records of the batch, so that a record without caption or tags adds nothing there.
-     4. Keys are shuffled over processes before their batch norm, and put back (MoCo; not in the paper). One process
-        splits its batch norm into `bn_groups` virtual groups and shuffles too. BN buffers of the momentum copy are its
-        own running averages, not an EMA; all are averaged over processes after each step.
-        The text copy runs without dropout.
-     5. tau is 0.07 as printed (MoCo-v2 has 0.2). Captions are cut at 30 tokens. Key and query sides of a caption are
-        the caption and its back-translation, made offline (`paraphrase`); where there is none, the caption twice.
-     6. lambda_ic and lambda_ci go with K, for their losses are sums over the queue: `tiny` keeps lambda K = 3.3.
-     7. Detection: torchvision's Faster R-CNN (R50-C4 of its parts: conv4 features, RoIAlign 14x14, conv5 and MoCo's
-        extra norm as box head) where the paper has Detectron2. Other than there: torchvision's anchors, RoIAlign
-        without the shift of half a pixel, smooth L1 with beta 1/9 (not 0) for boxes, no precise BN, images without
-        objects are kept; weight decay 0 on norms as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm
-        in FPN. Batch norm is synchronised over processes on CUDA, plain on a CPU.
-     8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of the paper), reads
-        word pieces, clips gradients at 2 and takes the hardest negative of its own process' batch (VSE++).
-     9. Tagging: PMI is clipped at 0, tags count as co-occurring with themselves, SVD vectors U sqrt(S) of at most V
-        dimensions. The paper names neither optimizer nor length (here Adam 1e-3, 30 epochs), nor Stock-sup's loss
-        (here BCE, SGD).
-    10. Frozen features and evaluations see the middle square of the picture, its short side resized to `image_size`
-        (MoCo: 256, then the middle 224; the paper is silent).
-    11. For `tiny` alone: `block`, `layers`, `vision_width`, `stem` (3x3 with stride 2; torchvision's max pool follows
-        it as it does the 7x7), `act`, `init_std` (BERT's 0.02 is for 768 channels: 128 of it make all captions one
-        point, cosine 0.9999), `fpn_width`, smaller anchors and fewer RoIs; its pre-training has AdamW.
+     2. A picture is never its own negative: queue entries with its id leave every sum, those of
+        Eq. 3, 5 and 8 too. The own key is always in P (as in the text; by Eq. 4 alone an image with
+        two tags would have no positive). Queues start with random unit vectors, which count as
+        negatives.
+     3. J_ii and J_tag are both summed, as Eq. 15 stands. A record takes part in the losses that it
+        has the data for; J is the mean over all records of the batch, so that a record without
+        caption or tags adds 0 there.
+     4. Keys are shuffled over processes before their batch norm, and put back (MoCo; not in the
+        paper). A single process splits its batch norm into `bn_groups` virtual groups and shuffles
+        too. Batch norm buffers of the momentum copy are its own running averages, not an EMA; all
+        are averaged over processes after each step. The text copy runs without dropout.
+     5. tau is 0.07 as printed (MoCo-v2 has 0.2). Captions are cut at 30 tokens. Query and key of a
+        caption are the caption and its back-translation, made offline (`paraphrase`); without one,
+        the caption is used twice.
+     6. lambda_ic and lambda_ci depend on K, as their losses are sums over the queue: `tiny` keeps
+        lambda K = 3.3.
+     7. Detection: torchvision's Faster R-CNN (R50-C4 of its parts: conv4 features, RoIAlign 14x14,
+        conv5 and MoCo's extra norm as box head) where the paper has Detectron2. Differences:
+        torchvision's anchors, RoIAlign without the shift of half a pixel, smooth L1 with beta 1/9
+        (not 0) for boxes, no precise BN, images without objects are kept. Weight decay is 0 on
+        norms, as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm in FPN.
+        Batch norm is synchronised over processes on CUDA, plain on a CPU.
+     8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of
+        the paper), reads word pieces, clips gradients at 2 and takes the hardest negative of its
+        own process' batch (VSE++).
+     9. Tagging: PMI is clipped at 0, tags count as co-occurring with themselves, SVD vectors
+        U sqrt(S) have at most V dimensions. The paper names neither optimizer nor length (here Adam
+        1e-3, 30 epochs), nor the loss of Stock-sup (here BCE, SGD).
+    10. Frozen features and evaluations see the middle square of the picture, its short side resized
+        to `image_size` (MoCo: 256, then the middle 224; the paper does not say).
+    11. For `tiny` alone: `block`, `layers`, `vision_width`, `stem` (3x3 with stride 2, then
+        torchvision's max pool as after the 7x7), `act`, `init_std` (BERT's 0.02 is for 768
+        channels: with 128 channels it maps all captions to one point, cosine 0.9999), `fpn_width`,
+        smaller anchors and fewer RoIs; its pre-training uses AdamW.
 
 Run: python models/mct.py      (5 s: parameters and every loss of every task on a random batch)
-     python models/mct.py export out/mct-pretrain/model.safetensors resnet50.pth  (the backbone for other people's code)
 """
 
-import json
-import math
-import pickle
-import re
-import sys
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -94,7 +95,7 @@ class Config:
     image_size: int = 224           # pixels a side
     block: str = "bottleneck"       # residual block: "bottleneck" (ResNet-50) or "basic"
     layers: tuple = (3, 4, 6, 3)    # blocks in the four stages
-    stem: str = "imagenet"          # convolution before the max pool, "imagenet": 7x7 or "small": 3x3 (tiny)
+    stem: str = "imagenet"          # first convolution: 7x7 ("imagenet") or 3x3 ("small", for tiny)
     vision_width: int = 64          # channels of the first stage, with the small stem
     width: int = 768                # D of the text encoder
     text_layers: int = 12           # its layers
@@ -102,122 +103,154 @@ class Config:
     mlp_ratio: int = 4              # hidden width of a feed-forward block over D
     act: str = "gelu"               # "gelu" or "relu", of the text encoder
     dropout: float = 0.1            # in the text encoder, as BERT
-    init_std: float = 0.02      # standard deviation of the text encoder's initial weights, where it starts from scratch
+    init_std: float = 0.02          # standard deviation of the text encoder's initial weights
     max_text: int = 30              # tokens of a caption, [CLS] and [SEP] included
     positions: int = 512            # position embeddings of the text encoder, as BERT
-    vocab_size: int = 30522         # taken from the vocabulary file
-    pad_id: int = 0                 # [PAD], taken from the vocabulary file
-    heads: str = "distinct"         # "distinct" intra- and inter-modal heads, or "unified": one for both (section 4.4)
+    vocab_size: int = 30522         # [data] words in the vocabulary file
+    pad_id: int = 0                 # [data] [PAD] in the vocabulary file
+    heads: str = "distinct"         # "distinct" intra- and inter-modal heads, or "unified"
     head_hidden: int = 2048         # hidden width of a head
     intra_dim: int = 128            # d of the intra-modal embeddings
     inter_dim: int = 1024           # d of the inter-modal embeddings
     queue_size: int = 32768         # K, keys kept per queue (Stock: 65536)
-    momentum: float = 0.999         # m
+    momentum: float = 0.999         # m, how slowly the key encoders follow
     tau: float = 0.07               # temperature of Eq. 3, 5, 8
     margin: float = 0.2             # alpha of Eq. 11, 14
-    tag_eps: int = 2                # epsilon of Eq. 4: more than so many tags in common
+    tag_eps: int = 2                # epsilon of Eq. 4: positives share more tags than this
     lambda_ii: float = 1.0          # weight of J_ii; a loss of weight 0 is not built
     lambda_tag: float = 1.0         # weight of J_tag; 0 where the data have no tags
     lambda_cc: float = 1.0          # weight of J_cc
     lambda_ic: float = 1e-4         # weight of J_ic, a sum over the queue
-    lambda_ci: float = 1e-4         # weight of J_ci, likewise
+    lambda_ci: float = 1e-4         # weight of J_ci, a sum over the queue
     text_lr: float = 4e-5           # peak learning rate of the text side; the image side has --lr
     bn_groups: int = 8              # virtual batch norm groups where one process trains
     tag_vocab: int = 18157          # V, the most frequent tags that count
-    tag_width: int = 0              # L, most tags a record has; taken from the data
+    tag_width: int = 0              # [data] L, most tags of a record
     queue_chunk: int = 8192         # keys scored at a time
-    checkpointing: bool = False     # recompute text layers in backward instead of keeping their activations
+    checkpointing: bool = False     # recompute text layers in backward, to save memory
     word_dim: int = 300             # retrieval_gru: word embeddings
     joint_dim: int = 1024           # retrieval_gru: d of the joint space
     tag_dim: int = 4096             # tagging: d of the PMI embeddings, at most V
     tag_hidden: int = 2048          # tagging: hidden width of the MLP
-    detect_sizes: tuple = (480, 512, 544, 576, 608, 640,  # short sides: drawn; the last in evaluation
+    detect_sizes: tuple = (480, 512, 544, 576, 608, 640,  # short sides; evaluation takes the last
                            672, 704, 736, 768, 800)
     detect_max: int = 1333          # longest side
     anchors: tuple = (32, 64, 128, 256, 512)  # anchor sides in pixels; with FPN one per level
-    fpn_width: int = 256            # segmentation: channels of the feature pyramid and of the mask head
+    fpn_width: int = 256            # segmentation: channels of the feature pyramid and mask head
     rois: int = 512                 # RoIs sampled per image in training
     proposals: tuple = (2000, 1000)  # RPN's boxes kept, in training and evaluation
 
 
 PRESETS = {
-    "base": dict(),                                                # COCO
+    "base": dict(),                                                             # COCO
     "stock": dict(queue_size=65536, pretrain=dict(epochs=60)),
-    "tiny": dict(image_size=64, block="basic", layers=(1, 1, 1, 1), stem="small", vision_width=32, width=128,
-                 text_layers=2, text_heads=4, act="relu", dropout=0.0, init_std=0.08, max_text=24,
-                 head_hidden=256, intra_dim=64, inter_dim=128,
-                 queue_size=128, momentum=0.99, lambda_ic=0.0256, lambda_ci=0.0256, bn_groups=2,
-                 joint_dim=256, word_dim=64, tag_hidden=256,
-                 detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=16, proposals=(50, 20),
-                 fpn_width=64,
-                 # AdamW: in minutes, SGD does not bring a BERT of random weights off the ground
-                 pretrain=dict(optimizer="adamw", batch_size=64, steps=1000, lr=1e-3, text_lr=1e-3, warmup_steps=50,
-                               crop_scale=(0.4, 1.0), workers=1),
-                 linear=dict(lr=3.0),                                      # 2,000 pictures are 480 steps
-                 detection=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
-                 segmentation=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
-                 retrieval_gru=dict(epochs=6), tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),
+    "tiny": dict(
+        # the image encoder, the text encoder, heads and queues, the downstream heads, the detectors
+        image_size=64, block="basic", layers=(1, 1, 1, 1), stem="small", vision_width=32,
+        width=128, text_layers=2, text_heads=4, act="relu", dropout=0.0, init_std=0.08, max_text=24,
+        head_hidden=256, intra_dim=64, inter_dim=128, queue_size=128, momentum=0.99,
+        lambda_ic=0.0256, lambda_ci=0.0256, bn_groups=2,
+        joint_dim=256, word_dim=64, tag_hidden=256,
+        detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=16,
+        proposals=(50, 20), fpn_width=64,
+
+        # AdamW: within minutes SGD does not train a BERT from random weights
+        pretrain=dict(optimizer="adamw", batch_size=64, steps=1000, lr=1e-3, text_lr=1e-3,
+                      warmup_steps=50, crop_scale=(0.4, 1.0), workers=1),
+        linear=dict(lr=3.0),                                        # 2,000 pictures are 480 steps
+        detection=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
+        segmentation=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
+        retrieval_gru=dict(epochs=6),
+        tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),
 }
 
-# Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults, [V] = VSE++'s code,
-# [-] = ours.
-# Data: COCO 2017, --data captions_train2017.json,instances_train2017.json (tags: its 80 objects), or Stock with
-# --preset stock (caption = title). Below, pre-training is
+# Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults,
+# [V] = VSE++'s code, [-] = ours.
+# Data: COCO 2017, --data captions_train2017.json,instances_train2017.json (tags: its 80 objects),
+# or Stock with --preset stock (caption = title). Below, pre-training is
 # `train.py --model mct --preset base --init_text bert.safetensors`, R = its directory.
+#
 # Table 1: `--task linear --init R --data imagenet`. Its rows, of the pre-training:
-#   Ours                --lambda_tag 0                             Ours (scratch)    --lambda_tag 0, without --init_text
-#   MoCo-v2             --lambda_tag 0 --lambda_cc 0 --lambda_ic 0 --lambda_ci 0      Ours (with tag)   (the default)
-# Table 2: `--task detection --init R --data VOCdevkit`; Random Init: without --init. 1,000 epochs: --epochs 1000.
-# Table 3: `--task segmentation --init R --data instances_train2017.json --eval_data instances_val2017.json`
-# Table 4: `--task retrieval_gru --init R --data dataset_coco.json`. Table 6: on Stock;
+#   Ours               --lambda_tag 0
+#   Ours (scratch)     --lambda_tag 0, without --init_text
+#   Ours (with tag)    (the default)
+#   MoCo-v2            --lambda_tag 0 --lambda_cc 0 --lambda_ic 0 --lambda_ci 0
+# Table 2: `--task detection --init R --data VOCdevkit`; Random Init: without --init;
+#   1,000 epochs: --epochs 1000.
+# Table 3: `--task segmentation --init R --data instances_train2017.json
+#   --eval_data instances_val2017.json`
+# Table 4: `--task retrieval_gru --init R --data dataset_coco.json`. Table 6: the same on Stock;
 #   Stock-sup: --init out/mct-tag_supervised
 # Table 5: `--task tagging --init R`, beside `--task tag_supervised` (Stock-sup).
-# Table 7: `eval.py R --task retrieval`; RS = its row "chance"; Inter-modal: --lambda_ii 0 --lambda_tag 0 --lambda_cc 0.
-# IN-Sup of Tables 1 to 4: --init_vision resnet50.pth (torchvision's, IMAGENET1K_V1: 76.1) where --init R stands.
+# Table 7: `eval.py R --task retrieval`; RS = its row "chance";
+#   Inter-modal: --lambda_ii 0 --lambda_tag 0 --lambda_cc 0.
+# IN-Sup of Tables 1 to 4: --init_vision resnet50.pth (torchvision's, IMAGENET1K_V1: 76.1)
+#   where --init R stands.
 # Section 4.4: --heads unified|distinct with --intra_dim and --inter_dim both 128, 1024 or 1152;
 #   J_ii alone is MoCo-v2 above; J_ii + J_tag: --lambda_cc 0 --lambda_ic 0 --lambda_ci 0;
 #   tags from captions: --tag_words nouns.txt.
 RECIPE = {
-    "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200, batch_size=512),
+    "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200,
+                     batch_size=512),
     "linear": dict(optimizer="sgd", lr=30.0, weight_decay=0.0, schedule="step",
                    milestones="0.5,0.6666666,0.8333333", gamma=0.2, epochs=60, batch_size=256),
-    "detection": dict(optimizer="sgd", lr=0.02, weight_decay=1e-4,                 # weight decay [D]
-                      warmup_steps=100, warmup_lr=2e-5, schedule="step",           # warm-up from lr/1000 [D]
-                      milestones="0.75,0.9166666", steps=24000, batch_size=16),
-    "segmentation": dict(optimizer="sgd", lr=0.02, weight_decay=1e-4, warmup_steps=1000, warmup_lr=2e-5,
-                         schedule="step",                                          # [D]
-                         milestones="0.6666666,0.8888888", steps=180000, batch_size=16,
-                         proposals=(1000, 1000),                                   # [D]
-                         detect_sizes=(640, 672, 704, 736, 768, 800)),             # [M]
-    "retrieval_gru": dict(optimizer="adam", lr=2e-4, schedule="step", milestones="0.5", gamma=0.1, clip=2.0,  # clip [V]
-                          epochs=150, batch_size=128),                             # 30 epochs of 5 captions an image
-    "tagging": dict(optimizer="adam", lr=1e-3, schedule="cosine", epochs=30, batch_size=256),                   # [-]
-    "tag_supervised": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=60,
-                           batch_size=512),                                                                     # [-]
+    "detection": dict(optimizer="sgd", lr=0.02, batch_size=16, steps=24000,
+                      schedule="step", milestones="0.75,0.9166666",
+                      weight_decay=1e-4,                            # [D]
+                      warmup_steps=100, warmup_lr=2e-5),            # from lr/1000 [D]
+    "segmentation": dict(optimizer="sgd", lr=0.02, batch_size=16, steps=180000,
+                         schedule="step", milestones="0.6666666,0.8888888",
+                         weight_decay=1e-4, warmup_steps=1000, warmup_lr=2e-5,          # [D]
+                         proposals=(1000, 1000),                                        # [D]
+                         detect_sizes=(640, 672, 704, 736, 768, 800)),                  # [M]
+    "retrieval_gru": dict(optimizer="adam", lr=2e-4, schedule="step", milestones="0.5", gamma=0.1,
+                          clip=2.0,                         # [V]
+                          epochs=150, batch_size=128),      # 30 epochs of 5 captions an image
+    "tagging": dict(optimizer="adam", lr=1e-3, schedule="cosine", epochs=30,
+                    batch_size=256),                        # [-]
+    "tag_supervised": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine",
+                           epochs=60, batch_size=512),      # [-]
 }
 
 TASKS = tuple(RECIPE)
 EVALS = {"pretrain": ("retrieval", "probe"), "linear": ("linear",), "detection": ("detection",),
-         "segmentation": ("segmentation",), "retrieval_gru": ("retrieval",), "tagging": ("tagging",),
-         "tag_supervised": ("tagging",)}
+         "segmentation": ("segmentation",), "retrieval_gru": ("retrieval",),
+         "tagging": ("tagging",), "tag_supervised": ("tagging",)}
 INITS = ("vision", "text")
-FEATURES = dict(features="features", features_eval="center", norm="imagenet")      # of the frozen ResNet, computed once
+
+FEATURES = dict(features="features", features_eval="center", norm="imagenet")   # of a frozen ResNet
 VIEWS = {
-    "pretrain": dict(source="pairs", image="moco", image_eval="center", image_key="moco", image_key_eval=None,
-                     norm="imagenet", text="any_caption", text_eval="caption", text_key="any_paraphrase",
-                     text_key_eval=None, tags="any_tags", tags_eval=None),
+    "pretrain": dict(source="pairs", norm="imagenet",
+                     image="moco", image_eval="center", image_key="moco", image_key_eval=None,
+                     text="any_caption", text_eval="caption",
+                     text_key="any_paraphrase", text_key_eval=None,
+                     tags="any_tags", tags_eval=None),
     "linear": dict(source="classes", label="label", **FEATURES),
     "detection": dict(source="detection", image="objects", norm="none"),
     "segmentation": dict(source="detection", image="masks", image_eval="objects", norm="none"),
     "retrieval_gru": dict(source="pairs", text="caption", **FEATURES),
     "tagging": dict(source="pairs", tags="tags", tags_eval=None, **FEATURES),
-    "tag_supervised": dict(source="pairs", image="flip", image_eval="center", tags="tags", tags_eval=None,
-                           norm="imagenet"),
+    "tag_supervised": dict(source="pairs", image="flip", image_eval="center", tags="tags",
+                           tags_eval=None, norm="imagenet"),
 }
+
+# `--init` must fill every tensor whose name starts so: the ResNet, wherever a task keeps it
 BACKBONE = ("vision.", "detector.backbone.conv1", "detector.backbone.bn1",
             "detector.backbone.layer", "detector.backbone.body.",
-            "detector.roi_heads.box_head.layer4.")  # `--init` must fill every key that starts so
-# what the detectors subtract and divide by
+            "detector.roi_heads.box_head.layer4.")
+
+# what a task offers to eval.py; pre-training without inter-modal losses lacks the encoders
+OFFERS = {
+    "pretrain": ("visual_features", "encode_image", "encode_text"),
+    "linear": ("visual_features", "predict"),
+    "detection": ("detect",),
+    "segmentation": ("detect",),
+    "retrieval_gru": ("visual_features", "encode_image", "encode_text"),
+    "tagging": ("visual_features", "tag_scores"),
+    "tag_supervised": ("visual_features", "tag_scores"),
+}
+
+# what the detectors subtract from a picture and divide it by
 PIXELS = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 
 
@@ -229,174 +262,99 @@ def setup(cfg, task, stats):
 
 
 # --------------------------------------------------------------------------------------------------
-# The text encoder. Keys are named as in Hugging Face's BERT.
+# The text encoder: BERT
 
 # Copied from models/codis.py::activation
 def activation(name):
     return {"gelu": nn.GELU, "relu": nn.ReLU}[name]()
 
 
-# Copied from models/codis.py::split_heads
-def split_heads(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, S, D) -> (B, heads, S, D/heads)
+class Attention(nn.Module):
+    """Multi-head self-attention of tokens x (B, S, D)."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)                      # one product for all three
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, mask=None):
+        """mask: bool, True = may look, broadcast to (B, heads, S, S) -> (B, S, D)."""
+        query, key, value = (self.split(part) for part in self.qkv(x).chunk(3, dim=-1))
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+    def split(self, x):
+        # (B, S, D) -> (B, heads, S, D/heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-# Copied from models/codis.py::attend
-def attend(q, k, v, heads, mask=None, dropout=0.0, maps=None):
-    """Multi-head attention. q: (B, S, D); k, v: (B, L, D); mask: bool, broadcastable to (B, heads, S, L), True = look.
+class Block(nn.Module):
+    """BERT's layer: self-attention, then feed-forward; the sum behind each is normalised."""
 
-    A list given as `maps` receives the attention probabilities (B, heads, S, L), still in the graph (Grad-CAM).
-    """
-    q, k, v = split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
-    if maps is None:
-        x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-    else:
-        scores = q @ k.mT / math.sqrt(q.shape[-1])
-        maps.append((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1))
-        x = maps[-1] @ v
-    return x.transpose(1, 2).flatten(2)  # (B, S, D)
+    def __init__(self, width, heads, mlp_ratio=4, act="gelu", dropout=0.0):
+        super().__init__()
+        self.drop = nn.Dropout(dropout)
+        self.attention = Attention(width, heads, dropout)
+        self.attention_norm = nn.LayerNorm(width, 1e-12)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), activation(act),
+                                 nn.Linear(mlp_ratio * width, width))
+        self.mlp_norm = nn.LayerNorm(width, 1e-12)
+
+    def forward(self, x, mask=None):
+        x = self.attention_norm(x + self.drop(self.attention(x, mask)))
+        return self.mlp_norm(x + self.drop(self.mlp(x)))
 
 
-# Copied from models/codis.py::BertEmbeddings
-class BertEmbeddings(nn.Module):
+# Copied from models/codis.py::run_block
+def run_block(block, *inputs, save_memory):
+    """block(*inputs); with `save_memory`, backward computes it again instead of keeping it."""
+    if save_memory and block.training:
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+# Copied from models/codis.py::Embeddings
+class Embeddings(nn.Module):
+    """BERT's input: ids (B, T) -> (B, T, D), word + position + segment embedding, normalised."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.word_embeddings = nn.Embedding(cfg.vocab_size, cfg.width, padding_idx=cfg.pad_id)
-        self.position_embeddings = nn.Embedding(cfg.positions, cfg.width)
-        self.token_type_embeddings = nn.Embedding(2, cfg.width)
-        self.LayerNorm = nn.LayerNorm(cfg.width, eps=1e-12)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.words = nn.Embedding(cfg.vocab_size, cfg.width, padding_idx=cfg.pad_id)
+        self.positions = nn.Embedding(cfg.positions, cfg.width)
+        self.segments = nn.Embedding(2, cfg.width)
+        self.norm = nn.LayerNorm(cfg.width, 1e-12)
+        self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, text):
-        x = (self.word_embeddings(text) + self.position_embeddings.weight[:text.shape[1]]
-             + self.token_type_embeddings.weight[0])
-        return self.dropout(self.LayerNorm(x))                                       # (B, T, D)
+        x = self.words(text) + self.positions.weight[:text.shape[1]] + self.segments.weight[0]
+        return self.drop(self.norm(x))
 
 
-# Copied from models/codis.py::QueryKeyValue
-class QueryKeyValue(nn.Module):
-    def __init__(self, width, context_width):
-        super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(context_width, width)
-        self.value = nn.Linear(context_width, width)
-
-
-# Copied from models/codis.py::BertOutput
-class BertOutput(nn.Module):
-    def __init__(self, cfg, width):
-        super().__init__()
-        self.dense = nn.Linear(width, cfg.width)
-        self.LayerNorm = nn.LayerNorm(cfg.width, eps=1e-12)
-        self.dropout = nn.Dropout(cfg.dropout)
-
-    def forward(self, x, residual):
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
-
-
-# Copied from models/codis.py::BertAttention with cfg.heads->cfg.text_heads
-class BertAttention(nn.Module):
-    """Attention to a context of any width. keys() is apart, so that one context's keys and values can serve many
-    queries."""
-
-    def __init__(self, cfg, context_width):
-        super().__init__()
-        self.heads, self.p = cfg.text_heads, cfg.dropout
-        self.self = QueryKeyValue(cfg.width, context_width)
-        self.output = BertOutput(cfg, cfg.width)
-
-    def keys(self, context):
-        return self.self.key(context), self.self.value(context)                      # 2 x (B, L, D)
-
-    def forward(self, x, keys, mask=None, maps=None):
-        dropout = self.p if self.training else 0.0
-        return self.output(attend(self.self.query(x), *keys, self.heads, mask, dropout, maps), x)
-
-
-# Copied from models/codis.py::BertIntermediate
-class BertIntermediate(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.dense = nn.Linear(cfg.width, cfg.mlp_ratio * cfg.width)
-        self.act = activation(cfg.act)
-
-    def forward(self, x):
-        return self.act(self.dense(x))
-
-
-# Copied from models/codis.py::BertLayer
-class BertLayer(nn.Module):
-    """A post-norm BERT layer; with `context_width`, cross-attention stands between self-attention and feed-forward."""
-
-    def __init__(self, cfg, context_width=None):
-        super().__init__()
-        self.attention = BertAttention(cfg, cfg.width)
-        if context_width:
-            self.crossattention = BertAttention(cfg, context_width)
-        self.intermediate = BertIntermediate(cfg)
-        self.output = BertOutput(cfg, cfg.mlp_ratio * cfg.width)
-
-    def self_attend(self, x, mask, at=None):
-        """x: (B, T, D); mask: bool (B, 1, 1 or T, T); at: (B, S) positions to compute,
-        all where None -> (B, T or S, D)."""
-        keys = self.attention.keys(x)
-        return self.attention(x if at is None else pick(x, at), keys, mask)
-
-    def feed(self, x):
-        return self.output(self.intermediate(x), x)
-
-    def forward(self, x, mask, keys=None, context_mask=None, at=None, maps=None):
-        x = self.self_attend(x, mask, at)
-        if keys is not None:
-            x = self.crossattention(x, keys, context_mask, maps)
-        return self.feed(x)
-
-
-# Copied from models/codis.py::pick
-def pick(x, at):
-    """x: (B, T, D), at: (B, S) -> (B, S, D), the tokens at these positions."""
-    return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-# Copied from models/codis.py::BertLayers
-class BertLayers(nn.Module):
-    def __init__(self, cfg, layers, context_width=None):
-        super().__init__()
-        self.layer = nn.ModuleList(BertLayer(cfg, context_width) for _ in range(layers))
-
-
-# Copied from models/codis.py::Bert
-class Bert(nn.Module):
-    """(B, T) ids and mask -> (B, T, D)."""
+class PooledBert(nn.Module):
+    """Ids and mask (B, T) -> (B, D), BERT's pooled output: tanh of a linear layer on [CLS]."""
 
     def __init__(self, cfg):
         super().__init__()
         self.checkpointing = cfg.checkpointing
-        self.embeddings = BertEmbeddings(cfg)
-        self.encoder = BertLayers(cfg, cfg.text_layers)
+        self.embeddings = Embeddings(cfg)
+        self.blocks = nn.ModuleList(
+            Block(cfg.width, cfg.text_heads, cfg.mlp_ratio, cfg.act, cfg.dropout)
+            for _ in range(cfg.text_layers))
+        self.pooler = nn.Linear(cfg.width, cfg.width)
+        self.apply(partial(init_bert, std=cfg.init_std))
 
     def forward(self, text, text_mask):
-        x, mask = self.embeddings(text), text_mask[:, None, None].bool()             # (B, T, D), (B, 1, 1, T)
-        for layer in self.encoder.layer:
-            x = (checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing and self.training
-                 else layer(x, mask))
-        return x
+        x = self.embeddings(text)                                   # (B, T, D)
+        mask = text_mask[:, None, None].bool()                      # (B, 1, 1, T)
+        for block in self.blocks:
+            x = run_block(block, x, mask, save_memory=self.checkpointing)
+        return self.pooler(x[:, 0]).tanh()                          # (B, D)
 
 
-class BertPooled(Bert):
-    """(B, T) ids and mask -> (B, D): BERT's pooled output, tanh of a layer on [CLS]."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        self.pooler = nn.Sequential()
-        self.pooler.dense = nn.Linear(cfg.width, cfg.width)
-        self.apply(partial(bert_init, std=cfg.init_std))
-
-    def forward(self, text, text_mask):
-        return self.pooler(super().forward(text, text_mask)[:, 0]).tanh()
-
-
-def bert_init(module, std):
+def init_bert(module, std):
+    """BERT's initial weights, for nn.Module.apply(). LayerNorms stay at 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.trunc_normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
@@ -404,13 +362,14 @@ def bert_init(module, std):
 
 
 # --------------------------------------------------------------------------------------------------
-# The image encoder. Keys are torchvision's.
+# The image encoder: a ResNet, its weights named as torchvision's
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm over `groups` virtual batches: with statistics of the whole batch a query could tell its key by them.
+    """Batch norm over `groups` virtual batches, as on as many GPUs.
 
-    Samples n, n + groups, n + 2 groups, ... form a group. Running averages take the mean over groups;
-    evaluation is plain.
+    With statistics of the whole batch a query could recognise its key by them (MoCo).
+    Samples n, n + groups, n + 2 groups, ... form a group. Running averages take the mean over
+    groups; evaluation is plain batch norm.
     """
 
     def __init__(self, channels, groups=1):
@@ -418,39 +377,52 @@ class SplitBatchNorm(nn.BatchNorm2d):
         self.groups = groups
 
     def forward(self, x):
-        g = self.groups
-        if not self.training or g == 1:
+        groups = self.groups
+        if not self.training or groups == 1:
             return super().forward(x)
-        b, c, h, w = x.shape
-        mean, var = self.running_mean.repeat(g), self.running_var.repeat(g)          # (gC,)
-        y = F.batch_norm(x.reshape(b // g, g * c, h, w), mean, var, self.weight.repeat(g), self.bias.repeat(g), True,
-                         self.momentum, self.eps)
-        self.running_mean.copy_(mean.view(g, c).mean(0))
-        self.running_var.copy_(var.view(g, c).mean(0))
+
+        # the groups become channels of a smaller batch: (B, C, H, W) -> (B/groups, groups C, H, W)
+        batch, channels, height, width = x.shape
+        mean, var = self.running_mean.repeat(groups), self.running_var.repeat(groups)
+        y = F.batch_norm(x.reshape(batch // groups, groups * channels, height, width), mean, var,
+                         self.weight.repeat(groups), self.bias.repeat(groups),
+                         True, self.momentum, self.eps)
+
+        # batch_norm has updated the copies of the running averages, one per group
+        self.running_mean.copy_(mean.view(groups, channels).mean(0))
+        self.running_var.copy_(var.view(groups, channels).mean(0))
         self.num_batches_tracked += 1
-        return y.reshape(b, c, h, w)
+        return y.reshape(x.shape)
 
 
 def resnet(cfg, norm=nn.BatchNorm2d):
-    """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, D), the average of the last layer."""
-    block = {"bottleneck": torchvision.models.resnet.Bottleneck,
-             "basic": torchvision.models.resnet.BasicBlock}[cfg.block]
+    """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, D), averaged over places."""
+    blocks = torchvision.models.resnet
+    block = {"bottleneck": blocks.Bottleneck, "basic": blocks.BasicBlock}[cfg.block]
     net = torchvision.models.ResNet(block, list(cfg.layers), norm_layer=norm)
+
+    # tiny: a smaller first convolution, and stages of another width
     if cfg.stem == "small":
-        w = net.inplanes = cfg.vision_width
-        net.conv1, net.bn1 = nn.Conv2d(3, w, 3, 2, 1, bias=False), norm(w)
-        for n, blocks in enumerate(cfg.layers):
-            setattr(net, f"layer{n + 1}", net._make_layer(block, w << n, blocks, stride=1 if n == 0 else 2))
-        for m in net.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        net.inplanes = cfg.vision_width
+        net.conv1 = nn.Conv2d(3, cfg.vision_width, 3, 2, 1, bias=False)
+        net.bn1 = norm(cfg.vision_width)
+        for n, depth in enumerate(cfg.layers):
+            stride = 1 if n == 0 else 2
+            stage = net._make_layer(block, cfg.vision_width * 2 ** n, depth, stride=stride)
+            setattr(net, f"layer{n + 1}", stage)
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
     net.fc = nn.Identity()
     return net
 
 
 def feature_dim(cfg):
     """D of the image encoder: 2048 for ResNet-50."""
-    return (cfg.vision_width if cfg.stem == "small" else 64) * 8 * {"bottleneck": 4, "basic": 1}[cfg.block]
+    first = cfg.vision_width if cfg.stem == "small" else 64
+    expansion = {"bottleneck": 4, "basic": 1}[cfg.block]
+    return first * 8 * expansion                                    # the width doubles three times
 
 
 def mlp(width, hidden, out):
@@ -473,7 +445,10 @@ def rank():
 # Copied from models/codis.py::gather
 @torch.no_grad()
 def gather(x):
-    """(B, ...) of every process -> (N, ...), by rank, without gradient. All processes must have the same B."""
+    """(B, ...) of every process -> (N, ...), in the order of ranks, without gradient.
+
+    All processes must have the same B.
+    """
     if world() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world())]
@@ -481,107 +456,120 @@ def gather(x):
     return torch.cat(parts)
 
 
-# Copied from models/codis.py::ema_ with Eq. (6)->Section 3.1
-@torch.no_grad()
-def ema_(teacher, student, alpha):
-    """Section 3.1: f_t = alpha f_t + (1 - alpha) f_s, in place, over lists of parameters."""
-    torch._foreach_lerp_(teacher, student, 1 - alpha)
+# Copied from models/codis.py::own_rows
+def own_rows(x, b):
+    """The B rows that this process gave to gather()."""
+    return x[rank() * b:(rank() + 1) * b]
 
 
 @torch.no_grad()
 def shuffle(x):
-    """(B, ...) of every process -> (B, ...) drawn from all of them, and the order (N,) that unshuffles:
-    MoCo's shuffling BN."""
+    """MoCo's shuffling BN: (B, ...) of every process -> (B, ...) drawn from all of them.
+
+    Also returns the order (N,) by which unshuffle() undoes it.
+    """
     everyone = gather(x)
     order = torch.randperm(len(everyone), device=x.device)
     if world() > 1:
-        dist.broadcast(order, 0)
-    return everyone[order.chunk(world())[rank()]], order.argsort()
+        dist.broadcast(order, 0)                                    # the same draw on all processes
+    return everyone[own_rows(order, len(x))], order.argsort()
 
 
 @torch.no_grad()
 def unshuffle(x, restore):
-    """(B, ...) of every process, shuffled -> (N, ...) on every process, in the order before shuffle()."""
+    """Shuffled (B, ...) of every process -> (N, ...) on every process, in the order before."""
     return gather(x)[restore]
 
 
 @torch.no_grad()
-def push_(rings, ptr, rows):
-    """Writes rows (N, ...) at `ptr` of rings (K, ...), two lists of tensors, around their end (of more, the last K);
-    moves ptr."""
-    size = len(rings[0])
-    count = len(rows[0])
-    slots = (ptr + count - min(count, size) + torch.arange(min(count, size), device=ptr.device)) % size
-    for ring, row in zip(rings, rows):
-        ring.index_copy_(0, slots, row[-size:].to(ring.dtype))
+def enqueue_(queues, ptr, rows):
+    """Writes rows (N, ...) into queues (K, ...), a list of each, in place, and moves `ptr`.
+
+    They begin at `ptr` and go on at the start after the end; of more than K rows the last K stay.
+    """
+    size, count = len(queues[0]), len(rows[0])
+    kept = min(count, size)
+    slots = (ptr + count - kept + torch.arange(kept, device=ptr.device)) % size
+    for queue, new in zip(queues, rows):
+        queue.index_copy_(0, slots, new[-size:].to(queue.dtype))
     ptr.add_(count).remainder_(size)
 
 
+@torch.no_grad()
+def momentum_update_(copies, students, momentum):
+    """Section 3.1: theta_k <- m theta_k + (1 - m) theta_q, in place, over lists of parameters."""
+    torch._foreach_lerp_(copies, students, 1 - momentum)
+
+
+@torch.no_grad()
+def average_running_stats_(module):
+    """Makes the running averages of batch norm equal on all processes: their mean, in place."""
+    stats = [buffer for name, buffer in module.named_buffers()
+             if name.endswith(("running_mean", "running_var"))]
+
+    # one message for all of them
+    flat = torch.cat([buffer.flatten() for buffer in stats])
+    dist.all_reduce(flat)
+    means = (flat / world()).split([buffer.numel() for buffer in stats])
+    for buffer, mean in zip(stats, means):
+        buffer.copy_(mean.view_as(buffer))
+
+
 # --------------------------------------------------------------------------------------------------
-# The paper's equations. `hidden` (B, K) bool marks queue entries that do not count: the own image, and keys that
-# are not there.
+# The paper's equations. q and k are queries and their own keys k+, (B, d) of unit norm; `ids` (B,)
+# are their images. A loss has one value per query, (B,) float32.
 
-def info_nce(q, k, queue, tau, hidden=None):
-    """Eq. (3), (8): J = -log exp(q.k+/tau) / sum_{j=0..K} exp(q.k_j/tau), k_0 = k+. Plain form.
+class Queue(NamedTuple):
+    """The keys k_1 ... k_K that a loss compares its queries with."""
 
-    q, k: (B, d) unit norm; queue: (K, d) -> (B,) float32.
+    keys: torch.Tensor              # (K, d) unit norm
+    ids: torch.Tensor               # (K,) the image of each key; -1 = still a random vector
+    chunk: int                      # C, keys scored at a time
+    present: torch.Tensor = None    # (K,) bool, False = that record had no caption; None = all had
+    tags: torch.Tensor = None       # (K, L) tags of the images, padded with -1
+
+    def chunks(self, ids):
+        """Yields pieces of the queue: a slice, its keys (C, d), and `hidden` (B, C), True where a
+        key does not count: it is of the query's own image, or there was no caption."""
+        for start in range(0, len(self.keys), self.chunk):
+            part = slice(start, start + self.chunk)
+            hidden = ids[:, None] == self.ids[part]
+            if self.present is not None:
+                hidden = hidden | ~self.present[part]
+            yield part, self.keys[part], hidden
+
+
+def info_nce(q, k, queue, ids, tau):
+    """Eq. (3), (8): J = -log exp(q.k+/tau) / sum_{j=0..K} exp(q.k_j/tau), where k_0 = k+.
+
+    Keys that do not count (see Queue.chunks) are left out of the sum.
     """
-    s = torch.cat([(q * k).sum(-1, keepdim=True), q @ queue.T], 1).float() / tau     # (B, 1+K)
-    if hidden is not None:
-        s = s.masked_fill(F.pad(hidden, (1, 0)), -torch.inf)
-    return s.logsumexp(-1) - s[:, 0]
-
-
-def tag_positives(tags, queue_tags, eps):
-    """Eq. (4): P = {k_p : t_p . t_j > eps}. Plain form. tags: (B, L), queue_tags: (K, L') ids padded with -1
-    -> (B, K) bool."""
-    same = (tags[:, None, :, None] == queue_tags[None, :, None, :]) & (tags >= 0)[:, None, :, None]
-    return same.flatten(2).sum(-1) > eps
-
-
-def tag_nce(q, k, queue, positives, tau, hidden=None):
-    """Eq. (5): J_tag = -1/|P| sum_{p in P} log exp(q.k_p/tau) / sum_j exp(q.k_j/tau), k+ always in P. Plain form.
-
-    q, k: (B, d) unit norm; queue: (K, d); positives: (B, K) bool -> (B,) float32.
-    """
-    s = torch.cat([(q * k).sum(-1, keepdim=True), q @ queue.T], 1).float() / tau     # (B, 1+K)
-    keep = torch.ones_like(s, dtype=torch.bool) if hidden is None else ~F.pad(hidden, (1, 0))
-    p = (F.pad(positives, (1, 0), value=True) & keep).to(s.dtype)
-    return s.masked_fill(~keep, -torch.inf).logsumexp(-1) - (p * s).sum(-1) / p.sum(-1)
-
-
-def hinge(q, k, queue, alpha, hidden=None):
-    """Eq. (11), (14): J = sum_{j=1..K} [alpha - q.k+ + q.k_j]_+. Plain form. q, k: (B, d);
-    queue: (K, d) -> (B,) float32."""
-    x = (alpha - (q * k).sum(-1, keepdim=True) + q @ queue.T).float().clamp(min=0)    # (B, K)
-    return (x if hidden is None else x.masked_fill(hidden, 0)).sum(-1)
-
-
-def blocks(queue, ids, queue_ids, present, chunk):
-    """The queue in pieces: keys (C, d) and `hidden` (B, C). present: (K,) bool, or None where every key is there."""
-    for n, k in enumerate(queue.split(chunk)):
-        part = slice(n * chunk, n * chunk + len(k))
-        hidden = ids[:, None] == queue_ids[part]
-        yield part, k, hidden if present is None else hidden | ~present[part]
+    own = (q * k).sum(-1) / tau                                     # (B,)
+    others = QueueLSE.apply(q, queue, ids, tau)                     # (B,), the sum over j = 1..K
+    return torch.logaddexp(own, others) - own
 
 
 class QueueLSE(torch.autograd.Function):
-    """log sum_j exp(q.k_j/tau) over a queue, streamed: nothing of size (B, K) is kept.
-    info_nce() = logaddexp(this, s_0) - s_0.
+    """log sum_{j=1..K} exp(q.k_j/tau), streamed: nothing of size (B, K) is kept for backward.
 
-    Its gradient is the softmax mean of the keys over tau, which the forward pass sums up as attention does its values.
-    q: (B, d) float32; queue: (K, d); ids: (B,), queue_ids: (K,) int64 -> (B,); -inf where no key counts.
+    q: (B, d) float32, queue: Queue, ids: (B,) -> (B,); -inf where no key counts.
+    Its gradient is the softmax mean of the keys over tau. forward() sums up that mean as attention
+    sums up its values, so that backward() only multiplies.
     """
 
     @staticmethod
-    def forward(ctx, q, queue, ids, queue_ids, present, tau, chunk):
+    def forward(ctx, q, queue, ids, tau):
+        lse, mean = q.new_full((len(q),), -torch.inf), torch.zeros_like(q)
         with torch.autocast(q.device.type, enabled=False):
-            lse, mean = q.new_full((len(q),), -torch.inf), torch.zeros_like(q)
-            for _, k, hidden in blocks(queue, ids, queue_ids, present, chunk):
-                s = (q @ k.T / tau).masked_fill(hidden, -torch.inf)                  # (B, C)
-                new = torch.logaddexp(lse, s.logsumexp(-1))
-                base = new.masked_fill(new == -torch.inf, 0)                         # -inf - -inf is no number
-                mean = mean * (lse - base).exp()[:, None] + (s - base[:, None]).exp() @ k
+            for _, keys, hidden in queue.chunks(ids):
+                scores = (q @ keys.T / tau).masked_fill(hidden, -torch.inf)             # (B, C)
+                new = torch.logaddexp(lse, scores.logsumexp(-1))
+
+                # the old mean shrinks to its share of the new sum; where no key has counted yet,
+                # 0 stands for -inf, as -inf - -inf is nan
+                base = new.masked_fill(new == -torch.inf, 0)
+                share, weights = (lse - base).exp(), (scores - base[:, None]).exp()
+                mean = mean * share[:, None] + weights @ keys                           # (B, d)
                 lse = new
         ctx.save_for_backward(mean)
         ctx.tau = tau
@@ -590,80 +578,118 @@ class QueueLSE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         mean, = ctx.saved_tensors
-        return grad[:, None] * mean / ctx.tau, None, None, None, None, None, None
+        return grad[:, None] * mean / ctx.tau, None, None, None
+
+
+@torch.no_grad()
+def tag_positives(k, queue, ids, tags, eps, vocab):
+    """Eq. (4): P = {k_p : t_p . t_j > eps}, and k+ always -> the mean (B, d) of its keys, |P| (B,).
+
+    tags: (B, L) and queue.tags (K, L): ids below `vocab`, each at most once in a row, padded
+    with -1. t_p . t_j is the number of tags in common. It is looked up: each key adds up the rows
+    of its tags in a table of the batch. This is exact and needs no (K, V) matrix, which would take
+    4.8 GB for Stock.
+    """
+    # table[tag + 1, j] = 1 where query j has the tag; row 0 is the padding
+    table = k.new_zeros(vocab + 1, len(tags))
+    table[tags.T + 1, torch.arange(len(tags), device=tags.device)] = 1
+    table[0] = 0
+
+    # sum of the keys in P, and their number; k+ is the first
+    total, number = k.clone(), k.new_ones(len(k))
+    with torch.autocast(k.device.type, enabled=False):
+        for part, keys, hidden in queue.chunks(ids):
+            common = F.embedding_bag(queue.tags[part] + 1, table, mode="sum").T         # (B, C)
+            positive = ((common > eps) & ~hidden).to(k.dtype)
+            total, number = total + positive @ keys, number + positive.sum(-1)
+    return total / number[:, None], number
+
+
+def tag_nce(j_ii, q, k, mean_key, tau):
+    """Eq. (5): J_tag = -1/|P| sum_{p in P} log exp(q.k_p/tau) / sum_{j=0..K} exp(q.k_j/tau).
+
+    The denominator is that of Eq. 3, so that J_tag = J_ii + (q.k+ - mean_{p in P} q.k_p) / tau.
+    j_ii: info_nce() of the same q and k; mean_key: of tag_positives().
+    """
+    return j_ii + (q * (k - mean_key)).sum(-1) / tau
+
+
+def hinge(q, k, queue, ids, margin):
+    """Eq. (11), (14): J = sum_{j=1..K} [alpha - q.k+ + q.k_j]_+, alpha = margin.
+
+    Keys that do not count (see Queue.chunks) are left out of the sum.
+    """
+    return QueueHinge.apply(q, (q * k).sum(-1), queue, ids, margin)
 
 
 class QueueHinge(torch.autograd.Function):
-    """hinge() over a queue, streamed. Its gradient: the sum of the keys inside the margin (to q),
-    minus their number (to pos).
+    """sum_{j=1..K} [alpha - own + q.k_j]_+, streamed: nothing of size (B, K) is kept for backward.
 
-    q: (B, d) float32; pos: (B,) = q.k+; queue: (K, d); ids: (B,), queue_ids: (K,) int64 -> (B,).
+    q: (B, d) float32, own: (B,) = q.k+, queue: Queue, ids: (B,) -> (B,).
+    Its gradient to q is the sum of the keys inside the margin, that to own minus their number.
     """
 
     @staticmethod
-    def forward(ctx, q, pos, queue, ids, queue_ids, present, alpha, chunk):
+    def forward(ctx, q, own, queue, ids, margin):
+        loss, number, total = torch.zeros_like(own), torch.zeros_like(own), torch.zeros_like(q)
         with torch.autocast(q.device.type, enabled=False):
-            loss, count, keys = torch.zeros_like(pos), torch.zeros_like(pos), torch.zeros_like(q)
-            for _, k, hidden in blocks(queue, ids, queue_ids, present, chunk):
-                x = (alpha - pos[:, None] + q @ k.T).clamp(min=0).masked_fill(hidden, 0)    # (B, C)
-                active = (x > 0).to(q.dtype)
-                loss, count, keys = loss + x.sum(-1), count + active.sum(-1), keys + active @ k
-        ctx.save_for_backward(count, keys)
+            for _, keys, hidden in queue.chunks(ids):
+                excess = (margin - own[:, None] + q @ keys.T).clamp(min=0)              # (B, C)
+                excess = excess.masked_fill(hidden, 0)
+                inside = (excess > 0).to(q.dtype)
+                loss, number = loss + excess.sum(-1), number + inside.sum(-1)
+                total = total + inside @ keys                                           # (B, d)
+        ctx.save_for_backward(total, number)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        count, keys = ctx.saved_tensors
-        return grad[:, None] * keys, -grad * count, None, None, None, None, None, None
-
-
-@torch.no_grad()
-def tag_sums(queue, ids, queue_ids, tags, queue_tags, vocab, eps, chunk):
-    """Eq. (4), streamed: the sum (B, d) of the queue's keys in P, and their number (B,).
-
-    t_p . t_j of all pairs is a bag of rows of the batch's tag table: exact, and without a (K, V) matrix,
-    4.8 GB for Stock.
-    queue: (K, d); tags: (B, L), queue_tags: (K, L) ids below `vocab`, each at most once in a row, padded with -1.
-    """
-    table = queue.new_zeros(vocab + 1, len(tags))
-    table[tags.T + 1, torch.arange(len(tags), device=tags.device)] = 1
-    table[0] = 0                                                                     # the padding
-    total, count = queue.new_zeros(len(tags), queue.shape[1]), queue.new_zeros(len(tags))
-    with torch.autocast(queue.device.type, enabled=False):
-        for part, k, hidden in blocks(queue, ids, queue_ids, None, chunk):
-            overlap = F.embedding_bag(queue_tags[part] + 1, table, mode="sum").T      # (B, C)
-            p = ((overlap > eps) & ~hidden).to(queue.dtype)
-            total, count = total + p @ k, count + p.sum(-1)
-    return total, count
+        total, number = ctx.saved_tensors
+        return grad[:, None] * total, -grad * number, None, None, None
 
 
 def vse_loss(image_emb, text_emb, ids, margin):
-    """VSE++: sum over pairs of [margin - s_ii + max_j s_ij]_+ both ways, j over other images. *_emb: (B, d) unit norm
-    -> 0-d."""
-    s = image_emb.float() @ text_emb.float().T                                       # (B, B)
-    other = s.masked_fill(ids[:, None] == ids, -torch.inf)
-    own = s.diagonal()
-    return sum((margin - own + other.amax(d)).clamp(min=0).sum() for d in (0, 1))
+    """VSE++: sum over pairs of [margin - s_ii + max_j s_ij]_+, and the same with max_j s_ji.
+
+    image_emb, text_emb: (B, d) unit norm -> 0-d. j runs over other images than i.
+    """
+    scores = image_emb.float() @ text_emb.float().T                 # (B, B)
+    own = scores.diagonal()
+    others = scores.masked_fill(ids[:, None] == ids, -torch.inf)
+
+    # for each text the hardest image, for each image the hardest text
+    of_texts = (margin - own + others.amax(0)).clamp(min=0).sum()
+    of_images = (margin - own + others.amax(1)).clamp(min=0).sum()
+    return of_texts + of_images
 
 
 @torch.no_grad()
 def pmi_vectors(rows, vocab, dim):
-    """Tag embeddings from co-occurrence: M = log(n_ij N / (n_i n_j)), clipped at 0, SVD U S V', unit rows of U sqrt(S).
+    """Tag embeddings from co-occurrence: SVD U S V' of M_ij = max(0, log(n_ij N / (n_i n_j))).
 
-    rows: (N, L) ids below `vocab`, each at most once in a row, padded with -1 -> (vocab, dim) float32;
-    a tag nobody has: 0.
+    rows: (N, L) ids below `vocab`, each at most once in a row, padded with -1.
+    -> (vocab, dim) float32, unit rows of U sqrt(S); 0 for a tag that no row has.
     """
+    # n_ij, counted over flat indices i * vocab + j of all pairs of tags in a row
     counts = torch.zeros(vocab * vocab)
     for part in rows.split(4096):
-        i, j = part[:, :, None], part[:, None, :]
-        at = torch.where((i >= 0) & (j >= 0), i * vocab + j, -1).flatten()
-        at = at[at >= 0]
-        counts.index_add_(0, at, torch.ones(len(at)))
+        first, second = part[:, :, None], part[:, None, :]
+        both = (first >= 0) & (second >= 0)                         # (rows, L, L)
+        pairs = (first * vocab + second)[both]
+        counts.index_add_(0, pairs, torch.ones(len(pairs)))
     counts = counts.view(vocab, vocab)
+
+    # tags that never meet: log 0 = -inf, clipped to 0
     single = counts.diagonal().clamp(min=1)
-    pmi = (counts * (len(rows) / single[:, None]) / single).log().clamp(min=0)       # log 0 = -inf: never together
-    u, s, _ = torch.linalg.svd(pmi) if dim == vocab else torch.svd_lowrank(pmi, dim, niter=4)
-    return F.normalize(u[:, :dim] * s[:dim].sqrt(), dim=-1) * (counts.diagonal() > 0)[:, None]
+    pmi = (counts * (len(rows) / single[:, None]) / single).log().clamp(min=0)
+
+    # the first `dim` vectors; a random method is enough where they are few
+    if dim == vocab:
+        u, s, _ = torch.linalg.svd(pmi)
+    else:
+        u, s, _ = torch.svd_lowrank(pmi, dim, niter=4)
+    vectors = F.normalize(u[:, :dim] * s[:dim].sqrt(), dim=-1)
+    return vectors * (counts.diagonal() > 0)[:, None]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -680,134 +706,190 @@ class C4Head(nn.Module):
         return self.norm(self.layer4(x)).mean((2, 3))
 
 
-def c4_detector(cfg, classes, common):
+def c4_detector(cfg, classes, **settings):
     """Faster R-CNN on conv4 features of stride 16."""
     net, width = resnet(cfg), feature_dim(cfg)
     body = IntermediateLayerGetter(net, {"layer3": "0"})
     body.out_channels = width // 2
-    anchors = AnchorGenerator((tuple(cfg.anchors),), ((0.5, 1.0, 2.0),))
-    return FasterRCNN(body, rpn_anchor_generator=anchors, rpn_head=RPNHead(width // 2, 3 * len(cfg.anchors)),
-                      box_roi_pool=MultiScaleRoIAlign(["0"], 14, 0), box_head=C4Head(net.layer4, width),
-                      box_predictor=FastRCNNPredictor(width, classes + 1), **common)
+
+    # all anchor sizes at every place of the one feature map
+    ratios = (0.5, 1.0, 2.0)
+    anchors = AnchorGenerator((tuple(cfg.anchors),), (ratios,))
+    rpn_head = RPNHead(width // 2, len(ratios) * len(cfg.anchors))
+
+    return FasterRCNN(body, rpn_anchor_generator=anchors, rpn_head=rpn_head,
+                      box_roi_pool=MultiScaleRoIAlign(["0"], 14, 0),
+                      box_head=C4Head(net.layer4, width),
+                      box_predictor=FastRCNNPredictor(width, classes + 1), **settings)
 
 
-def fpn_detector(cfg, classes, common):
+def fpn_detector(cfg, classes, **settings):
     """Mask R-CNN on a feature pyramid. With fpn_width 256 its heads are torchvision's."""
-    net, width, c = resnet(cfg), feature_dim(cfg), cfg.fpn_width
-    body = BackboneWithFPN(net, {f"layer{n}": str(n - 1) for n in (1, 2, 3, 4)}, [width >> n for n in (3, 2, 1, 0)], c,
-                           norm_layer=nn.BatchNorm2d)
-    anchors = AnchorGenerator(tuple((a,) for a in cfg.anchors), ((0.5, 1.0, 2.0),) * len(cfg.anchors))
-    return MaskRCNN(body, rpn_anchor_generator=anchors, box_head=TwoMLPHead(49 * c, 4 * c),
-                    box_predictor=FastRCNNPredictor(4 * c, classes + 1), mask_head=MaskRCNNHeads(c, (c,) * 4, 1),
-                    mask_predictor=MaskRCNNPredictor(c, c, classes + 1), **common)
+    width, channels = feature_dim(cfg), cfg.fpn_width
+    stages = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
+    widths = [width // 8, width // 4, width // 2, width]
+    body = BackboneWithFPN(resnet(cfg), stages, widths, channels, norm_layer=nn.BatchNorm2d)
+
+    # one anchor size per level
+    sizes = tuple((side,) for side in cfg.anchors)
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+
+    return MaskRCNN(body, rpn_anchor_generator=anchors,
+                    box_head=TwoMLPHead(7 * 7 * channels, 4 * channels),
+                    box_predictor=FastRCNNPredictor(4 * channels, classes + 1),
+                    mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+                    mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1), **settings)
 
 
 # --------------------------------------------------------------------------------------------------
 # The model
 
 class Mct(nn.Module):
-    """All tasks of the paper. num_labels: classes of linear, detection and segmentation, tags of the others."""
+    """All tasks of the paper.
+
+    num_labels: classes of linear, detection and segmentation, tags of the other tasks.
+    """
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
-        self.cfg, self.task, self.students, self.frozen, self.remarks = cfg, task, [], False, []
-        width = feature_dim(cfg)
-        if task in ("detection", "segmentation"):
+        self.cfg, self.task = cfg, task
+        self.students = []                      # names of the parts that have a momentum copy
+        self.frozen = task in ("linear", "retrieval_gru", "tagging")    # the ResNet is not trained
+        self.offers = set(OFFERS[task])         # methods that eval.py may call
+        self.remarks = []                       # lines for the start of the training report
+
+        if task == "pretrain":
+            self.build_pretrain(num_labels)
+        elif task in ("detection", "segmentation"):
             self.build_detector(num_labels)
-        elif task == "pretrain":
-            self.build_pretrain(width, num_labels)
         else:
-            self.vision = resnet(cfg)
-            self.frozen = task != "tag_supervised"
-            self.vision.requires_grad_(not self.frozen)
-        if task in ("linear", "tag_supervised"):
+            self.vision = resnet(cfg).requires_grad_(not self.frozen)
+            self.build_head(feature_dim(cfg), num_labels)
+
+    def build_pretrain(self, num_tags):
+        """Encoders, heads, their momentum copies and the queues, as far as the losses need them."""
+        cfg = self.cfg
+        self.tagged, self.num_tags = cfg.lambda_tag > 0 and num_tags > 0, num_tags
+        self.spaces = self.needed_spaces()
+
+        # students: encoders and heads
+        groups = cfg.bn_groups if world() == 1 else 1
+        self.vision = resnet(cfg, partial(SplitBatchNorm, groups=groups))
+        self.vision_heads = self.make_heads(feature_dim(cfg), self.spaces["vision"])
+        self.students = ["vision", "vision_heads"]
+        if self.spaces["text"]:
+            self.text = PooledBert(cfg)
+            self.text_heads = self.make_heads(cfg.width, self.spaces["text"])
+            self.students += ["text", "text_heads"]
+
+        # their momentum copies
+        for name in self.students:
+            copy = deepcopy(getattr(self, name))
+            self.add_module(name + "_m", copy.requires_grad_(False))
+
+        # a queue of keys for each side and space; ids, captions and tags belong to all of them
+        for side, spaces in self.spaces.items():
+            for space in spaces:
+                keys = torch.empty(cfg.queue_size, getattr(cfg, f"{space}_dim"))
+                self.register_buffer(f"queue_{side}_{space}", keys)
+        self.register_buffer("queue_ids", torch.empty(cfg.queue_size, dtype=torch.long))
+        self.register_buffer("queue_captioned", torch.empty(cfg.queue_size, dtype=torch.bool))
+        if self.tagged:
+            shape = cfg.queue_size, max(1, cfg.tag_width)
+            self.register_buffer("queue_tags", torch.empty(shape, dtype=torch.long))
+        self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
+        self.reset_memory()
+
+        # what is offered and said follows from the losses
+        if "inter" not in self.spaces["text"]:
+            self.offers -= {"encode_image", "encode_text"}
+        if world() == 1:
+            self.remarks.append(f"batch norm: {groups} virtual groups in this one process")
+        else:
+            self.remarks.append("batch norm: per process, keys shuffled over processes")
+        if not self.tagged:
+            self.remarks.append("no J_tag: lambda_tag is 0, or the data have no tags")
+
+    def needed_spaces(self):
+        """{side: list of "intra", "inter"}: the embeddings that losses of a weight above 0 need."""
+        cfg = self.cfg
+        spaces = {"vision": [], "text": []}
+        if cfg.lambda_ii > 0 or self.tagged:
+            spaces["vision"].append("intra")
+        if cfg.lambda_cc > 0:
+            spaces["text"].append("intra")
+        if cfg.lambda_ic > 0 or cfg.lambda_ci > 0:
+            spaces["vision"].append("inter")
+            spaces["text"].append("inter")
+
+        if not spaces["vision"]:
+            raise SystemExit("models/mct.py: lambda_ii, _tag, _ic and _ci are all 0: "
+                             "nothing trains the image encoder")
+        return spaces
+
+    def make_heads(self, width, spaces):
+        """Two-layer MLPs on pooled features: one for each space, or one for both (section 4.4)."""
+        cfg = self.cfg
+        dims = {"intra": cfg.intra_dim, "inter": cfg.inter_dim}
+        if cfg.heads == "unified":
+            if cfg.intra_dim != cfg.inter_dim:
+                raise SystemExit(f"models/mct.py: --heads unified: --intra_dim ({cfg.intra_dim}) "
+                                 f"and --inter_dim ({cfg.inter_dim}) differ")
+            return nn.ModuleDict({"both": mlp(width, cfg.head_hidden, cfg.inter_dim)})
+        if cfg.heads != "distinct":
+            raise SystemExit(f"models/mct.py: --heads {cfg.heads}: distinct or unified")
+        return nn.ModuleDict({space: mlp(width, cfg.head_hidden, dims[space]) for space in spaces})
+
+    def build_head(self, width, num_labels):
+        """What a downstream task puts on the ResNet's features."""
+        cfg = self.cfg
+        if self.task in ("linear", "tag_supervised"):
             self.fc = nn.Linear(width, num_labels)
             nn.init.normal_(self.fc.weight, std=0.01)
             nn.init.zeros_(self.fc.bias)
-        if task == "retrieval_gru":
+
+        elif self.task == "retrieval_gru":
             self.image_fc = nn.Linear(width, cfg.joint_dim)
             self.words = nn.Embedding(cfg.vocab_size, cfg.word_dim, padding_idx=cfg.pad_id)
             self.gru = nn.GRU(cfg.word_dim, cfg.joint_dim, batch_first=True)
             nn.init.xavier_uniform_(self.image_fc.weight)
             nn.init.uniform_(self.words.weight, -0.1, 0.1)
-        if task == "tagging":
+
+        elif self.task == "tagging":
             dim = min(cfg.tag_dim, num_labels)
             self.tag_mlp = mlp(width, cfg.tag_hidden, dim)
             self.register_buffer("tag_vectors", torch.zeros(num_labels, dim))
-        self.withhold()
-
-    def build_pretrain(self, width, num_tags):
-        cfg = self.cfg
-        cross = cfg.lambda_ic > 0 or cfg.lambda_ci > 0
-        self.tagged = cfg.lambda_tag > 0 and num_tags > 0
-        self.spaces = {"vision": ["intra"] * (cfg.lambda_ii > 0 or self.tagged) + ["inter"] * cross,
-                       "text": ["intra"] * (cfg.lambda_cc > 0) + ["inter"] * cross}
-        if not self.spaces["vision"]:
-            raise SystemExit("models/mct.py: lambda_ii, _tag, _ic and _ci are all 0: nothing trains the image encoder")
-        if cfg.heads not in ("distinct", "unified"):
-            raise SystemExit(f"models/mct.py: --heads {cfg.heads}: distinct or unified")
-        if cfg.heads == "unified" and cfg.intra_dim != cfg.inter_dim:
-            raise SystemExit(f"models/mct.py: --heads unified: --intra_dim ({cfg.intra_dim}) "
-                             f"and --inter_dim ({cfg.inter_dim}) differ")
-        groups = cfg.bn_groups if world() == 1 else 1
-        self.vision = resnet(cfg, partial(SplitBatchNorm, groups=groups))
-        self.vision_heads = self.make_heads(width, self.spaces["vision"])
-        self.students = ["vision", "vision_heads"]
-        if self.spaces["text"]:
-            self.text = BertPooled(cfg)
-            self.text_heads = self.make_heads(cfg.width, self.spaces["text"])
-            self.students += ["text", "text_heads"]
-        for name in self.students:  # the momentum copies
-            self.add_module(name + "_m", deepcopy(getattr(self, name)).requires_grad_(False))
-        for side, spaces in self.spaces.items():
-            for space in spaces:
-                dim = getattr(cfg, f"{space}_dim")
-                self.register_buffer(f"queue_{side}_{space}", F.normalize(torch.randn(cfg.queue_size, dim), dim=-1))
-        self.register_buffer("queue_ids", torch.full((cfg.queue_size,), -1))
-        self.register_buffer("queue_captioned", torch.ones(cfg.queue_size, dtype=torch.bool))
-        if self.tagged:
-            self.num_tags = num_tags
-            self.register_buffer("queue_tags", torch.full((cfg.queue_size, max(1, cfg.tag_width)), -1))
-        self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
-        self.remarks.append(f"batch norm: {groups} virtual groups in this one process" if world() == 1 else
-                            "batch norm: per process, keys shuffled over processes")
-        self.remarks += [] if self.tagged else ["no J_tag: lambda_tag is 0, or the data have no tags"]
-
-    def make_heads(self, width, spaces):
-        cfg = self.cfg
-        dims = ({"both": cfg.inter_dim} if cfg.heads == "unified"
-                else {space: getattr(cfg, f"{space}_dim") for space in spaces})
-        return nn.ModuleDict({name: mlp(width, cfg.head_hidden, dim) for name, dim in dims.items()})
 
     def build_detector(self, classes):
+        """torchvision's detector, with as many boxes before NMS as Detectron2 has in C4 and FPN."""
         cfg = self.cfg
-        common = dict(min_size=tuple(cfg.detect_sizes), max_size=cfg.detect_max, box_batch_size_per_image=cfg.rois,
-                      rpn_pre_nms_top_n_train=12000 if self.task == "detection" else 2000,  # Detectron2's C4 and FPN
-                      rpn_pre_nms_top_n_test=6000 if self.task == "detection" else 1000,
-                      rpn_post_nms_top_n_train=cfg.proposals[0], rpn_post_nms_top_n_test=cfg.proposals[1], **PIXELS)
-        self.detector = (c4_detector if self.task == "detection" else fpn_detector)(cfg, classes, common)
+        if self.task == "detection":
+            make, before_train, before_test = c4_detector, 12000, 6000
+        else:
+            make, before_train, before_test = fpn_detector, 2000, 1000
+        kept_train, kept_test = cfg.proposals
+        self.detector = make(
+            cfg, classes, min_size=tuple(cfg.detect_sizes), max_size=cfg.detect_max, **PIXELS,
+            box_batch_size_per_image=cfg.rois,
+            rpn_pre_nms_top_n_train=before_train, rpn_pre_nms_top_n_test=before_test,
+            rpn_post_nms_top_n_train=kept_train, rpn_post_nms_top_n_test=kept_test)
+
+        # statistics of all processes, where that is possible
         if world() > 1 and dist.get_backend() == "nccl":
             self.detector = nn.SyncBatchNorm.convert_sync_batchnorm(self.detector)
             self.remarks.append(f"batch norm: synchronised over {world()} processes")
         else:
-            self.remarks.append("batch norm: plain, per process (SyncBatchNorm is for several CUDA processes)")
-
-    def withhold(self):
-        """Methods that this task did not build are None, which is how an evaluation knows."""
-        task = self.task
-        kept = {"encode_image": task == "retrieval_gru" or (task == "pretrain" and "inter" in self.spaces["text"]),
-                "visual_features": task not in ("detection", "segmentation"), "predict": task == "linear",
-                "tag_scores": task in ("tagging", "tag_supervised"), "detect": task in ("detection", "segmentation")}
-        kept["encode_text"] = kept["encode_image"]
-        for name in [n for n, k in kept.items() if not k]:
-            setattr(self, name, None)
+            self.remarks.append("batch norm: plain, per process "
+                                "(SyncBatchNorm is for several CUDA processes)")
 
     def train(self, mode=True):
+        """A frozen ResNet keeps its running averages, the text copy has no dropout. The image copy
+        trains: its batch norm uses the batch, as MoCo's."""
         super().train(mode)
         if self.frozen:
             self.vision.eval()
         if "text" in self.students:
-            self.text_m.eval()  # no dropout in the copy; vision_m stays: its batch norm uses the batch, as MoCo's
+            self.text_m.eval()
         return self
 
     # -- encoders
@@ -816,55 +898,22 @@ class Mct(nn.Module):
         """(B, D): the ResNet's average pool of `image`, or the stored `features`."""
         return batch["features"] if "features" in batch else self.vision(batch["image"])
 
-    def project(self, side, features, m=""):
-        """Pooled features (B, D) of side "vision" or "text" -> {"intra", "inter": (B, d) unit norm}.
-        m="_m": by the copy's heads."""
-        out = {name: F.normalize(head(features).float(), dim=-1)
-               for name, head in getattr(self, f"{side}_heads{m}").items()}
-        return {space: out.get(space, out.get("both")) for space in self.spaces[side]}
+    def project(self, side, features, momentum=False):
+        """Pooled features (B, D) -> {"intra", "inter": (B, d) unit norm}, those that are needed.
 
-    def encode_image(self, batch):
-        """-> (B, d) unit norm."""
-        features = self.visual_features(batch)
-        if self.task == "retrieval_gru":
-            return F.normalize(self.image_fc(features).float(), dim=-1)
-        return self.project("vision", features)["inter"]
-
-    def encode_text(self, batch):
-        """-> (B, d) unit norm."""
-        text, mask = batch["text"], batch["text_mask"]
-        if self.task == "retrieval_gru":
-            states = self.gru(self.words(text))[0]                                       # (B, T, d)
-            last = (mask.sum(-1) - 1).clamp(min=0)[:, None, None].expand(-1, 1, states.shape[-1])
-            return F.normalize(states.gather(1, last)[:, 0].float(), dim=-1)             # after the last real token
-        return self.project("text", self.text(text, mask))["inter"]
-
-    def predict(self, batch):
-        """(B, C) logits."""
-        return self.fc(self.visual_features(batch))
-
-    def tag_scores(self, batch):
-        """(B, V), higher = likelier: cosine with the tags' PMI vectors, or the logits of the supervised tagger."""
-        features = self.visual_features(batch)
-        if self.task == "tag_supervised":
-            return self.fc(features)
-        return F.normalize(self.tag_mlp(features).float(), dim=-1) @ self.tag_vectors.T
-
-    def detect(self, batch):
-        """A list of B dicts: boxes (n, 4) xyxy in pixels of `image`, labels (n,) from 0,
-        scores (n,) [, masks (n, H, W) bool]."""
-        found = self.detector(batch["image"])
-        return [{**d, "labels": d["labels"] - 1, **({"masks": d["masks"][:, 0] >= 0.5} if "masks" in d else {})}
-                for d in found]
-
-    # -- losses
-
-    def forward(self, batch):
-        return getattr(self, "loss_" + self.task)(batch)
+        side: "vision" or "text", whose heads it takes, or their momentum copies.
+        """
+        heads = getattr(self, f"{side}_heads_m" if momentum else f"{side}_heads")
+        z = {name: F.normalize(head(features).float(), dim=-1) for name, head in heads.items()}
+        if "both" in z:
+            return {space: z["both"] for space in self.spaces[side]}
+        return z
 
     def queries(self, batch):
-        """Eq. (1), (9): q_ii = f_iq(I'; theta_q, phi_iq), and q_ic with the head phi_cq.
-        Eq. (6), (12): q_cc = f_cq(c'; Theta_q, Phi_cq), and q_ci with Phi_iq. -> {side: {space: (B, d)}}.
+        """Encodes the query views -> {side: {space: (B, d)}}.
+
+        Eq. (1), (9): q_ii = f_iq(I'; theta_q, phi_iq), and q_ic with the head phi_cq.
+        Eq. (6), (12): q_cc = f_cq(c'; Theta_q, Phi_cq), and q_ci with the head Phi_iq.
         """
         q = {"vision": self.project("vision", self.vision(batch["image"]))}
         if self.spaces["text"]:
@@ -873,323 +922,364 @@ class Mct(nn.Module):
 
     @torch.no_grad()
     def keys(self, batch):
-        """Eq. (2), (13): k_ii = f_ik(I*; theta_k, phi_ik), and k_ci with the head phi_ck.
-        Eq. (7), (10): k_cc = f_ck(c*; Theta_k, Phi_ck), and k_ic with Phi_ik. -> those of all processes,
-        {side: {space: (N, d)}}.
+        """Encodes the key views by the momentum copies -> {side: {space: (N, d)}}, all processes'.
+
+        Eq. (2), (13): k_ii = f_ik(I*; theta_k, phi_ik), and k_ci with the head phi_ck.
+        Eq. (7), (10): k_cc = f_ck(c*; Theta_k, Phi_ck), and k_ic with the head Phi_ik.
         """
         image, restore = shuffle(batch["image_key"])
-        z = self.project("vision", self.vision_m(image), "_m")
+        z = self.project("vision", self.vision_m(image), momentum=True)
         k = {"vision": {space: unshuffle(x, restore) for space, x in z.items()}}
+
         if self.spaces["text"]:
-            z = self.project("text", self.text_m(batch["text_key"], batch["text_key_mask"]), "_m")
+            features = self.text_m(batch["text_key"], batch["text_key_mask"])
+            z = self.project("text", features, momentum=True)
             k["text"] = {space: gather(x) for space, x in z.items()}
         return k
 
-    def nce(self, q, k, side, ids):
-        """Eq. (3), (8): log-sum-exp (B,) over own key and queue, and the own key's score (B,);
-        the loss is their difference."""
-        cfg = self.cfg
-        present = self.queue_captioned if side == "text" else None
-        own = (q * k).sum(-1) / cfg.tau
-        lse = QueueLSE.apply(q, getattr(self, f"queue_{side}_intra"), ids, self.queue_ids, present,
-                             cfg.tau, cfg.queue_chunk)
-        return torch.logaddexp(lse, own), own
+    # -- pre-training
 
-    def cross(self, q, k, side, ids):
-        """Eq. (11), (14) over the queue of the other modality's keys -> (B,)."""
-        cfg = self.cfg
-        present = self.queue_captioned if side == "text" else None
-        queue = getattr(self, f"queue_{side}_inter")
-        return QueueHinge.apply(q, (q * k).sum(-1), queue, ids, self.queue_ids, present, cfg.margin, cfg.queue_chunk)
+    def forward(self, batch):
+        return getattr(self, "loss_" + self.task)(batch)
 
     def loss_pretrain(self, batch):
-        """Eq. (15): J = lambda_ii J_ii + lambda_tag J_tag + lambda_cc J_cc + lambda_ic J_ic + lambda_ci J_ci."""
+        """Eq. (15): J = lambda_ii J_ii + lambda_tag J_tag + lambda_cc J_cc + lambda_ic J_ic
+        + lambda_ci J_ci.
+
+        Each J is a mean over all records; those that cannot take part count as 0.
+        """
         cfg, ids = self.cfg, batch["image_id"]
-        b = len(ids)
-        if self.training and world() == 1 and (b % cfg.bn_groups or b == cfg.bn_groups):
-            raise SystemExit(f"models/mct.py: a batch of {b} is not {cfg.bn_groups} virtual groups of 2 or more: "
-                             "set --bn_groups")
+        self.check_batch_size(len(ids))
         captioned = batch.get("text_valid", torch.ones_like(ids)).bool()
-        q, all_keys = self.queries(batch), self.keys(batch)
-        k = {side: {space: z[rank() * b:rank() * b + b] for space, z in keys.items()}
-             for side, keys in all_keys.items()}
-        rows, logs = {}, {}                                                 # losses (B,), 0 where a record has no part
+
+        # queries of this process, keys of all processes; the own ones are the positives
+        queries, all_keys, keys = self.queries(batch), self.keys(batch), {}
+        for side, spaces in all_keys.items():
+            keys[side] = {space: own_rows(k, len(ids)) for space, k in spaces.items()}
+
+        # images with images: Eq. 3, then Eq. 4 and 5
+        rows, logs = {}, {}                                         # J of each record, (B,)
         if "intra" in self.spaces["vision"]:
-            lse, own = self.nce(q["vision"]["intra"], k["vision"]["intra"], "vision", ids)
-            rows["ii"] = lse - own                                                    # Eq. 3
-            if self.tagged:                                                           # Eq. 4, 5
+            q, k = queries["vision"]["intra"], keys["vision"]["intra"]
+            queue = self.queue("vision", "intra")
+            rows["ii"] = info_nce(q, k, queue, ids, cfg.tau)
+            if self.tagged:
                 tags = batch["tags"]
-                total, count = tag_sums(self.queue_vision_intra, ids, self.queue_ids, tags,
-                                        self.queue_tags, self.num_tags, cfg.tag_eps, cfg.queue_chunk)
-                mean = (own + (q["vision"]["intra"] * total).sum(-1) / cfg.tau) / (1 + count)
-                rows["tag"] = (lse - mean) * (tags >= 0).any(-1)
-                logs["positives"] = 1 + count.mean()
+                mean_key, number = tag_positives(k, queue, ids, tags, cfg.tag_eps, self.num_tags)
+                rows["tag"] = tag_nce(rows["ii"], q, k, mean_key, cfg.tau) * (tags >= 0).any(-1)
+                logs["positives"] = number.mean()
+
+        # captions with captions: Eq. 8
         if "intra" in self.spaces["text"]:
-            lse, own = self.nce(q["text"]["intra"], k["text"]["intra"], "text", ids)
-            rows["cc"] = (lse - own) * captioned                                      # Eq. 8
+            q, k = queries["text"]["intra"], keys["text"]["intra"]
+            rows["cc"] = info_nce(q, k, self.queue("text", "intra"), ids, cfg.tau) * captioned
+
+        # images with captions: Eq. 11, and captions with images: Eq. 14
         if "inter" in self.spaces["text"]:
-            rows["ic"] = self.cross(q["vision"]["inter"], k["text"]["inter"], "text", ids) * captioned      # Eq. 11
-            rows["ci"] = self.cross(q["text"]["inter"], k["vision"]["inter"], "vision", ids) * captioned    # Eq. 14
+            q, k = queries["vision"]["inter"], keys["text"]["inter"]
+            rows["ic"] = hinge(q, k, self.queue("text", "inter"), ids, cfg.margin) * captioned
+            q, k = queries["text"]["inter"], keys["vision"]["inter"]
+            rows["ci"] = hinge(q, k, self.queue("vision", "inter"), ids, cfg.margin) * captioned
+
+        # J
         losses = {name: row.mean() for name, row in rows.items()}
+        loss = sum(getattr(cfg, f"lambda_{name}") * losses[name] for name in losses)
+        logs |= {name: value.detach() for name, value in losses.items()}
         if "text_key_is_copy" in batch:
-            logs["paraphrased"] = ((1 - batch["text_key_is_copy"].float()) * captioned).mean()
-        facts = [ids[:, None], captioned[:, None]] + ([batch["tags"]] if self.tagged else [])
-        return {"loss": sum(getattr(cfg, f"lambda_{name}") * loss for name, loss in losses.items()),
-                "logs": {name: loss.detach() for name, loss in losses.items()} | logs,
-                "keys": all_keys, "facts": gather(torch.cat(facts, 1))}
+            paraphrased = 1 - batch["text_key_is_copy"].float()
+            logs["paraphrased"] = (paraphrased * captioned).mean()
+        return {"loss": loss, "logs": logs, "keys": all_keys, "facts": self.facts(batch, captioned)}
 
-    def loss_linear(self, batch):
-        return self.plain(F.cross_entropy(self.predict(batch).float(), batch["label"]), "cross_entropy")
+    def check_batch_size(self, size):
+        """A group of batch norm needs two samples: of one alone the statistics are the sample."""
+        groups = self.cfg.bn_groups
+        if self.training and world() == 1 and (size % groups or size == groups):
+            raise SystemExit(f"models/mct.py: a batch of {size} is not {groups} virtual groups of "
+                             "2 or more: set --bn_groups")
 
-    def loss_retrieval_gru(self, batch):
-        loss = vse_loss(self.encode_image(batch), self.encode_text(batch), batch["image_id"], self.cfg.margin)
-        return self.plain(loss, "vse")
+    def queue(self, side, space):
+        """The keys of one side in one space, as a loss takes them."""
+        return Queue(getattr(self, f"queue_{side}_{space}"), self.queue_ids, self.cfg.queue_chunk,
+                     present=self.queue_captioned if side == "text" else None,
+                     tags=self.queue_tags if self.tagged else None)
 
-    def loss_tagging(self, batch):
-        """1 - cosine with the unit mean of the image's tag vectors, mean over the images that have tags."""
-        tags = batch["tags"]
-        known = (tags >= 0).float()
-        target = F.normalize((self.tag_vectors[tags.clamp(min=0)] * known[..., None]).sum(1), dim=-1)   # (B, d)
-        has = known.amax(-1)
-        loss = 1 - (F.normalize(self.tag_mlp(self.visual_features(batch)).float(), dim=-1) * target).sum(-1)
-        return self.plain((loss * has).sum() / has.sum().clamp(min=1), "cosine")
-
-    def loss_tag_supervised(self, batch):
-        tags, logits = batch["tags"], self.tag_scores(batch).float()
-        truth = logits.new_zeros(len(tags), logits.shape[1] + 1).scatter_(1, tags + 1, 1.0)[:, 1:]      # (B, V)
-        return self.plain(F.binary_cross_entropy_with_logits(logits, truth), "bce")
-
-    def loss_detection(self, batch):
-        """torchvision's losses. image: list of (3, H, W) in 0..1; boxes: list of (n, 4) xyxy;
-        labels: list of (n,) [; masks]."""
-        names = [n for n in ("boxes", "labels", "masks") if n in batch]
-        # class 0: background
-        targets = [{n: batch[n][i] + (n == "labels") for n in names} for i in range(len(batch["image"]))]
-        losses = self.detector(batch["image"], targets)
-        return {"loss": sum(losses.values()), "logs": {k.removeprefix("loss_"): v.detach() for k, v in losses.items()}}
-
-    loss_segmentation = loss_detection
-
-    @staticmethod
-    def plain(loss, name):
-        return {"loss": loss, "logs": {name: loss.detach()}}
-
-    # -- hooks of the training loop
-
-    def prepare(self, samples):
-        """Before the first step. Tagging: the tags' vectors, from the training records' co-occurrences."""
-        if self.task == "tagging":
-            self.tag_vectors.copy_(pmi_vectors(samples.tag_rows(), *self.tag_vectors.shape))
-            if world() > 1:
-                dist.broadcast(self.tag_vectors, 0)  # a vector's sign is the library's whim
+    def facts(self, batch, captioned):
+        """What is queued beside the keys: image id, captioned or not, tags -> (N, 2 + L) int64, of
+        all processes in one message."""
+        columns = [batch["image_id"][:, None], captioned[:, None].long()]
+        if self.tagged:
+            columns.append(batch["tags"])
+        return gather(torch.cat(columns, dim=1))
 
     def after_backward(self, out):
-        """Enqueues the keys of all processes, with their image ids, tags and whether there was a caption."""
-        if "keys" in out:
-            facts = out["facts"]
-            rings, rows = [self.queue_ids, self.queue_captioned], [facts[:, 0], facts[:, 1].bool()]
-            if self.tagged:
-                rings, rows = rings + [self.queue_tags], rows + [facts[:, 2:]]
-            for side, keys in out["keys"].items():
-                rings, rows = (rings + [getattr(self, f"queue_{side}_{space}") for space in keys],
-                               rows + list(keys.values()))
-            push_(rings, self.ptr, rows)
+        """Enqueues the keys of all processes, and what is known of their records."""
+        if "keys" not in out:
+            return
+
+        # the columns of facts()
+        facts = out["facts"]
+        rows = {"queue_ids": facts[:, 0], "queue_captioned": facts[:, 1].bool()}
+        if self.tagged:
+            rows["queue_tags"] = facts[:, 2:]
+
+        # the keys of each side and space
+        for side, spaces in out["keys"].items():
+            for space, keys in spaces.items():
+                rows[f"queue_{side}_{space}"] = keys
+        enqueue_([getattr(self, name) for name in rows], self.ptr, list(rows.values()))
 
     @torch.no_grad()
     def after_step(self, step, total_steps, epoch_steps=None):
-        """theta_k <- m theta_k + (1 - m) theta_q, and the running averages of batch norm made equal on all processes.
-        """
-        if self.students:
-            ema_([p for n in self.students for p in getattr(self, n + "_m").parameters()],
-                 [p for n in self.students for p in getattr(self, n).parameters()], self.cfg.momentum)
-        if world() > 1 and not self.frozen:
-            stats = [b for n, b in self.named_buffers() if n.endswith(("running_mean", "running_var"))]
-            flat = torch.cat([b.flatten() for b in stats])
-            dist.all_reduce(flat)
-            for b, mean in zip(stats, (flat / world()).split([b.numel() for b in stats])):
-                b.copy_(mean.view_as(b))
+        """The momentum copies follow; running averages of batch norm become equal on all processes.
 
-    def param_groups(self, cfg):
-        """The image side at --lr, BERT at text_lr, weight decay on everything (MoCo); in detectors none on norms."""
-        norms = {p for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
-        norms = norms if self.task in ("detection", "segmentation") else set()
-        image, text, plain = [], [], []
-        for name, p in self.named_parameters():
-            if p.requires_grad:
-                (text if name.startswith("text") else plain if p in norms else image).append(p)
-        return [{"params": image, "lr": cfg.lr, "weight_decay": cfg.weight_decay},
-                {"params": text, "lr": self.cfg.text_lr, "weight_decay": cfg.weight_decay},
-                {"params": plain, "lr": cfg.lr, "weight_decay": 0.0}]
+        The copies' own running averages are not an EMA (deviation 4).
+        """
+        # one fused operation for all parameters
+        copies, students = [], []
+        for name in self.students:
+            copies += getattr(self, name + "_m").parameters()
+            students += getattr(self, name).parameters()
+        if students:
+            momentum_update_(copies, students, self.cfg.momentum)
+
+        if world() > 1 and not self.frozen:
+            average_running_stats_(self)
+
+    @torch.no_grad()
+    def reset_memory(self):
+        """As at the start of training: copies equal their students; queues hold random unit vectors
+        that belong to no image, and count as captions without tags."""
+        for name in self.students:
+            getattr(self, name + "_m").load_state_dict(getattr(self, name).state_dict())
+
+        # keys first, then what is known of their records
+        for side, spaces in self.spaces.items():
+            for space in spaces:
+                keys = getattr(self, f"queue_{side}_{space}")
+                keys.copy_(F.normalize(torch.randn_like(keys), dim=-1))
+        self.queue_ids.fill_(-1)
+        self.queue_captioned.fill_(True)
+        if self.tagged:
+            self.queue_tags.fill_(-1)
+        self.ptr.zero_()
+
+    def param_groups(self, loop):
+        """The image side at --lr, BERT at text_lr. Weight decay on everything, as MoCo; detectors
+        have none on norms, as Detectron2."""
+        # detectors: the parameters of batch norm
+        norms = set()
+        if self.task in ("detection", "segmentation"):
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    norms |= set(module.parameters())
+
+        # everything that is trained, in one of three groups
+        image, text, undecayed = [], [], []
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name.startswith("text"):
+                text.append(parameter)
+            elif parameter in norms:
+                undecayed.append(parameter)
+            else:
+                image.append(parameter)
+        return [{"params": image, "lr": loop.lr, "weight_decay": loop.weight_decay},
+                {"params": text, "lr": self.cfg.text_lr, "weight_decay": loop.weight_decay},
+                {"params": undecayed, "lr": loop.lr, "weight_decay": 0.0}]
+
+    # -- downstream tasks
+
+    @staticmethod
+    def one_loss(loss, name):
+        """What forward() returns for a loss without parts."""
+        return {"loss": loss, "logs": {name: loss.detach()}}
+
+    def loss_linear(self, batch):
+        loss = F.cross_entropy(self.predict(batch).float(), batch["label"])
+        return self.one_loss(loss, "cross_entropy")
+
+    def loss_retrieval_gru(self, batch):
+        loss = vse_loss(self.encode_image(batch), self.encode_text(batch), batch["image_id"],
+                        self.cfg.margin)
+        return self.one_loss(loss, "vse")
+
+    def prepare(self, samples):
+        """Before the first step of tagging: vectors of the tags, from the training records."""
+        if self.task == "tagging":
+            vocab, dim = self.tag_vectors.shape
+            self.tag_vectors.copy_(pmi_vectors(samples.tag_rows(), vocab, dim))
+            if world() > 1:
+                dist.broadcast(self.tag_vectors, 0)     # SVD leaves the sign of a vector open
+
+    def embed_tags(self, batch):
+        """An image in the space of the tags' vectors -> (B, d) unit norm."""
+        return F.normalize(self.tag_mlp(self.visual_features(batch)).float(), dim=-1)
+
+    def loss_tagging(self, batch):
+        """1 - cosine with the unit mean of the image's tag vectors, mean over images with tags."""
+        tags = batch["tags"]
+        valid = (tags >= 0).float()                                                 # (B, L)
+        vectors = self.tag_vectors[tags.clamp(min=0)] * valid[..., None]            # (B, L, d)
+        target = F.normalize(vectors.sum(1), dim=-1)                                # (B, d)
+
+        # images without tags have no target
+        has_tags = valid.amax(-1)                                                   # (B,) 1 or 0
+        distance = 1 - (self.embed_tags(batch) * target).sum(-1)
+        loss = (distance * has_tags).sum() / has_tags.sum().clamp(min=1)
+        return self.one_loss(loss, "cosine")
+
+    def loss_tag_supervised(self, batch):
+        """Binary cross-entropy over the tags, mean over images and tags."""
+        tags, logits = batch["tags"], self.tag_scores(batch).float()                # (B, V)
+
+        # 1 where the image has the tag; the first column takes the padding (-1) and is dropped
+        truth = logits.new_zeros(len(tags), 1 + logits.shape[1])
+        truth = truth.scatter_(1, tags + 1, 1.0)[:, 1:]
+        return self.one_loss(F.binary_cross_entropy_with_logits(logits, truth), "bce")
+
+    def loss_detection(self, batch):
+        """torchvision's losses, summed. image: list of (3, H, W) in 0..1; boxes: list of (n, 4)
+        xyxy; labels: list of (n,) from 0; segmentation: masks, list of (n, H, W)."""
+        targets = []
+        for i in range(len(batch["image"])):
+            labels = batch["labels"][i] + 1                         # torchvision's 0 is background
+            targets.append({"boxes": batch["boxes"][i], "labels": labels})
+            if "masks" in batch:
+                targets[i]["masks"] = batch["masks"][i]
+
+        losses = self.detector(batch["image"], targets)
+        logs = {name.removeprefix("loss_"): value.detach() for name, value in losses.items()}
+        return {"loss": sum(losses.values()), "logs": logs}
+
+    loss_segmentation = loss_detection
+
+    # -- evaluation
+
+    def encode_image(self, batch):
+        """-> (B, d) unit norm, in the space of encode_text()."""
+        features = self.visual_features(batch)
+        if self.task == "retrieval_gru":
+            return F.normalize(self.image_fc(features).float(), dim=-1)
+        return self.project("vision", features)["inter"]
+
+    def encode_text(self, batch):
+        """-> (B, d) unit norm, in the space of encode_image()."""
+        text, mask = batch["text"], batch["text_mask"]
+        if self.task == "pretrain":
+            return self.project("text", self.text(text, mask))["inter"]
+
+        # the GRU's state after the last real token
+        states, _ = self.gru(self.words(text))                                      # (B, T, d)
+        last = (mask.sum(-1) - 1).clamp(min=0)                                      # (B,)
+        state = states[torch.arange(len(text), device=text.device), last]           # (B, d)
+        return F.normalize(state.float(), dim=-1)
+
+    def predict(self, batch):
+        """Logits of the classes (B, C)."""
+        return self.fc(self.visual_features(batch))
+
+    def tag_scores(self, batch):
+        """(B, V), higher = likelier: cosine with the tags' PMI vectors, or the logits of the
+        supervised tagger."""
+        if self.task == "tag_supervised":
+            return self.fc(self.visual_features(batch))
+        return self.embed_tags(batch) @ self.tag_vectors.T
+
+    def detect(self, batch):
+        """A list of B dicts: boxes (n, 4) xyxy in pixels of `image`, labels (n,) from 0, scores
+        (n,); segmentation: masks (n, H, W) bool."""
+        found = self.detector(batch["image"])
+        for objects in found:
+            objects["labels"] = objects["labels"] - 1               # torchvision's 0 is background
+            if "masks" in objects:
+                objects["masks"] = objects["masks"][:, 0] >= 0.5
+        return found
 
     def adapt(self, state):
-        """The weights of another task of this file in this model's names: a detector takes the ResNet apart."""
-        if self.task not in ("detection", "segmentation") or any(k.startswith("detector.") for k in state):
+        """Weights of a run of another task -> under this task's names: the ResNet is elsewhere in a
+        detector."""
+        if any(name.startswith("detector.") for name in state):
             return state
-        def rename(name):
-            if self.task == "segmentation":
-                return "detector.backbone.body." + name
-            return ("detector.roi_heads.box_head." if name.startswith("layer4.") else "detector.backbone.") + name
-        return {rename(k.removeprefix("vision.")) if k.startswith("vision.") else k: v for k, v in state.items()}
+        adapted = {}
+        for name, tensor in state.items():
+            if name.startswith("vision."):
+                name = resnet_place(self.task, name.removeprefix("vision."))
+            adapted[name] = tensor
+        return adapted
 
 
 # --------------------------------------------------------------------------------------------------
-# Weights from and for elsewhere
+# Foreign weights: torchvision's ResNet and Hugging Face's BertModel
 
-# Copied from models/codis.py::read_foreign
-def read_foreign(path, where):
-    """A weight file, or a folder with model.safetensors or pytorch_model.bin
-    -> ({key: tensor}, the folder's config.json or {}).
+# Our names of a layer's parts -> those of Hugging Face's BERT
+BERT_BLOCK = {
+    "attention.qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
+    "attention.out": ["attention.output.dense"], "attention_norm": ["attention.output.LayerNorm"],
+    "mlp.0": ["intermediate.dense"], "mlp.2": ["output.dense"], "mlp_norm": ["output.LayerNorm"]}
 
-    Takes .safetensors, and what torch.load(weights_only=True) takes: a state dict, or one under "model" (DeiT) or
-    "state_dict". `where` begins each error, which is a SystemExit of one line.
+
+def resnet_place(task, name):
+    """Our name for a tensor of torchvision's ResNet: a detector takes the ResNet apart."""
+    if task == "segmentation":
+        return "detector.backbone.body." + name
+    if task == "detection" and name.startswith("layer4."):
+        return "detector.roi_heads.box_head." + name
+    return ("detector.backbone." if task == "detection" else "vision.") + name
+
+
+def foreign_names(model, side):
+    """Which tensors of other libraries are ours: {our name: [their names, rows joined in order]}.
+
+    side: "vision", torchvision's ResNet, or "text", Hugging Face's BertModel -> two such dicts: the
+    tensors that a file must have, and those that it may have. SystemExit: there is no such tower.
     """
-    path, config = Path(path), {}
-    if path.is_dir():
-        if (path / "config.json").exists():
-            config = json.loads((path / "config.json").read_text())
-        folder, found = path, [path / name for name in ("model.safetensors", "pytorch_model.bin")
-                               if (path / name).exists()]
-        if not found:
-            raise SystemExit(f"{where}: this folder holds neither model.safetensors nor pytorch_model.bin")
-        path = found[0]
-    try:
-        state = (load_file(path) if path.suffix == ".safetensors"
-                 else torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
-        raise SystemExit(f"{where}: {path.name} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
-        raise SystemExit(f"{where}: {path.name} is not a state dict, names and tensors and nothing else")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}, config
-
-
-# Copied from models/codis.py::short
-def short(names):
-    """Names of tensors for people, layer numbers as ranges, weight and bias together:
-    ["a.0.weight", "a.1.weight"] -> "a.0-1.weight"."""
-    number, layers = r"(?<=\.)\d+(?=\.)", {}
-    for name in sorted(names):
-        layers.setdefault(re.sub(number, "#", name), []).append([int(n) for n in re.findall(number, name)])
-    out = []
-    for name, numbers in layers.items():
-        for column in zip(*numbers):
-            low, high, some = min(column), max(column), sorted(set(column))
-            name = name.replace("#", f"{low}-{high}" if len(some) == high - low + 1 > 1
-                                else ",".join(map(str, some)), 1)
-        out.append(name)
-    both = [name.removesuffix(".bias") for name in out
-            if name.endswith(".bias") and name.removesuffix("bias") + "weight" in out]
-    out = [name for name in out if name.removesuffix(".bias") not in both]
-    return ", ".join(name.removesuffix("weight") + "{weight,bias}" if name.removesuffix(".weight") in both else name
-                     for name in out) or "none"
-
-
-# Copied from models/codis.py::fill
-def fill(model, state, where, rename, required, reads, ignored=()):
-    """Copies foreign tensors into `model`; every tensor on both sides is accounted for,
-    or it raises before anything is changed.
-
-    rename(key) -> our names for it (several: copies of one; none: nothing here takes it).
-    required: our names that must be filled.
-    reads(key): the source model computes with it where our tower stands, so that leaving it out would change what the
-    tower says.
-    ignored: keys to leave out without a word.
-    -> (our names that are filled, the report's line). SystemExit of one line, beginning with `where`: a tensor of
-    another shape, two that claim one place and differ, one left out that counts, one left unfilled.
-    """
-    mine, source, unexpected = model.state_dict(), {}, []
-    for key, value in state.items():
-        names = [name for name in rename(key) if name in mine]
+    cfg, needed, extra = model.cfg, {}, {}
+    if side == "vision":
+        if cfg.stem == "small":
+            raise SystemExit("models/mct.py: --stem small: torchvision's ResNets have a 7x7 stem")
+        with torch.device("meta"):                                  # names without numbers
+            names = list(resnet(cfg).state_dict())
         for name in names:
-            if value.shape != mine[name].shape:
-                hint = (", another vocabulary: see --vocab"
-                        if value.shape[1:] == mine[name].shape[1:] and "word" in name else "")
-                raise SystemExit(f"{where}: {key} is {tuple(value.shape)} there, "
-                                 f"{name} is {tuple(mine[name].shape)} here{hint}")
-            if not torch.equal(state[source.setdefault(name, key)], value):
-                raise SystemExit(f"{where}: {key} differs from {source[name]}, and here both are {name}")
-        if not names and key not in ignored:
-            unexpected.append(key)
-    counts = [key for key in unexpected if reads(key)]
-    missing = [name for name in required if name not in source]
-    if len(missing) == len(required):
-        raise SystemExit(f"{where}: none of its names fits this tower (its first: {', '.join(list(state)[:3])})")
-    if missing:
-        raise SystemExit(f"{where}: {len(missing)} of this tower's {len(required)} tensors are not filled: "
-                         f"{short(missing)}")
-    if counts:
-        raise SystemExit(f"{where}: this tower has no place for {short(counts)}")
-    with torch.no_grad():
-        for name, key in source.items():
-            mine[name].copy_(state[key])                                    # state_dict() shares the parameters' memory
-    left = [key for key in state if key in ignored]
-    matched = len(state) - len(unexpected) - len(left)
-    return set(source), (f"{where}: matched {matched} of {len(state)} tensors, which fill {len(source)} here; "
-                         f"missing 0; unexpected {len(unexpected)}: {short(unexpected)}"
-                         + f"; ignored: {short(left)}" * bool(left))
+            counter = name.endswith("num_batches_tracked")          # old files lack it
+            kind = extra if counter else needed
+            kind[resnet_place(model.task, name)] = [name]
+        return needed, extra
 
-
-# Copied from models/codis.py::agree
-def agree(where, config, here):
-    """What the shapes of weights do not tell, as far as their config.json does. SystemExit where it says otherwise."""
-    for field, value in here.items():
-        if config.get(field, value) != value:
-            raise SystemExit(f"{where}: these weights have {field} {config[field]}, this model has {value}")
-
-
-# Copied from models/codis.py::told
-def told(config, heads):
-    """The report's words where nothing confirms the number of heads, which no shape shows."""
-    return "" if "num_attention_heads" in config else f"; how many heads it has the file does not tell, here {heads}"
-
-
-def load_vision(model, path):
-    """torchvision's ResNet -> `vision.`, or the places that a detector has for its parts.
-    Its classifier is left out."""
-    where = f"--init_vision {path}"
-    state, _ = read_foreign(path, where)
-    required = [name for name in model.state_dict() if name.startswith(BACKBONE)
-                and not name.endswith("num_batches_tracked")]
-    return fill(model, state, where, lambda key: list(model.adapt({"vision." + key: None})), required,
-                reads=lambda key: not key.startswith("fc."))[1]
-
-
-def load_text(model, path):
-    """Hugging Face's BERT -> `text.`, pooler included. Keys with or without "bert.", LayerNorms as weight, bias or as
-    gamma, beta."""
-    cfg, where = model.cfg, f"--init_text {path}"
+    # BERT: embeddings, then what has weight and bias
     if not hasattr(model, "text"):
-        raise SystemExit(f"{where}: task {model.task} trains no BERT")
-    state, config = read_foreign(path, where)
-    agree(where, {"hidden_act": "gelu", **config},
-          {"model_type": "bert", "hidden_act": cfg.act, "num_attention_heads": cfg.text_heads})
-    state = {re.sub(r"^bert\.", "", k).replace("LayerNorm.gamma", "LayerNorm.weight")
-             .replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in state.items()}
-    required = [name for name in model.state_dict() if name.startswith("text.")]
-    return (fill(model, state, where, lambda key: ["text." + key], required, ignored=("embeddings.position_ids",),
-                 reads=lambda key: key.startswith(("embeddings.", "encoder.", "pooler.")))[1]
-            + told(config, cfg.text_heads))
+        raise SystemExit(f"models/mct.py: task {model.task} with these losses trains no BERT")
+    if cfg.act != "gelu":
+        raise SystemExit(f"models/mct.py: --act {cfg.act}: published BERTs have gelu")
+    for ours, theirs in (("words", "word"), ("positions", "position"), ("segments", "token_type")):
+        needed[f"text.embeddings.{ours}.weight"] = [f"embeddings.{theirs}_embeddings.weight"]
+    parts = {"embeddings.norm": ["embeddings.LayerNorm"], "pooler": ["pooler.dense"]}
+    for n in range(cfg.text_layers):
+        for ours, theirs in BERT_BLOCK.items():
+            parts[f"blocks.{n}.{ours}"] = [f"encoder.layer.{n}.{part}" for part in theirs]
+    for ours, theirs in parts.items():
+        for kind in ("weight", "bias"):
+            needed[f"text.{ours}.{kind}"] = [f"{part}.{kind}" for part in theirs]
+    return needed, extra
 
 
-def load_pretrained(model, vision=None, text=None):
-    """Fills the towers from foreign weight files; paths, or None -> the report, a line per file.
-    A momentum copy follows its tower."""
-    lines = [load(model, path) for load, path in ((load_vision, vision), (load_text, text)) if path]
-    for name in model.students:
-        getattr(model, name + "_m").load_state_dict(getattr(model, name).state_dict())
-    return "\n  ".join(lines)
+def load_pretrained(model, **states):
+    """Fills towers from foreign state dicts, {side: state dict}. KeyError: a tensor is missing.
 
+    Momentum copies become their students, queues start anew. Files: tools/weights.py.
+    """
+    ours = {}
+    for side, state in states.items():
+        state = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
+        needed, optional = foreign_names(model, side)
+        found = {name: theirs for name, theirs in optional.items() if theirs[0] in state}
+        for name, theirs in {**needed, **found}.items():
+            parts = [state[part] for part in theirs]
+            ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
 
-def export_backbone(source, target):
-    """Writes the ResNet of a run's model.safetensors as a torchvision state dict,
-    which lacks fc.weight and fc.bias alone."""
-    state = {k.removeprefix("vision."): v for k, v in load_file(source).items() if k.startswith("vision.")}
-    if not state:
-        raise SystemExit(f"{source}: no weights named vision.* (a detector's ResNet is part of the detector)")
-    torch.save(state, target)
-    print(f"{target}: {len(state)} tensors")
+    model.load_state_dict(model.adapt(ours), strict=False)
+    if model.students:
+        model.reset_memory()
 
 
 Model = Mct
@@ -1197,31 +1287,40 @@ Model = Mct
 
 def demo_batch(cfg, task, b=4):
     """A random batch of what VIEWS[task] asks for."""
-    text, mask = torch.randint(5, cfg.vocab_size, (b, cfg.max_text)), torch.ones(b, cfg.max_text, dtype=torch.long)
-    batch = {"image_id": torch.arange(b), "tags": torch.stack([torch.randperm(20)[:6] for _ in range(b)]),
-             "label": torch.arange(b) % 3, "text": text, "text_mask": mask}
     if task in ("detection", "segmentation"):
         boxes = torch.tensor([[8.0, 8.0, 40.0, 30.0], [20.0, 24.0, 50.0, 60.0]])
         masks = torch.zeros(2, 64, 80, dtype=torch.uint8)
-        masks[0, 8:30, 8:40] = masks[1, 24:60, 20:50] = 1
-        batch = {"image": list(torch.rand(b, 3, 64, 80)), "boxes": [boxes] * b, "labels": [torch.tensor([0, 2])] * b}
-        return batch | ({"masks": [masks] * b} if task == "segmentation" else {})
+        masks[0, 8:30, 8:40] = 1
+        masks[1, 24:60, 20:50] = 1
+        batch = {"image": list(torch.rand(b, 3, 64, 80)), "boxes": [boxes] * b,
+                 "labels": [torch.tensor([0, 2])] * b}
+        if task == "segmentation":
+            batch["masks"] = [masks] * b
+        return batch
+
+    # records: ids, tags, classes, captions
+    text, mask = torch.randint(5, cfg.vocab_size, (b, cfg.max_text)), torch.ones(b, cfg.max_text)
+    batch = {"image_id": torch.arange(b), "label": torch.arange(b) % 3,
+             "tags": torch.stack([torch.randperm(20)[:6] for _ in range(b)]),
+             "text": text, "text_mask": mask.long()}
     if "features" in VIEWS[task]:
         return batch | {"features": torch.rand(b, feature_dim(cfg))}
-    pixels = {k: torch.randn(b, 3, cfg.image_size, cfg.image_size) for k in ("image", "image_key")}
-    return batch | pixels | {"text_key": text.flip(1), "text_key_mask": mask,
-                             "text_valid": torch.ones(b, dtype=torch.long)}
+
+    # images, and the key views of pre-training
+    for name in ("image", "image_key"):
+        batch[name] = torch.randn(b, 3, cfg.image_size, cfg.image_size)
+    return batch | {"text_key": text.flip(1), "text_key_mask": mask.long(),
+                    "text_valid": torch.ones(b, dtype=torch.long)}
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4 and sys.argv[1] == "export":
-        export_backbone(*sys.argv[2:])
-        sys.exit()
     torch.manual_seed(0)
-    cfg = Config(**{k: v for k, v in PRESETS["tiny"].items() if k not in TASKS}, vocab_size=200, tag_width=6)
+    sizes = {name: value for name, value in PRESETS["tiny"].items() if name not in TASKS}
+    cfg = Config(**sizes, vocab_size=200, tag_width=6)
     for task in TASKS:
         model = Mct(cfg, task, num_labels=20).train()
         out = model(demo_batch(cfg, task))
         out["loss"].backward()
-        logs = {k: round(v.item(), 3) for k, v in out["logs"].items()}
-        print(f"{task:<15}{sum(p.numel() for p in model.parameters()):>10,} parameters ", logs)
+        size = sum(p.numel() for p in model.parameters())
+        logs = {name: round(value.item(), 3) for name, value in out["logs"].items()}
+        print(f"{task:<15}{size:>10,} parameters ", logs)

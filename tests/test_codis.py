@@ -1,7 +1,8 @@
 """models/codis.py against the paper, written down a second time with explicit loops in float64.
 
-The references below go pair by pair and letter by letter through equations 1-9 and Algorithms 1 and 2, read as the
-file's Deviations say. They are float64 tensors, so that autograd gives the reference of every gradient as well.
+The references below go pair by pair and letter by letter through equations 1-9 and Algorithms 1
+and 2, read as the file's Deviations say. They are float64 tensors, so that autograd gives the
+reference of every gradient as well.
 """
 
 import itertools
@@ -14,34 +15,45 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from models import codis
-from models.codis import Codis, Config, QueueContrast, align_loss, enqueue_, hard_negatives, ipot, mask_tokens
+from models.codis import (Codis, Config, QueueContrast, align_loss, attention_mask, enqueue_,
+                          hard_negatives, ipot, mask_tokens)
 
 LABELS = {"ve": 3, "nlvr2": 2}  # num_labels of the tasks that classify
 
 
-# --------------------------------------------------------------------------------------------- small models and batches
+# --------------------------------------------------------------------------------------------------
+# Small models and batches
 
 def small(**over):
     """A Config of which no two sizes are equal, so that a mixed-up axis is an error."""
-    return Config(**{**dict(
-        image_size=32, patch=16, vision_width=24, vision_layers=1, vision_heads=3, width=32, text_layers=1,
-        fusion_layers=2, heads=4, mlp_ratio=2, dropout=0.0, embed_dim=16, max_text=11, positions=14, vocab_size=57,
-        pad_id=0, cls_id=2, sep_id=3, mask_id=4, first_word=6, queue_size=21, codewords=10, ot_iters=20), **over})
+    sizes = dict(image_size=32, patch=16, vision_width=24, vision_layers=1, vision_heads=3,
+                 width=32, text_layers=1, fusion_layers=2, heads=4, mlp_ratio=2, dropout=0.0,
+                 embed_dim=16, max_text=11, positions=14, vocab_size=57, pad_id=0, cls_id=2,
+                 sep_id=3, mask_id=4, first_word=6, queue_size=21, codewords=10, ot_iters=20)
+    return Config(**{**sizes, **over})
 
 
 def sentences(cfg, b):
-    """[CLS], words, [SEP], padding; (b, max_text) ids and mask. The first one has a single word, the last is full."""
-    text, mask = torch.full((b, cfg.max_text), cfg.pad_id), torch.zeros(b, cfg.max_text, dtype=torch.long)
+    """[CLS], words, [SEP], padding; (b, max_text) ids and mask.
+
+    The first sentence has a single word, the last is full.
+    """
+    text = torch.full((b, cfg.max_text), cfg.pad_id)
+    mask = torch.zeros(b, cfg.max_text, dtype=torch.long)
     for i, n in enumerate(torch.linspace(1, cfg.max_text - 2, b).long().tolist()):
-        text[i, :n + 2] = torch.tensor([cfg.cls_id,
-                                        *torch.randint(cfg.first_word, cfg.vocab_size, (n,)).tolist(), cfg.sep_id])
+        words = torch.randint(cfg.first_word, cfg.vocab_size, (n,)).tolist()
+        text[i, :n + 2] = torch.tensor([cfg.cls_id, *words, cfg.sep_id])
         mask[i, :n + 2] = 1
     return text, mask
 
 
 def make_batch(cfg, task="pretrain", b=4, ids=None):
-    """A random batch with the keys that VIEWS[task] asks for. A new view needs a line here, a new task none."""
-    batch = {"image_id": torch.arange(b) + 7 if ids is None else torch.tensor(ids), "index": torch.arange(b)}
+    """A random batch with the keys that VIEWS[task] asks for.
+
+    A new view needs a line here, a new task none.
+    """
+    image_id = torch.arange(b) + 7 if ids is None else torch.tensor(ids)
+    batch = {"image_id": image_id, "index": torch.arange(b)}
     for key, view in codis.VIEWS[task].items():
         if key in ("source", "norm") or key.endswith("_eval"):
             continue
@@ -90,7 +102,8 @@ def close(a, b, tol=1e-5):
     torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 
-# ------------------------------------------------------------------------------------ the paper, with loops, in float64
+# --------------------------------------------------------------------------------------------------
+# The paper, with loops, in float64
 
 def log_softmax(scores):
     """A list of 0-d tensors -> a list of 0-d tensors. The largest score is taken out,
@@ -122,8 +135,10 @@ def doubles(*tensors):
 
 
 def algorithm2(cost, eps, iters, inner=1):
-    """Algorithm 2 as printed, mu = 1/N and nu = 1/K; sigma = 1/K has length K, the inner loop runs `inner` times.
-    Lists of floats."""
+    """Algorithm 2 as printed, mu = 1/N and nu = 1/K. Lists of floats.
+
+    sigma = 1/K has length K, the inner loop runs `inner` times.
+    """
     n, k = len(cost), len(cost[0])
     sigma, T = [1 / k] * k, [[1.0] * k for _ in range(n)]
     A = [[math.exp(-cost[i][j] / eps) for j in range(k)] for i in range(n)]
@@ -142,7 +157,8 @@ def cosine_cost(z, c):
 
 
 def plan_of(z, c, cfg):
-    return algorithm2([[x.item() for x in row] for row in cosine_cost(z, c)], cfg.ot_eps, cfg.ot_iters, cfg.ot_inner)
+    cost = [[x.item() for x in row] for row in cosine_cost(z, c)]
+    return algorithm2(cost, cfg.ot_eps, cfg.ot_iters, cfg.ot_inner)
 
 
 def eq1(T, D):
@@ -158,9 +174,11 @@ def eq2(z, c, T, temp):
 
 
 def eq5(z, z_m, ids, keys, key_ids, temp, distill):
-    """One direction, the rows of Eq. 5: y = distill * the teacher's p + (1 - distill) * (1 / number of keys
-    of the same image)."""
-    rows = []
+    """One direction, the rows of Eq. 5.
+
+    y = distill * the teacher's p + (1 - distill) * (1 / number of keys of the same image).
+    """
+    distill, rows = float(distill), []
     for i in range(len(z)):
         student, teacher = similarities(z[i], keys, temp), softmax(similarities(z_m[i], keys, temp))
         same = [int(key_id) == int(ids[i]) for key_id in key_ids]
@@ -169,14 +187,16 @@ def eq5(z, z_m, ids, keys, key_ids, temp, distill):
         elif not any(same):
             rows.append(cross_entropy(student, teacher))
         else:
-            y = [float(distill) * t + (1 - float(distill)) * s / sum(same) for t, s in zip(teacher, same)]
+            share = (1 - distill) / sum(same)
+            y = [distill * t + share * s for t, s in zip(teacher, same)]
             rows.append(cross_entropy(student, y))
     return rows
 
 
 def picked(logits, labels):
-    """Mean of -log softmax(logits)[label] over the labels that are not -100; logits: (rows, classes)."""
-    return mean([-log_softmax(list(row))[int(label)] for row, label in zip(logits, labels) if label != -100])
+    """Mean of -log softmax(logits)[label] where it is not -100; logits: (rows, classes)."""
+    return mean([-log_softmax(list(row))[int(label)] for row, label in zip(logits, labels)
+                 if label != -100])
 
 
 def nearest_stranger(sim, ids):
@@ -195,30 +215,37 @@ def same_mask(*args, draw=mask_tokens, **kwargs):
 no_dice = mock.patch.multiple(codis, hard_negatives=nearest_stranger, mask_tokens=same_mask)
 
 
+def fuse(model, tokens, mask, image_tokens):
+    """(B, T, D) sentences, each with its own image -> (B, T, D)."""
+    return model.fusion(tokens, attention_mask(mask), model.fusion.contexts(image_tokens))
+
+
 def fusion_losses(model, batch, image_tokens, text_tokens, image_emb, text_emb):
-    """Eq. 7 and 8 with one plain fuse() per pair: {"itm", "mlm"}."""
+    """Eq. 7 and 8 with one plain fusion per pair: {"itm", "mlm"}."""
     cfg, mask, ids = model.cfg, batch["text_mask"], batch["image_id"].tolist()
     b = len(ids)
 
     def fused(tokens, i, j):  # image i, sentence j -> (T, D)
-        return model.fuse(tokens[j:j + 1], mask[j:j + 1], model.image_keys(image_tokens[i:i + 1]))[0]
+        return fuse(model, tokens[j:j + 1], mask[j:j + 1], image_tokens[i:i + 1])[0]
 
     pairs, labels = [(i, i) for i in range(b)], [1] * b
     sim = (image_emb @ text_emb.T).tolist()
     for i in range(b):
         others = [j for j in range(b) if ids[j] != ids[i]]
-        pairs += ([(i, max(others, key=lambda j: sim[i][j])), (max(others, key=lambda j: sim[j][i]), i)]
-                  if others else [])
-        labels += [0, 0] if others else []
+        if others:
+            text = max(others, key=lambda j: sim[i][j])
+            image = max(others, key=lambda j: sim[j][i])
+            pairs += [(i, text), (image, i)]
+            labels += [0, 0]
     logits = torch.stack([model.itm_head(fused(text_tokens, i, j)[0]) for i, j in pairs]).double()
 
     text = batch["text"]
-    maskable = torch.tensor([[bool(m) and int(t) not in (cfg.cls_id, cfg.sep_id) for t, m in zip(*row)]
-                             for row in zip(text, mask)])
-    masked, positions, words = same_mask(text, maskable, cfg.mask_id, cfg.first_word, cfg.vocab_size,
-                                         cfg.mlm_prob, cfg.mlm_mask_only)
+    maskable = torch.tensor([[bool(m) and int(t) not in (cfg.cls_id, cfg.sep_id)
+                              for t, m in zip(*row)] for row in zip(text, mask)])
+    masked, positions, words = same_mask(text, maskable, cfg.mask_id, cfg.first_word,
+                                         cfg.vocab_size, cfg.mlm_prob, cfg.mlm_mask_only)
     tokens = model.text(masked, mask)
-    table = model.text.embeddings.word_embeddings.weight
+    table = model.text.embeddings.words.weight
     found = [(model.mlm_head(fused(tokens, i, i)[p], table), int(w))
              for i in range(b) for p, w in zip(positions[i], words[i]) if w != -100]
     return {"itm": picked(logits, labels),
@@ -226,7 +253,7 @@ def fusion_losses(model, batch, image_tokens, text_tokens, image_emb, text_emb):
 
 
 def embed(model, batch):
-    """Tokens and float64 embeddings: image_tokens, text_tokens, image_emb, text_emb, image_m, text_m."""
+    """Tokens of image and text, then float64 embeddings of students and teachers, image first."""
     image_tokens, image_emb = model.encode("vision", batch["image"])
     text_tokens, text_emb = model.encode("text", batch["text"], batch["text_mask"])
     with torch.no_grad():
@@ -235,19 +262,29 @@ def embed(model, batch):
     return image_tokens, text_tokens, *doubles(image_emb, text_emb, image_m, text_m)
 
 
+def directions(model, z_v, z_t, m_v, m_t):
+    """Eq. 5's four directions: (name, student, its teacher, the batch's keys, the queue)."""
+    image, text = model.queue_image, model.queue_text
+    yield "i2t", z_v, m_v, m_t, text
+    yield "t2i", z_t, m_t, m_v, image
+    yield "i2i", z_v, m_v, m_v, image
+    yield "t2t", z_t, m_t, m_t, text
+
+
 def eq9(model, batch):
     """Every term of Eq. 9, by the equations: {name: 0-d}."""
     cfg, ids, temp = model.cfg, batch["image_id"], model.temp.double()
     image_tokens, text_tokens, z_v, z_t, m_v, m_t = embed(model, batch)
     losses = fusion_losses(model, batch, image_tokens, text_tokens, z_v, z_t)
-    for name, z, m, own, queue in (("i2t", z_v, m_v, m_t, model.queue_text), ("t2i", z_t, m_t, m_v, model.queue_image),
-                                   ("i2i", z_v, m_v, m_v, model.queue_image), ("t2t", z_t, m_t, m_t, model.queue_text)):
+    for name, z, m, own, queue in directions(model, z_v, z_t, m_v, m_t):
         if cfg.intra or name in ("i2t", "t2i"):
             keys, key_ids = torch.cat([own, queue.double()]), torch.cat([ids, model.queue_ids])
             losses[name] = mean(eq5(z, m, ids, keys, key_ids, temp, model.distill))
     if cfg.codebook:
         c = model.codebook.double()
-        f_v, f_t = (m_v, m_t) if cfg.codebook_features == "teacher" else (z_v.detach(), z_t.detach())
+        f_v, f_t = m_v, m_t
+        if cfg.codebook_features == "student":
+            f_v, f_t = z_v.detach(), z_t.detach()
         T_v, T_t = plan_of(f_v, c, cfg), plan_of(f_t, c, cfg)
         losses["ot"] = eq1(T_v, cosine_cost(f_v, c)) + eq1(T_t, cosine_cost(f_t, c))
         guide_t, guide_v = (T_v, T_t) if cfg.codebook_target == "cross" else (T_t, T_v)
@@ -256,8 +293,8 @@ def eq9(model, batch):
 
 
 def gradients(loss, model):
-    return dict(zip([n for n, p in model.named_parameters() if p.requires_grad],
-                    torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], retain_graph=True)))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, trained.values(), retain_graph=True)))
 
 
 def same_gradients(a, b, tol=2e-4):
@@ -267,14 +304,17 @@ def same_gradients(a, b, tol=2e-4):
         assert (a[name] - b[name]).abs().max() <= tol * scale, (name, a[name], b[name])
 
 
-# -------------------------------------------------------------------------------------------------------- equations 1-9
+# --------------------------------------------------------------------------------------------------
+# Equations 1-9
 
 def test_codis_eq1():
     plan, cost = torch.rand(2, 5, 7).double(), torch.rand(2, 5, 7).double()
-    close(codis.ot_loss(plan, cost), [float(eq1(T, D)) for T, D in zip(plan.tolist(), cost.tolist())], 1e-12)
+    expected = [float(eq1(T, D)) for T, D in zip(plan.tolist(), cost.tolist())]
+    close(codis.ot_loss(plan, cost), expected, 1e-12)
     # The minimum over plans: with N = K it stands at a permutation.
     cost = (1 - units(5, 4) @ units(5, 4).T).double()
-    best = min(sum(cost[i, j].item() for i, j in enumerate(order)) / 5 for order in itertools.permutations(range(5)))
+    best = min(sum(cost[i, j].item() for i, j in enumerate(order)) / 5
+               for order in itertools.permutations(range(5)))
     found = codis.ot_loss(ipot(cost, eps=0.1, iters=200), cost).item()
     assert best - 1e-5 < found < best + 1e-3 and found < cost.mean()
 
@@ -286,8 +326,17 @@ def test_codis_eq2():
     ours = codis.codebook_loss(z, c, plan, temp)
     reference = eq2(*doubles(z, c), plan.double().tolist(), temp.double())
     close(ours, reference)
-    for a, b in zip(torch.autograd.grad(ours, (z, c, temp)), torch.autograd.grad(reference, (z, c, temp))):
+    expected = torch.autograd.grad(reference, (z, c, temp))
+    for a, b in zip(torch.autograd.grad(ours, (z, c, temp)), expected):
         close(a, b, 1e-4)
+
+
+def test_codis_codebook_perplexity():
+    """1 where all choose one codeword, K where each is chosen as often as another."""
+    codes, temp = torch.eye(6), torch.tensor(0.001)
+    close(codis.codebook_perplexity(codes[:1].expand(9, -1), codes, temp), 1.0)
+    close(codis.codebook_perplexity(codes, codes, temp), 6.0)
+    close(codis.codebook_perplexity(codes[:3], codes, temp), 3.0)
 
 
 @pytest.mark.parametrize("target", ["cross", "same"])
@@ -297,7 +346,8 @@ def test_codis_eq3(target):
     ours = model.code_losses(z_v, z_t, m_v, m_t)
     c, temp = model.codebook.double(), model.temp.double()
     T_v, T_t = plan_of(m_v.double(), c, model.cfg), plan_of(m_t.double(), c, model.cfg)
-    reference = {"ot": eq1(T_v, cosine_cost(m_v.double(), c)) + eq1(T_t, cosine_cost(m_t.double(), c)),
+    ot = eq1(T_v, cosine_cost(m_v.double(), c)) + eq1(T_t, cosine_cost(m_t.double(), c))
+    reference = {"ot": ot,
                  "tp": eq2(z_t.double(), c, T_v if target == "cross" else T_t, temp),
                  "ip": eq2(z_v.double(), c, T_t if target == "cross" else T_v, temp)}
     assert ours.keys() == reference.keys()
@@ -308,9 +358,13 @@ def test_codis_eq3(target):
 
 
 def test_codis_eq4():
-    z, keys = units(5, 4).double(), units(9, 4).double()
-    p = codis.align_probs(z, keys, torch.tensor(0.07).double())
-    close(p, [[float(x) for x in softmax(similarities(row, keys, 0.07))] for row in z], 1e-6)
+    """Without a teacher, and with one key an image, a row's loss is -log p of its image's key."""
+    z, keys, temp, none = units(5, 4), units(9, 4), torch.tensor(0.07), torch.tensor(0.0)
+    blocks = [(keys, torch.arange(9))]
+    losses = [align_loss(z, units(5, 4), torch.full((5,), j), blocks, temp, none) for j in range(9)]
+    p = torch.stack(losses, 1).neg().exp()                                          # (5, 9)
+    z, keys, temp = doubles(z, keys, temp)
+    close(p, [[float(x) for x in softmax(similarities(row, keys, temp))] for row in z])
     close(p.sum(1), torch.ones(5))
 
 
@@ -321,7 +375,8 @@ def contrast_case(kind):
     if kind == "repeats":
         ids = own = torch.tensor([0, 1, 0, 2, 2, 5])
     if kind == "no positive":
-        own, queue = torch.full((r,), -1), torch.where(queue == 0, -1, queue)  # only images 1 and 2 are among the keys
+        # only images 1 and 2 are among the keys
+        own, queue = torch.full((r,), -1), torch.where(queue == 0, -1, queue)
     if kind == "no negative":
         ids = own = torch.tensor([3, 3, 3, 3, 3, 4])
         queue = torch.full((17,), 3)  # image 4 has negatives and, in the first block, one positive
@@ -334,6 +389,18 @@ def contrast_case(kind):
     return units(r, d), units(r, d), ids, torch.tensor(0.11), torch.tensor(0.4), blocks
 
 
+@codis.full_precision
+def plain_align_loss(z, z_m, ids, keys, key_ids, temp, distill):
+    """Eq. 5 in one direction with whole matrices: what align_loss() computes in a stream."""
+    same = (ids[:, None] == key_ids).float()                                        # (R, M)
+    count = same.sum(-1, keepdim=True)
+    a = torch.where(count > 0, distill, 1.0)
+    teacher = (z_m.float() @ keys.float().T / temp).softmax(-1).detach()
+    y = a * teacher + (1 - a) * same / count.clamp(min=1)
+    loss = -(y * (z.float() @ keys.float().T / temp).log_softmax(-1)).sum(-1)
+    return loss * (count.squeeze(-1) < len(keys))
+
+
 KINDS = ["plain", "repeats", "no positive", "no negative", "one row"]
 
 
@@ -343,8 +410,9 @@ def test_codis_eq5(kind, distill):
     z, z_m, ids, temp, _, blocks = contrast_case(kind)
     keys, key_ids = (torch.cat(x) for x in zip(*blocks))
     z, temp = z.requires_grad_(), temp.requires_grad_()
-    ours = align_loss(z, z_m, ids, keys, key_ids, temp, torch.tensor(distill))
-    reference = torch.stack(eq5(*doubles(z, z_m), ids, keys.double(), key_ids, temp.double(), distill))
+    ours = align_loss(z, z_m, ids, blocks, temp, torch.tensor(distill))
+    reference = torch.stack(eq5(*doubles(z, z_m), ids, keys.double(), key_ids,
+                                temp.double(), distill))
     close(ours, reference)
     weights = torch.rand(len(z))
     for a, b in zip(torch.autograd.grad((ours * weights).sum(), (z, temp)),
@@ -355,15 +423,15 @@ def test_codis_eq5(kind, distill):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 4, 5, 17, 100])
 def test_codis_eq5_queue_contrast(kind, chunk):
-    """The streamed form equals the plain one, values and gradients, for any chunk size and any split into blocks."""
+    """The streamed form equals the plain one in values and gradients, for any chunks and blocks."""
     z, z_m, ids, temp, distill, blocks = contrast_case(kind)
     keys, key_ids = (torch.cat(x) for x in zip(*blocks))
     z, temp, weights = z.requires_grad_(), temp.requires_grad_(), torch.rand(len(z))
     for a in (distill, torch.tensor(0.0), torch.tensor(1.0)):
-        plain = align_loss(z, z_m, ids, keys, key_ids, temp, a)
+        plain = plain_align_loss(z, z_m, ids, keys, key_ids, temp, a)
         expected = torch.autograd.grad((plain * weights).sum(), (z, temp))
         for split in (blocks, blocks[::-1], [(keys, key_ids)]):
-            ours = QueueContrast.apply(z, z_m, ids, temp, a, chunk, *[x for block in split for x in block])
+            ours = align_loss(z, z_m, ids, split, temp, a, chunk)
             close(ours, plain)
             for x, y in zip(torch.autograd.grad((ours * weights).sum(), (z, temp)), expected):
                 close(x, y, 1e-4)
@@ -371,8 +439,8 @@ def test_codis_eq5_queue_contrast(kind, chunk):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_codis_eq5_gradcheck(kind):
-    """In float64. The target is a constant to the gradient, not to finite differences: temp needs a teacher that it
-    leaves alone."""
+    """In float64. The target is a constant to the gradient, not to finite differences: temp needs a
+    teacher that it leaves alone."""
     z, z_m, ids, temp, distill, blocks = contrast_case(kind)
     z, z_m, temp, distill = doubles(z, z_m, temp, distill)
     flat = [x.double() if x.is_floating_point() else x for block in blocks for x in block]
@@ -409,11 +477,13 @@ def test_codis_eq8():
     assert codis.mlm_loss(logits, torch.full((4, 3), -100)).isfinite()
 
 
-@pytest.mark.parametrize("over", [dict(), dict(codebook_target="same", codebook_features="student", fusion_layers=1),
-                                  dict(intra=False, mlm_mask_only=True),
-                                  dict(codebook=False, fusion_layers=3, queue_chunk=5, stem="conv", act="relu")])
+@pytest.mark.parametrize("over", [
+    dict(),
+    dict(codebook_target="same", codebook_features="student", fusion_layers=1),
+    dict(intra=False, mlm_mask_only=True),
+    dict(codebook=False, fusion_layers=3, queue_chunk=5, stem="conv", act="relu")])
 def test_codis_eq9(over):
-    """A whole step: each loss and the gradient of every parameter, with two captions of one image in the batch."""
+    """A whole step with two captions of one image: each loss, the gradient of every parameter."""
     model = make_model(**over)
     batch = make_batch(model.cfg, b=5, ids=[3, 5, 3, 20, 21])
     with no_dice:
@@ -427,11 +497,12 @@ def test_codis_eq9(over):
     same_gradients(gradients(out["loss"], model), gradients(total, model))
 
 
-# ------------------------------------------------------------------------------------------------------ algorithms 1, 2
+# --------------------------------------------------------------------------------------------------
+# Algorithms 1, 2
 
 def algorithm1(model, batch):
-    """Algorithm 1 line by line, with the readings of Eq. 1 for L_ot, of a softmaxed queue target and of N * T for
-    a plan in H."""
+    """Algorithm 1 line by line, with the readings of Eq. 1 for L_ot, of a softmaxed queue target
+    and of N * T for a plan in H."""
     temp, n = model.temp.double(), len(batch["image"])
     image_tokens, text_tokens, img_s, txt_s, img_t, txt_t = embed(model, batch)
     C, Qv, Qt = doubles(model.codebook, model.queue_image, model.queue_text)
@@ -453,13 +524,14 @@ def algorithm1(model, batch):
     L_cross = H_queue(img_s, img_t, Qt) + H_queue(txt_s, txt_t, Qv)
     L_unimo = H_queue(img_s, img_t, Qv) + H_queue(txt_s, txt_t, Qt)
     L_pretrain = sum(fusion_losses(model, batch, image_tokens, text_tokens, img_s, txt_s).values())
-    assert all(abs(sum(row) * n - 1) < 0.5 for row in Tg), "a plan this far from its marginals tests nothing"
+    # a plan far from its marginals would test nothing
+    assert all(abs(sum(row) * n - 1) < 0.5 for row in Tg)
     return L_code + L_cross + L_unimo + L_pretrain
 
 
 def test_codis_alg1():
-    """Loss, gradients, queues and teachers of one step in the printed form: same modality, teacher targets,
-    queue only."""
+    """Loss, gradients, queues and teachers of one step in the printed form: same modality, teacher
+    targets, queue only."""
     model = make_model(codebook_target="same", distill=1.0, batch_keys=False, momentum=0.9)
     model.distill.fill_(1.0)
     batch = make_batch(model.cfg)
@@ -526,18 +598,21 @@ def test_codis_alg2_batched_and_without_gradient():
     for both, one in zip(plan, cost):
         close(both, ipot(one), 1e-6)
     # d<T, D>/dC is -T'Z and nothing else
-    close(torch.autograd.grad(codis.ot_loss(plan, cost).sum(), c)[0], -sum(T.T @ x for T, x in zip(plan, z)), 1e-5)
+    expected = -sum(T.T @ x for T, x in zip(plan, z))
+    close(torch.autograd.grad(codis.ot_loss(plan, cost).sum(), c)[0], expected, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ negatives
+# --------------------------------------------------------------------------------------------------
+# Negatives
 
 def test_codis_hard_negatives_never_the_same_image():
     ids = torch.tensor([0, 1, 0, 2, 1, 0])
-    for sim in (torch.randn(6, 6), torch.eye(6) * 1e4, torch.randn(6, 6) * 1e4, torch.full((6, 6), -1e4),
-                torch.randn(6, 6).bfloat16()):
+    for sim in (torch.randn(6, 6), torch.eye(6) * 1e4, torch.randn(6, 6) * 1e4,
+                torch.full((6, 6), -1e4), torch.randn(6, 6).bfloat16()):
         for _ in range(50):
             index, ok = hard_negatives(sim, ids)
-            assert index.shape == (6,) and index.dtype == torch.long and ok.dtype == torch.bool and ok.all()
+            assert index.shape == (6,) and index.dtype == torch.long
+            assert ok.dtype == torch.bool and ok.all()
             assert (ids[index] != ids).all()
 
 
@@ -575,10 +650,11 @@ def test_codis_itm_counts_only_pairs_that_exist():
     close(out["logs"]["itm"], mean([F.softplus(-s) for s in model.match(batch)]))
 
 
-# -------------------------------------------------------------------------------------------------------------- masking
+# --------------------------------------------------------------------------------------------------
+# Masking
 
 def masks(rows=6000, **over):
-    """Random sentences of 1..20 words in 22 places; words are 30..1999, specials 0..4, everything below 30 unused."""
+    """Random sentences of 1..20 words in 22 places: words are 30..1999, specials 0..4."""
     n = torch.randint(1, 21, (rows, 1))
     place = torch.arange(22)
     text = torch.where(place <= n, torch.randint(30, 2000, (rows, 22)), 0)
@@ -599,8 +675,8 @@ def test_codis_masking():
         assert labels[i, live[i]].tolist() == text[i, places].tolist()
         chosen[i, places] = 1
     chosen = chosen.bool()
-    assert not (chosen & ~maskable).any()                                  # neither specials nor pads
-    assert torch.equal(masked[~chosen], text[~chosen])                     # the rest untouched
+    assert not (chosen & ~maskable).any()                           # neither specials nor pads
+    assert torch.equal(masked[~chosen], text[~chosen])              # the rest untouched
     assert chosen.any(1).all()
     new, old = masked[chosen], text[chosen]
     count = len(new)
@@ -608,14 +684,14 @@ def test_codis_masking():
     assert ((new[random] >= 30) & (new[random] < 2000)).all()
     for share, p in (((new == 4), 0.8), (random, 0.1), ((new == old), 0.1)):
         assert abs(share.float().mean().item() - p) < 4.5 * math.sqrt(p * (1 - p) / count)
-    words = new[random].float()                                            # uniform over first_word..vocab_size-1
+    words = new[random].float()                             # uniform over first_word..vocab_size-1
     assert (abs(words.mean() - 1014.5) < 4.5 * 1970 / math.sqrt(12 * len(words))
             and words.min() < 60 and words.max() > 1970)
     assert 0.13 < count / maskable.sum() < 0.18
-    full = chosen[n == 20][:, 1:21].float().mean(0)                        # every place as often as another
+    full = chosen[n == 20][:, 1:21].float().mean(0)         # every position as often as another
     assert (full - 0.15).abs().max() < 4.5 * math.sqrt(0.15 * 0.85 / (n == 20).sum())
     again = mask_tokens(text, maskable, 4, 30, 2000)[0]
-    assert not torch.equal(masked, again)                                  # drawn anew each time
+    assert not torch.equal(masked, again)                   # drawn anew each time
 
 
 def test_codis_masking_bounds_and_options():
@@ -625,13 +701,15 @@ def test_codis_masking_bounds_and_options():
     assert (masks(mask_only=False, prob=1e-6)[5] != -100).sum(1).eq(1).all()    # at least one
     seen = set()
     for _ in range(40):  # a vocabulary with three words: each is drawn, nothing else is
-        masked, positions, labels = mask_tokens(torch.full((50, 8), 90), torch.ones(50, 8).bool(), 4, 97, 100)
+        masked, positions, labels = mask_tokens(torch.full((50, 8), 90), torch.ones(50, 8).bool(),
+                                                4, 97, 100)
         seen |= set(masked.flatten().tolist())
     assert seen == {4, 90, 97, 98, 99}
     text = torch.full((2, 8), 90)  # a caption without words: nothing is masked, no label counts
     maskable = torch.tensor([[False] * 8, [True] * 8])
     masked, positions, labels = mask_tokens(text, maskable, 4, 97, 100)
-    assert torch.equal(masked[0], text[0]) and (labels[0] == -100).all() and (labels[1] != -100).any()
+    assert torch.equal(masked[0], text[0])
+    assert (labels[0] == -100).all() and (labels[1] != -100).any()
 
 
 def test_codis_masks_no_special_of_the_vocabulary():
@@ -642,14 +720,18 @@ def test_codis_masks_no_special_of_the_vocabulary():
     special = (text == model.cfg.cls_id) | (text == model.cfg.sep_id) | (mask == 0)
     assert changed.any() and not (changed & special).any()
     live = labels != -100
-    assert not special.gather(1, positions)[live].any() and (masked[mask == 0] == model.cfg.pad_id).all()
+    assert not special.gather(1, positions)[live].any()
+    assert (masked[mask == 0] == model.cfg.pad_id).all()
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------
+# Memory
 
-@pytest.mark.parametrize("size, b, steps", [(10, 4, 7), (10, 10, 3), (10, 13, 4), (10, 25, 3), (1, 3, 2)])
+@pytest.mark.parametrize("size, b, steps", [(10, 4, 7), (10, 10, 3), (10, 13, 4), (10, 25, 3),
+                                            (1, 3, 2)])
 def test_codis_queue_equals_a_list(size, b, steps):
-    queue, ids, ptr = torch.zeros(size, 3), torch.full((size,), -1), torch.zeros((), dtype=torch.long)
+    queue, ids = torch.zeros(size, 3), torch.full((size,), -1)
+    ptr = torch.zeros((), dtype=torch.long)
     ring, at = [([0.0] * 3, -1)] * size, 0
     for step in range(steps):
         keys, key_ids = torch.randn(b, 3), torch.arange(b) + 100 * step
@@ -657,24 +739,26 @@ def test_codis_queue_equals_a_list(size, b, steps):
         for key, key_id in zip(keys.tolist(), key_ids.tolist()):
             ring[at] = (key, key_id)
             at = (at + 1) % size
-        assert queue.tolist() == [key for key, _ in ring] and ids.tolist() == [key_id for _, key_id in ring]
+        assert queue.tolist() == [key for key, _ in ring]
+        assert ids.tolist() == [key_id for _, key_id in ring]
         ptr.fill_(at)  # the caller moves it: two queues share it
 
 
 def test_codis_memory_over_seven_steps():
-    """K=10, B=4, 7 steps of training: queues, ids and pointer equal lists; ids of both queues are one."""
+    """K=10, B=4, 7 steps of training: queues, the ids of both, and the pointer equal lists."""
     model = make_model(fill=False, queue_size=10)
     assert (model.queue_ids == -1).all() and model.ptr == 0
     close(model.queue_image.norm(dim=-1), torch.ones(10))
     close(model.queue_text.norm(dim=-1), torch.ones(10))
-    rings = {"image": model.queue_image.tolist(), "text": model.queue_text.tolist(), "ids": [-1] * 10}
+    rings = {"image": model.queue_image.tolist(), "text": model.queue_text.tolist(),
+             "ids": [-1] * 10}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
     for step in range(7):
         batch = make_batch(model.cfg, ids=[4 * step + i for i in range(4)])
         image_m, text_m = embed(model, batch)[4:]
         before = model.queue_image.clone()
         out = model(batch)
-        assert torch.equal(model.queue_image, before)                      # the step reads the old queue
+        assert torch.equal(model.queue_image, before)               # the step reads the old queue
         out["loss"].backward()
         model.after_backward(out)
         optimizer.step()
@@ -690,15 +774,17 @@ def test_codis_memory_over_seven_steps():
 
 
 def test_codis_teachers():
-    """They start as copies, take no gradient, move by Eq. 6 alone, and have no dropout in training."""
+    """They start as copies, take no gradient, move by Eq. 6 alone, have no dropout in training."""
     model = Codis(small(dropout=0.5, momentum=0.75)).train()
     named = dict(model.named_parameters())
     teachers = {n: n.replace("_m.", ".", 1) for n, p in named.items() if not p.requires_grad}
-    assert {n.split(".")[0] for n in teachers} == {"vision_m", "text_m", "vision_proj_m", "text_proj_m"}
-    assert len(teachers) == sum(n.split(".")[0] in ("vision", "text", "vision_proj", "text_proj") for n in named)
+    students = {"vision", "text", "vision_proj", "text_proj"}
+    assert {n.split(".")[0] for n in teachers} == {name + "_m" for name in students}
+    assert len(teachers) == sum(n.split(".")[0] in students for n in named)
     assert all(torch.equal(named[t], named[s]) for t, s in teachers.items())
     batch = make_batch(model.cfg)
-    a, b = (model.encode("text", batch["text"], batch["text_mask"], teacher=True)[1] for _ in range(2))
+    a, b = (model.encode("text", batch["text"], batch["text_mask"], teacher=True)[1]
+            for _ in range(2))
     assert torch.equal(a, b)
     a, b = (model.encode("text", batch["text"], batch["text_mask"])[1] for _ in range(2))
     assert not torch.equal(a, b)
@@ -714,6 +800,41 @@ def test_codis_teachers():
     model.after_step(1, 10)
     for t, s in teachers.items():
         close(named[t], 0.75 * before[t] + 0.25 * (before[s] + 1), 1e-6)
+
+
+class NormedViT(codis.ViT):
+    """A tower with running statistics, as a ResNet has them."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.batch_norm = torch.nn.BatchNorm2d(3)
+
+    def forward(self, image):
+        return super().forward(self.batch_norm(image))
+
+
+def test_codis_teachers_follow_running_statistics(monkeypatch):
+    """Eq. 6 moves parameters alone; a teacher in evaluation mode needs its batch norm's buffers."""
+    monkeypatch.setattr(codis, "ViT", NormedViT)
+    model = make_model(fill=False, momentum=0.75)
+    teacher, student = model.vision_m.batch_norm, model.vision.batch_norm
+    batch = make_batch(model.cfg)
+    batch["image"] = 3 * batch["image"] + 2
+    for step in range(3):
+        old = {name: x.clone() for name, x in teacher.state_dict().items()}
+        out = model(batch)
+        out["loss"].backward()
+        model.after_backward(out)
+        assert all(torch.equal(x, old[name]) for name, x in teacher.state_dict().items())
+        with torch.no_grad():
+            student.weight.add_(0.5)
+        model.after_step(step + 1, 3)
+
+        assert teacher.num_batches_tracked == step + 1
+        assert torch.equal(teacher.running_mean, student.running_mean)
+        assert torch.equal(teacher.running_var, student.running_var)
+        close(teacher.weight, 0.75 * old["weight"] + 0.25 * student.weight, 1e-6)
+    assert student.running_mean.min() > 0.3
 
 
 def test_codis_evaluation_leaves_the_memory_alone():
@@ -748,30 +869,33 @@ def test_codis_after_step():
         close(model.distill, expected, 1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------- fusion
+# --------------------------------------------------------------------------------------------------
+# Fusion
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("mlm", [True, False])
-def test_codis_fuse_pretrain_equals_four_fusions(layers, mlm):
+def test_codis_pairs_equal_four_fusions(layers, mlm):
     model = make_model(fusion_layers=layers)
     cfg, b = model.cfg, 5
     _, mask = sentences(cfg, b)
-    clean, masked, image = torch.randn(2, b, cfg.max_text, cfg.width).unbind() + (torch.randn(b, 5, cfg.vision_width),)
+    clean, masked = torch.randn(2, b, cfg.max_text, cfg.width).unbind()
+    image = torch.randn(b, 5, cfg.vision_width)
     leaves = [x.requires_grad_() for x in ((clean, masked, image) if mlm else (clean, image))]
     leaves += list(model.fusion.parameters())
     positions = torch.randint(1, 4, (b, 2))
     neg_image, neg_text = torch.tensor([1, 0, 0, 2, 1]), torch.tensor([4, 2, 3, 0, 4])
 
-    cls, words = model.fuse_pretrain(clean, masked if mlm else None, mask, positions if mlm else None,
-                                     model.image_keys(image), neg_image, neg_text)
-    pairs = [model.fuse(clean, mask, model.image_keys(image)),
-             model.fuse(clean[neg_text], mask[neg_text], model.image_keys(image)),
-             model.fuse(clean, mask, model.image_keys(image[neg_image]))]
+    asked = dict(masked=masked, positions=positions) if mlm else {}
+    cls, words = model.fusion.pairs(clean, mask, model.fusion.contexts(image), neg_image, neg_text,
+                                    **asked)
+    pairs = [fuse(model, clean, mask, image),
+             fuse(model, clean[neg_text], mask[neg_text], image),
+             fuse(model, clean, mask, image[neg_image])]
     expected = torch.cat([x[:, 0] for x in pairs])
     ours, reference = (cls * cls.detach().cos()).sum(), (expected * expected.detach().cos()).sum()
     close(cls, expected)
     if mlm:
-        whole = model.fuse(masked, mask, model.image_keys(image))
+        whole = fuse(model, masked, mask, image)
         expected = torch.stack([torch.stack([whole[i, p] for p in positions[i]]) for i in range(b)])
         close(words, expected)
         ours, reference = ours + (words ** 2).sum(), reference + (expected ** 2).sum()
@@ -822,7 +946,8 @@ def test_codis_padding_changes_nothing():
         close(model.match(batch)[:1], model.match(short))
 
 
-# ------------------------------------------------------------------------------------------------------------ precision
+# --------------------------------------------------------------------------------------------------
+# Precision
 
 def rounded(*tensors):
     """To values that bf16 holds: what an encoder under autocast hands on."""
@@ -831,12 +956,13 @@ def rounded(*tensors):
 
 @pytest.mark.parametrize("temp", [0.07, 0.001])
 def test_codis_contrast_in_bfloat16(temp):
-    """Only the inputs are rounded: scores, softmax and sums are fp32 under autocast, forward and backward."""
+    """Only inputs are rounded: scores, softmax and sums are fp32 under autocast, both ways."""
     z, z_m, ids, _, distill, blocks = contrast_case("repeats")
     z, z_m, *flat = rounded(z, z_m, *[x for block in blocks for x in block])
     keys, key_ids, temp = torch.cat(flat[::2]), torch.cat(flat[1::2]), torch.tensor(temp)
     wide = z.double().requires_grad_()
-    expected = torch.stack(eq5(wide, z_m.double(), ids, keys.double(), key_ids, temp.double(), distill))
+    expected = torch.stack(eq5(wide, z_m.double(), ids, keys.double(), key_ids,
+                               temp.double(), distill))
     expected.sum().backward()
     z.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -846,18 +972,24 @@ def test_codis_contrast_in_bfloat16(temp):
     assert (z.grad - wide.grad).abs().max() < 1e-3 * wide.grad.abs().max()
 
 
-def test_codis_plain_equations_in_bfloat16():
-    """Eq. 2, 4 and 5 as pure functions keep their scores in fp32 under autocast, also from bf16 tensors."""
+def test_codis_equations_in_bfloat16():
+    """Eq. 2 and 5 as pure functions keep their scores in fp32 under autocast, also of bf16 tensors.
+
+    Under Eq. 4 the loss without a teacher is -log p.
+    """
     z, z_m, ids, temp, distill, blocks = contrast_case("repeats")
     keys, key_ids = torch.cat([k for k, _ in blocks]), torch.cat([i for _, i in blocks])
     plan = torch.rand(len(z), len(keys))
     z, z_m, keys = z.bfloat16(), z_m.bfloat16(), keys.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        ours = align_loss(z, z_m, ids, keys, key_ids, temp, distill)
-        probs, code = codis.align_probs(z, keys, temp), codis.codebook_loss(z, keys, plan, temp)
+        ours = align_loss(z, z_m, ids, [(keys, key_ids)], temp, distill)
+        numbered = [(keys, torch.arange(len(keys)))]
+        nll = align_loss(z, z_m, torch.arange(len(z)), numbered, temp, torch.tensor(0.0))
+        code = codis.codebook_loss(z, keys, plan, temp)
     z, z_m, keys, temp, plan = doubles(z, z_m, keys, temp, plan)
     close(ours, torch.stack(eq5(z, z_m, ids, keys, key_ids, temp, distill)), 1e-4)
-    close(probs, [[x.item() for x in softmax(similarities(row, keys, temp))] for row in z], 1e-4)
+    probs = [softmax(similarities(row, keys, temp))[i].item() for i, row in enumerate(z)]
+    close((-nll).exp(), probs, 1e-4)
     close(code, eq2(z, keys, plan.tolist(), temp), 1e-4)
 
 
@@ -869,7 +1001,8 @@ def test_codis_codebook_in_bfloat16():
     T_v, T_t = plan_of(m_v.double(), c, model.cfg), plan_of(m_t.double(), c, model.cfg)
     with torch.autocast("cpu", torch.bfloat16):
         ours = model.code_losses(z_v, z_t, m_v, m_t)
-    close(ours["ot"], eq1(T_v, cosine_cost(m_v.double(), c)) + eq1(T_t, cosine_cost(m_t.double(), c)), 5e-5)
+    ot = eq1(T_v, cosine_cost(m_v.double(), c)) + eq1(T_t, cosine_cost(m_t.double(), c))
+    close(ours["ot"], ot, 5e-5)
     close(ours["tp"], eq2(z_t.double(), c, T_v, temp), 1e-4)
     close(ours["ip"], eq2(z_v.double(), c, T_t, temp), 1e-4)
 
@@ -891,7 +1024,8 @@ def test_codis_step_in_bfloat16(temp):
             close(out["logs"][name], value, 0.1)
 
 
-# ----------------------------------------------------------------------------------------------------------- parameters
+# --------------------------------------------------------------------------------------------------
+# Parameters
 
 @pytest.mark.parametrize("distill", [0.4, 0.0])
 def test_codis_mlm_distillation(distill):
@@ -911,14 +1045,26 @@ def test_codis_mlm_distillation(distill):
     rows = []
     for m in ("_m", ""):
         part = {name: getattr(model, name + m) for name in ("vision", "text", "fusion", "mlm_head")}
-        x = model.fuse(part["text"](masked, mask), mask,
-                       model.image_keys(part["vision"](batch["image"]), part["fusion"]), part["fusion"])
-        rows.append([part["mlm_head"](x[i, p], part["text"].embeddings.word_embeddings.weight).double()
-                     for i in range(4) for p, label in zip(positions[i], labels[i]) if label != -100])
-    teacher = mean([cross_entropy(list(student), softmax(list(teacher))) for teacher, student in zip(*rows)])
+        contexts = part["fusion"].contexts(part["vision"](batch["image"]))
+        x = part["fusion"](part["text"](masked, mask), attention_mask(mask), contexts)
+        rows.append([part["mlm_head"](x[i, p], part["text"].embeddings.words.weight).double()
+                     for i in range(4) for p, label in zip(positions[i], labels[i])
+                     if label != -100])
+    teacher = mean([cross_entropy(list(student), softmax(list(teacher)))
+                    for teacher, student in zip(*rows)])
     close(out["logs"]["mlm"], 0.75 * plain + 0.25 * teacher, 2e-5)
     out["loss"].backward()
     assert all((p.grad is None) != p.requires_grad for p in model.parameters())
+
+
+def joined_parts(name, tensor):
+    """The rows of queries, keys and values, where they are one matrix: {part: tensor}."""
+    kind = name.rsplit(".", 1)[1] if "." in name else name
+    if ".qkv." in name:
+        return {f"{part}.{kind}": x for part, x in zip(("query", "key", "value"), tensor.chunk(3))}
+    if ".key_value." in name:
+        return {f"{part}.{kind}": x for part, x in zip(("key", "value"), tensor.chunk(2))}
+    return {kind: tensor}
 
 
 @pytest.mark.parametrize("task", codis.VIEWS)  # TASKS, and their first stages
@@ -933,37 +1079,54 @@ def test_codis_every_parameter_learns(task):
             assert p.grad is None, f"teacher {name} has a gradient"
             continue
         assert p.grad is not None and p.grad.isfinite().all(), f"{name} has no gradient"
-        if not name.endswith("key.bias"):  # a bias on all keys alike does not change a softmax
-            assert p.grad.abs().max() > 0, f"the gradient of {name} is zero"
+        for part, grad in joined_parts(name, p.grad).items():
+            if part != "key.bias":  # a bias on all keys alike does not change a softmax
+                assert grad.abs().max() > 0, f"the gradient of {name} is zero ({part})"
     groups = model.param_groups(mock.Mock(lr=1e-3, weight_decay=0.02))
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 def test_codis_no_patch_is_drowned_at_the_start():
-    """Tiny before training: another patch changes its own token far more than most others (less than twice as much
-    where the blocks' outputs start at 0.08 too: what is seen was then not bound to its place)."""
+    """Tiny before training: another patch changes its own token far more than most others.
+
+    Less than twice as much where the blocks' outputs start at 0.08 too: what is seen was then not
+    bound to its position.
+    """
     torch.manual_seed(0)
     sizes = {k: v for k, v in codis.PRESETS["tiny"].items() if k not in codis.VIEWS}
     vit = Codis(Config(**{**sizes, "vocab_size": 57}), "retrieval").vision.eval()
     image = torch.randn(8, 3, 72, 72)
     other = image.clone()
-    other[:, :, 24:48, 24:48] = torch.randn(8, 3, 24, 24)  # the central one of 3 x 3 patches
+    other[:, :, 24:48, 24:48] = torch.randn(8, 3, 24, 24)          # the middle one of 3 x 3 patches
     with torch.no_grad():
-        change = (vit(image) - vit(other)).norm(dim=-1).mean(0)  # (10,), the class token first
-    assert change[5] > 5 * change[1:].median(), change  # of its neighbours the stem's convolutions see the edge
+        change = (vit(image) - vit(other)).norm(dim=-1).mean(0)     # (10,), the class token first
+    # the median: the convolutions of the stem see the edge of neighbouring patches
+    assert change[5] > 5 * change[1:].median(), change
 
 
 def test_codis_base_has_the_papers_size():
     with torch.device("meta"):
         model = Codis(Config())
-    count = lambda *names: sum(p.numel() for name in names for p in getattr(model, name).parameters())
-    assert abs(count("text", "fusion", "mlm_head") / 1e6 - 123.7) < 0.05
-    assert abs(count("vision") / 1e6 - 85.8) < 0.05
-    assert model.codebook.shape == (4000, 256) and model.queue_image.shape == model.queue_text.shape == (65536, 256)
+    count = {name: sum(p.numel() for p in module.parameters())
+             for name, module in model.named_children()}
+    assert abs((count["text"] + count["fusion"] + count["mlm_head"]) / 1e6 - 123.7) < 0.05
+    assert abs(count["vision"] / 1e6 - 85.8) < 0.05
+    assert model.codebook.shape == (4000, 256)
+    assert model.queue_image.shape == model.queue_text.shape == (65536, 256)
 
 
-# ---------------------------------------------------------------------------------------------------------- fine-tuning
+@pytest.mark.parametrize("task", codis.VIEWS)
+def test_codis_offers_what_its_task_can(task):
+    model, methods = make_model(task=task), set().union(*codis.OFFERS.values())
+    assert all(callable(getattr(model, name)) for name in methods)
+    assert ("match" in model.offers) == hasattr(model, "itm_head")
+    assert ("rank_answers" in model.offers) == hasattr(model, "decoder")
+    assert ("predict" in model.offers) == hasattr(model, "cls_head")
+
+
+# --------------------------------------------------------------------------------------------------
+# Fine-tuning
 
 def test_codis_retrieval_is_eq5_and_eq7():
     model = make_model(task="retrieval")
@@ -971,15 +1134,20 @@ def test_codis_retrieval_is_eq5_and_eq7():
     image_tokens, text_tokens, z_v, z_t, m_v, m_t = embed(model, batch)
     with no_dice:
         out = model(batch)
-    fused = lambda i, j: model.fuse(text_tokens[j:j + 1], batch["text_mask"][j:j + 1],
-                                    model.image_keys(image_tokens[i:i + 1]))[0, 0]
-    images, texts = (nearest_stranger(sim, batch["image_id"])[0].tolist() for sim in (z_t @ z_v.T, z_v @ z_t.T))
-    pairs = [(i, i) for i in range(5)] + [(i, texts[i]) for i in range(5)] + [(images[i], i) for i in range(5)]
-    losses = {"itm": picked(torch.stack([model.itm_head(fused(i, j)) for i, j in pairs]).double(), [1] * 5 + [0] * 10)}
-    for name, z, m, own, queue in (("i2t", z_v, m_v, m_t, model.queue_text), ("t2i", z_t, m_t, m_v, model.queue_image),
-                                   ("i2i", z_v, m_v, m_v, model.queue_image), ("t2t", z_t, m_t, m_t, model.queue_text)):
-        keys, key_ids = torch.cat([own, queue.double()]), torch.cat([batch["image_id"], model.queue_ids])
-        losses[name] = mean(eq5(z, m, batch["image_id"], keys, key_ids, model.temp.double(), model.distill))
+
+    # Eq. 7 over the pairs, then each image with a text of another, each text with another image
+    ids = batch["image_id"]
+    images = nearest_stranger(z_t @ z_v.T, ids)[0].tolist()
+    texts = nearest_stranger(z_v @ z_t.T, ids)[0].tolist()
+    pairs = [(i, i) for i in range(5)] + list(enumerate(texts)) + list(zip(images, range(5)))
+    logits = [model.itm_head(fuse(model, text_tokens[j:j + 1], batch["text_mask"][j:j + 1],
+                                  image_tokens[i:i + 1])[0, 0]) for i, j in pairs]
+    losses = {"itm": picked(torch.stack(logits).double(), [1] * 5 + [0] * 10)}
+
+    # Eq. 5
+    for name, z, m, own, queue in directions(model, z_v, z_t, m_v, m_t):
+        keys, key_ids = torch.cat([own, queue.double()]), torch.cat([ids, model.queue_ids])
+        losses[name] = mean(eq5(z, m, ids, keys, key_ids, model.temp.double(), model.distill))
     for name in losses:
         close(out["logs"][name], losses[name], 2e-5)
     close(out["loss"], sum(losses.values()))
@@ -990,19 +1158,23 @@ def test_codis_answers():
     no token sees what follows it."""
     model = make_model(task="vqa").eval()
     batch = make_batch(model.cfg, "vqa")
-    batch["answer_weight"] = torch.tensor([1.0, 1.0, 0.0, 1.0])            # one question has no known answer
+    batch["answer_weight"] = torch.tensor([1.0, 1.0, 0.0, 1.0])     # one question has no answer
 
     def likelihood(i, answer):  # log p(answer | image i, question i), one forward pass per token
         one = {k: v[i:i + 1] for k, v in batch.items()}
-        keys, mask = model.question_keys(one)
-        return sum(log_softmax(list(model.decode(torch.tensor([answer[:n]]), keys, mask)[0, -1].double()))[answer[n]]
-                   for n in range(1, len(answer)))
+        contexts, mask = model.question_contexts(one)
+        total = 0
+        for n in range(1, len(answer)):
+            logits = model.decode(torch.tensor([answer[:n]]), contexts, mask)[0, -1]
+            total = total + log_softmax(list(logits.double()))[answer[n]]
+        return total
 
     with torch.no_grad():
         answers = [row[mask == 1].tolist()[:model.cfg.max_answer]
                    for row, mask in zip(batch["answer"], batch["answer_mask"])]
         close(model(batch)["loss"], mean([-likelihood(i, answers[i]) for i in (0, 1, 3)]))
-        candidates = [[2, 9, 3], [2, 9, 11, 3], [2, 30, 3], [2, 31, 8, 40, 3], [2, 12, 3], [2, 30, 31, 3]]
+        candidates = [[2, 9, 3], [2, 9, 11, 3], [2, 30, 3], [2, 31, 8, 40, 3], [2, 12, 3],
+                      [2, 30, 31, 3]]
         ids, mask = torch.zeros(6, 5, dtype=torch.long), torch.zeros(6, 5, dtype=torch.long)
         for row, answer in enumerate(candidates):
             ids[row, :len(answer)], mask[row, :len(answer)] = torch.tensor(answer), 1
@@ -1018,38 +1190,144 @@ def test_codis_answers():
 
 
 def test_codis_two_images_alternate():
-    """NLVR2: odd layers look at the first image, even ones at the second;
-    a pair of layers shares key and value weights."""
+    """NLVR2: layers 0, 2, ... look at the first image, layers 1, 3, ... at the second; two such
+    layers make keys and values with the same weights."""
     model = make_model(task="nlvr2").eval()
-    batch, layers = make_batch(model.cfg, "nlvr2"), model.fusion.layer
+    batch, layers = make_batch(model.cfg, "nlvr2"), model.fusion.blocks
     assert len(layers) == 2 * model.cfg.fusion_layers
     with torch.no_grad():
-        x, mask = model.text(batch["text"], batch["text_mask"]), batch["text_mask"][:, None, None].bool()
+        x, mask = model.text(batch["text"], batch["text_mask"]), attention_mask(batch["text_mask"])
         images = [model.vision(batch["image"]), model.vision(batch["image2"])]
         for n, layer in enumerate(layers):
-            shared, own = layers[n - n % 2].crossattention.self, layer.crossattention.self
-            assert own.key.weight is shared.key.weight and own.value.bias is shared.value.bias
+            shared, own = layers[n - n % 2].cross, layer.cross
+            assert own.key_value.weight is shared.key_value.weight
+            assert own.key_value.bias is shared.key_value.bias
             assert n % 2 == 0 or own.query.weight is not shared.query.weight
-            x = layer(x, mask, layer.crossattention.keys(images[n % 2]))
+            assert n < 2 or own.key_value.weight is not layers[n - 2].cross.key_value.weight
+            x = layer(x, mask, layer.cross.context(images[n % 2]))
         close(model.predict(batch), model.cls_head(x[:, 0]))
         swapped = model.predict({**batch, "image": batch["image2"], "image2": batch["image"]})
     assert (swapped - model.predict(batch)).abs().max() > 1e-4
 
 
 def test_codis_nlvr2_starts_with_every_fusion_layer_twice():
-    """ALBEF's NLVR2 from three pre-trained fusion layers: layers 0 1, 2 3, 4 5 of the new six are copies of 0, 1, 2."""
+    """ALBEF's NLVR2: of three pre-trained fusion layers the new 0 1, 2 3, 4 5 are copies."""
     before, model = make_model(fusion_layers=3), make_model(fusion_layers=3, task="nlvr2")
     adapted = model.adapt(before.state_dict())
     for name in model.state_dict():
-        if name.startswith("fusion.layer."):
-            n, rest = name.removeprefix("fusion.layer.").split(".", 1)
-            assert torch.equal(adapted[name], before.state_dict()[f"fusion.layer.{int(n) // 2}.{rest}"]), name
+        if name.startswith("fusion.blocks."):
+            n, rest = name.removeprefix("fusion.blocks.").split(".", 1)
+            source = before.state_dict()[f"fusion.blocks.{int(n) // 2}.{rest}"]
+            assert torch.equal(adapted[name], source), name
     assert not [k for k in adapted if k.startswith("fusion.") and k not in model.state_dict()]
 
 
-# ---------------------------------------------------------------------------------------------------------- distributed
+# --------------------------------------------------------------------------------------------------
+# Weights of other libraries
 
-CASES = [dict(), dict(codebook_features="student", codebook_target="same", intra=False, batch_keys=False)]
+def shaken(module):
+    """Random weights of ordinary size in place of a fresh model's, norms and biases included."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return module.eval()
+
+
+def random_bert(layers):
+    from transformers import BertConfig, BertForPreTraining
+    return shaken(BertForPreTraining(BertConfig(
+        vocab_size=57, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=14, attn_implementation="eager")))
+
+
+@pytest.mark.needs("transformers")
+@pytest.mark.parametrize("task, upper", [("pretrain", 2), ("vqa", 2), ("nlvr2", 1), ("nlvr2", 2)])
+def test_codis_text_tower_equals_transformers(task, upper):
+    """Hidden states of BERT's first layer in the text tower, of the `upper` ones above it in the
+    fusion layers and the decoder without a context, and the MLM logits; in float64."""
+    bert, model = random_bert(1 + upper), make_model(task=task).eval()
+    codis.load_pretrained(model, text=bert.state_dict())
+    bert, model = bert.double(), model.double()
+    text, mask = sentences(model.cfg, 5)
+    with torch.no_grad():
+        theirs = bert.bert(text, mask, output_hidden_states=True).hidden_states
+        ours = [model.text.embeddings(text), model.text(text, mask)]
+        towers = [model.fusion.blocks[::2 if task == "nlvr2" else 1]]
+        towers += [model.decoder.blocks] if task == "vqa" else []
+        differences = [(a - b)[mask.bool()].abs().max() for a, b in zip(ours, theirs)]
+        for blocks in towers:
+            x = ours[1]
+            for block, expected in zip(blocks, theirs[2:]):
+                x = block(x, attention_mask(mask))
+                differences.append((x - expected)[mask.bool()].abs().max())
+        if hasattr(model, "mlm_head"):
+            logits = model.mlm_head(theirs[-1], model.text.embeddings.words.weight)
+            differences.append((logits - bert.cls.predictions(theirs[-1])).abs().max())
+    print(f"{task}: largest difference from transformers.BertModel {max(differences):.1e}")
+    assert len(differences) >= 3 and max(differences) < 1e-6
+
+    # both copies of NLVR2's layers, as far as the file goes
+    if task == "nlvr2":
+        first, second = (model.fusion.blocks[n].state_dict() for n in (0, 1))
+        assert all(torch.equal(first[name], second[name]) for name in first if "cross" not in name)
+
+
+@pytest.mark.needs("timm")
+@pytest.mark.parametrize("size", [32, 48])
+def test_codis_vision_tower_equals_timm(size):
+    """Tokens of timm's ViT; at another image size those of timm with resized embeddings."""
+    from timm.models.vision_transformer import VisionTransformer
+    sizes = dict(patch_size=16, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, num_classes=5)
+    theirs = shaken(VisionTransformer(img_size=32, **sizes))
+    model = make_model(vision_layers=2, image_size=size).eval()
+    codis.load_pretrained(model, vision=theirs.state_dict())
+    if size != 32:
+        position = codis.resize_pos_embed(theirs.pos_embed.detach(), size // 16, size // 16)
+        theirs.set_input_size((size, size))
+        theirs.pos_embed.data = position
+    image = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        difference = (model.vision(image) - theirs.forward_features(image)).abs().max().item()
+    print(f"largest difference from timm's ViT: {difference:.1e}")
+    assert difference < 1e-6
+
+
+@pytest.mark.needs("transformers", "timm")
+def test_codis_pretrained_weights_start_the_memory_anew():
+    """Teachers are copies, queues hold no image; a file that lacks a tensor changes nothing."""
+    from timm.models.vision_transformer import VisionTransformer
+    vit = VisionTransformer(img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=3,
+                            mlp_ratio=2)
+    states = {"vision": vit.state_dict(), "text": random_bert(3).state_dict()}
+    model = make_model(mlm_distill=0.4)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    for side, name in (("vision", "blocks.0.mlp.fc1.bias"),
+                       ("text", "bert.encoder.layer.0.attention.self.key.weight")):
+        hole = {**states, side: {n: x for n, x in states[side].items() if n != name}}
+        with pytest.raises(KeyError, match=name.removeprefix("bert.")):
+            codis.load_pretrained(model, **hole)
+        assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
+
+    codis.load_pretrained(model, **states)
+    for teacher, student in model.teachers():
+        assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters()))
+    assert torch.equal(model.vision.blocks[0].mlp[0].bias, vit.blocks[0].mlp.fc1.bias)
+    assert (model.queue_ids == -1).all() and model.ptr == model.ramp == model.distill == 0
+
+
+@pytest.mark.parametrize("side, over", [("vision", dict(stem="conv")), ("vision", dict(act="relu")),
+                                        ("text", dict(act="relu"))])
+def test_codis_towers_without_a_counterpart(side, over):
+    with pytest.raises(SystemExit) as error:
+        codis.foreign_names(make_model(**over), side)
+    assert "\n" not in str(error.value) and side in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Distributed
+
+CASES = [dict(), dict(codebook_features="student", codebook_target="same", intra=False,
+                      batch_keys=False)]
 IDS = [3, 5, 3, 20, 21, 20, 5, 3]  # images in both halves of the batch, and in the queue
 
 
@@ -1059,13 +1337,15 @@ def no_pairs(logits, labels):
 
 
 def gathered_steps(case, rank=0, world=1):
-    """Two steps on this process's share of one fixed batch -> logs and gradients of each step, the state at the end."""
+    """Two steps on this process's share of a batch -> logs and gradients of each, the end state."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     raw = make_model(**CASES[case])
     whole = make_batch(raw.cfg, b=8, ids=IDS)
     batch = {k: x.chunk(world)[rank] for k, x in whole.items()}
-    model = torch.nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False) if world > 1 else raw
+    model = raw
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False)
     params = {n: p for n, p in raw.named_parameters() if p.requires_grad}
     optimizer, steps = torch.optim.SGD(params.values(), 0.05), []
     with mock.patch.multiple(codis, itm_loss=no_pairs, mlm_loss=no_pairs):
@@ -1082,7 +1362,8 @@ def gathered_steps(case, rank=0, world=1):
 
 
 def worker(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
+                            world_size=2)
     torch.save([gathered_steps(case, rank, 2) for case in range(len(CASES))], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -1099,17 +1380,22 @@ def test_codis_two_processes_equal_one(tmp_path):
                 close((logs_0[name] + logs_1[name]) / 2, logs[name])
             same_gradients(grads_0, grads)
             assert all(torch.equal(grads_0[n], grads_1[n]) for n in grads_0)
-        assert all(torch.equal(state_0[n], state_1[n]) for n in state)     # queues, teachers and students of both ranks
+        # queues, teachers and students of both ranks
+        assert all(torch.equal(state_0[n], state_1[n]) for n in state)
         for name in state:
             close(state_0[name], state[name], 1e-4)
 
 
-# ----------------------------------------------------------------------------------------------- the right way downhill
+# --------------------------------------------------------------------------------------------------
+# The right way downhill
 
 def test_codis_eq1_attracts_codewords():
     """Algorithm 1 as printed would repel them."""
     model, z = make_model(), clusters(24, 16)
-    nearest = lambda: (z @ model.codebook.detach().T).max(0).values.mean().item()
+
+    def nearest():
+        return (z @ model.codebook.detach().T).max(0).values.mean().item()
+
     start, ot = nearest(), []
     for _ in range(60):
         loss = model.code_losses(z, z, z, z)["ot"]
@@ -1120,7 +1406,7 @@ def test_codis_eq1_attracts_codewords():
 
 
 def test_codis_eq2_teaches_the_student_the_other_modalitys_plan():
-    """Minimised over the students alone, L_tp and L_ip come near the entropy of the plans, their lower bound."""
+    """Minimised over the students alone, L_tp and L_ip come near the entropy of the plans."""
     model = make_model(codebook_target="cross")
     m_v, m_t, z_v, z_t = units(4, 6, 16)
     labels = [soft(plan_of(m.double(), model.codebook.double(), model.cfg)) for m in (m_v, m_t)]
@@ -1140,7 +1426,8 @@ def test_codis_eq5_pulls_an_image_to_all_its_captions():
     z, z_m, none = units(4, 16), units(4, 16), torch.full((30,), -1)
     for _ in range(200):
         z.requires_grad_()
-        rows = QueueContrast.apply(z, z_m, ids, torch.tensor(0.1), torch.tensor(0.0), 8, keys, ids, queue, none)
+        rows = align_loss(z, z_m, ids, [(keys, ids), (queue, none)], torch.tensor(0.1),
+                          torch.tensor(0.0), 8)
         z = F.normalize(z.detach() - 0.1 * torch.autograd.grad(rows.sum(), z)[0], dim=-1)
     sim = z @ torch.cat([keys, queue]).T
     same = torch.cat([ids, none]) == ids[:, None]
@@ -1151,7 +1438,8 @@ def test_codis_learns_one_batch_by_heart():
     """Every loss of Eq. 9 falls, and the heads say what they were taught."""
     model = make_model(fill=False, queue_size=8, momentum=0.8, distill=0.0)
     batch = make_batch(model.cfg, b=6)
-    optimizer, logs = torch.optim.AdamW(model.param_groups(mock.Mock(lr=5e-3, weight_decay=0.0)), lr=5e-3), []
+    groups = model.param_groups(mock.Mock(lr=5e-3, weight_decay=0.0))
+    optimizer, logs = torch.optim.AdamW(groups, lr=5e-3), []
     for step in range(160):
         out = model(batch)
         out["loss"].backward()
@@ -1166,32 +1454,36 @@ def test_codis_learns_one_batch_by_heart():
     model.eval()
     with torch.no_grad():
         sim = model.encode_image(batch) @ model.encode_text(batch).T
-        scores = torch.stack([model.match({**batch, "image": batch["image"][i:i + 1].expand(6, -1, -1, -1)})
-                              for i in range(6)])
+        images = batch["image"][:, None].expand(-1, 6, -1, -1, -1)
+        scores = torch.stack([model.match({**batch, "image": image}) for image in images])
     assert torch.equal(sim.argmax(1), torch.arange(6))
-    assert scores.diag().min() > 0 and scores.diag().mean() > scores[~torch.eye(6).bool()].mean() + 2
+    assert scores.diag().min() > 0
+    assert scores.diag().mean() > scores[~torch.eye(6).bool()].mean() + 2
 
 
 def test_codis_gradcam_points_at_the_named_object():
-    """Figure 4 on shapes: a small matcher learns whether a color is in the picture; then the share of the word's map
-    in the box of the object of that color is at least 1.5 times the box's share of the picture."""
+    """Figure 4 on shapes: a small matcher learns whether a color is in the picture; then the share
+    of the word's map in the box of the object of that color is at least 1.5 times the box's share
+    of the picture."""
     import numpy as np
 
-    from tools import shapes
     from eval import box_cover
+    from tools import shapes
     rng, cells, colors = np.random.default_rng(0), 4, list(shapes.COLORS)
-    cfg = Config(image_size=64, stem="conv", vision_width=64, vision_layers=1, vision_heads=4, width=64, text_layers=1,
-                 fusion_layers=2, heads=4, mlp_ratio=2, act="relu", dropout=0.0, embed_dim=16, max_text=3,
-                 vocab_size=16, mask_id=4, cls_id=2, sep_id=3, first_word=5, queue_size=4, codewords=4, init_std=0.08,
-                 pos_std=0.5)
+    cfg = Config(image_size=64, stem="conv", vision_width=64, vision_layers=1, vision_heads=4,
+                 width=64, text_layers=1, fusion_layers=2, heads=4, mlp_ratio=2, act="relu",
+                 dropout=0.0, embed_dim=16, max_text=3, vocab_size=16, mask_id=4, cls_id=2,
+                 sep_id=3, first_word=5, queue_size=4, codewords=4, init_std=0.08, pos_std=0.5)
+
+    # pictures of a large object and a small one of another color
     pictures, present, boxes = [], [], []
     for _ in range(256):
         color, other = rng.choice(len(colors), 2, replace=False)
         cell, beside = rng.choice(9, 2, replace=False)
         shape, kind = rng.choice(shapes.SHAPES, 2)
-        picture, masks = shapes.draw_scene((shapes.Obj(cell // 3, cell % 3, "large", colors[color], str(shape)),
-                                            shapes.Obj(beside // 3, beside % 3, "small", colors[other], str(kind))),
-                                           rng)
+        large = shapes.Obj(cell // 3, cell % 3, "large", colors[color], str(shape))
+        small_one = shapes.Obj(beside // 3, beside % 3, "small", colors[other], str(kind))
+        picture, masks = shapes.draw_scene((large, small_one), rng)
         ys, xs = masks[0].nonzero()
         pictures.append(torch.from_numpy(picture.copy()).permute(2, 0, 1) / 64 - 2)
         present.append((color, other))
@@ -1202,6 +1494,7 @@ def test_codis_gradcam_points_at_the_named_object():
         text = torch.stack([torch.full_like(color, 2), 5 + color, torch.full_like(color, 3)], 1)
         return {"image": pictures[rows], "text": text, "text_mask": torch.ones_like(text)}
 
+    # is there an object of this color? half of the answers are yes
     model = Codis(cfg, "retrieval").train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for step in range(600):
@@ -1214,8 +1507,10 @@ def test_codis_gradcam_points_at_the_named_object():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+    # the maps of the color's word, on pictures it has not seen
     rows = torch.arange(192, 256)
-    word = model.gradcam(ask(rows, present[rows, 0]))["word"][:, 1].double().numpy()                  # (64, 4, 4)
+    word = model.gradcam(ask(rows, present[rows, 0]))["word"][:, 1].double().numpy()    # (64, 4, 4)
     cover = np.stack([box_cover([boxes[i]], (64, 64), (cells, cells)) for i in rows])
     inside, uniform = (word * cover).sum() / word.sum(), cover.mean()
     assert inside > 1.5 * uniform, (loss.item(), inside, uniform)

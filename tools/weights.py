@@ -371,7 +371,10 @@ def whats_new(model, filled):
 
 def account(module, model, side, state, where):
     """Finds every tensor's place, changes nothing -> ({our name: foreign names}, a report line)."""
-    needed, extra = module.foreign_names(model, side)
+    try:
+        needed, extra = module.foreign_names(model, side)
+    except SystemExit as e:                             # a side without a tower or a counterpart
+        raise Stop(f"{where}: {e}") from None
 
     # the tower must be there; of what may be filled, each layer or head is whole or not there
     taken = dict(needed)
@@ -381,7 +384,7 @@ def account(module, model, side, state, where):
         raise Stop(f"{where}: none of its names fits this tower (its first: {first})")
     parts = defaultdict(dict)
     for ours, theirs in extra.items():
-        parts[re.match(r"[^.]+(\.\w+\.\d+|\.\d+)?", ours)[0]][ours] = theirs
+        parts[re.match(r"[^.]+(\.blocks\.\d+)?", ours)[0]][ours] = theirs
     for part in parts.values():
         there = {ours: theirs for ours, theirs in part.items() if set(theirs) <= set(state)}
         taken |= there
@@ -449,13 +452,13 @@ ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu"}
 def anatomy(tower):
     """What shapes do not reveal of a transformer, by the names of Hugging Face's config.json."""
     about = {"position_embedding_type": "absolute"}
-    for module in tower.modules():
-        if hasattr(module, "heads"):
-            about["num_attention_heads"] = module.heads
-        elif isinstance(module, nn.LayerNorm):
-            about["layer_norm_eps"] = module.eps
-        elif type(module) in ACTIVATIONS:
-            about["hidden_act"] = ACTIVATIONS[type(module)]
+    for part in tower.modules():
+        if hasattr(part, "heads"):
+            about["num_attention_heads"] = part.heads
+        elif isinstance(part, nn.LayerNorm):
+            about["layer_norm_eps"] = part.eps
+        elif type(part) in ACTIVATIONS:
+            about["hidden_act"] = ACTIVATIONS[type(part)]
     return about
 
 
@@ -515,13 +518,23 @@ def export(run, out):
     model, _ = load_run(run)
     module, out, lines = sys.modules[type(model).__module__], Path(out), []
     out.mkdir(parents=True, exist_ok=True)
+    written = False
     for side in module.INITS:
-        needed, _ = module.foreign_names(model, side)
-        mine, state = model.state_dict(), {}
-        for ours, theirs in needed.items():
-            for name, rows in zip(theirs, mine[ours].chunk(len(theirs))):
+        try:
+            needed, extra = module.foreign_names(model, side)
+        except SystemExit as e:                         # a tower without a counterpart elsewhere
+            lines.append(f"{side}: not written, {e}")
+            continue
+        written, mine, state = True, model.state_dict(), {}
+        counters = {ours: theirs for ours, theirs in extra.items()
+                    if ours.endswith("num_batches_tracked")}
+        for ours, theirs in {**needed, **counters}.items():
+            for name, rows in zip(theirs, mine[ours].chunk(len(theirs)) if len(theirs) > 1
+                                  else [mine[ours]]):
                 state[name] = rows.detach().cpu().clone()
         lines += write_tower(state, anatomy(tower_of(module, model, side)), out, side)
+    if not written:
+        raise Stop("; ".join(lines))
     return lines
 
 

@@ -192,6 +192,8 @@ BACKBONE = ("vision.", "text.", "tav.", "ws.", "ws_text.")  # `--init` must fill
 def setup(cfg, task, stats):
     if task == "vtm":
         cfg.frame_width = stats["frame_width"]
+    if cfg.max_text > cfg.positions:
+        raise SystemExit(f"--max_text {cfg.max_text}: BERT has --positions {cfg.positions}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -804,10 +806,6 @@ class Cookie(nn.Module):
             if getattr(cfg, field) not in values:
                 raise SystemExit(f"--{field} {getattr(cfg, field)}: "
                                  f"it is one of {', '.join(values)}")
-
-        if cfg.max_text > cfg.positions and task != "hashing":
-            raise SystemExit(f"--max_text {cfg.max_text}: the text encoder has --positions "
-                             f"{cfg.positions}")
 
         # the towers; what this task offers to evaluation
         joint = cfg.embed == "joint" and task != "hashing"

@@ -924,6 +924,15 @@ def test_small_batches(task):
         getattr(model, name)(make_batch(model.cfg, 1))
 
 
+def test_one_sample_a_process_is_enough(monkeypatch):
+    """Negatives come from all processes."""
+    monkeypatch.setattr(cookie, "world", lambda: 2)
+    monkeypatch.setattr(cookie, "rank", lambda: 0)
+    monkeypatch.setattr(cookie, "gather", lambda x: torch.cat([x, x + 1]))
+    model = make_model("ccl")
+    assert model(make_batch(model.cfg, 1))["loss"] > 0
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_bfloat16(task):
     model = make_model(task)
@@ -1207,9 +1216,9 @@ def test_max_text(world, tmp_path, monkeypatch):
         run(world, tmp_path / str(width), "--data", world / "pairs.jsonl", "--evals", "none",
             "--max_text", width, "--steps", 0)
         assert widths == [(width,)] * 2                                 # two stages
-    with pytest.raises(SystemExit, match="--max_text 15: the text encoder has --positions 14"):
-        Cookie(small(max_text=15), "ccl")
-    Cookie(small(max_text=15), "hashing", 5)
+    with pytest.raises(SystemExit, match="--max_text 15: BERT has --positions 14"):
+        run(world, tmp_path / "x", "--data", world / "pairs.jsonl", "--max_text", 15,
+            "--positions", 14)
 
 
 # --------------------------------------------------------------------------------------------------

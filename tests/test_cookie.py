@@ -186,7 +186,11 @@ def test_cookie_eq1_positions_follow_the_grid():
     assert model.image_tokens(torch.randn(1, 3, 64, 32)).shape == (1, 8, 32)
     pos = torch.randn(1, 9, 4)
     assert cookie.resize_grid(pos, 3, 3) is pos
-    assert cookie.resize_grid(pos, 5, 2).shape == (1, 10, 4)
+    out = cookie.resize_grid(pos, 5, 2)
+    assert out.shape == (1, 10, 4)
+    for d in range(4):                                  # row by row, bicubic
+        grid = F.interpolate(pos[:, :, d].view(1, 1, 3, 3), (5, 2), mode="bicubic")
+        close(out[0, :, d], grid.flatten(), 1e-6)
     other = Cookie(small(image_size=80), "ccl")
     other.load_state_dict(other.adapt(model.state_dict()))                      # 3 x 3 -> 5 x 5
     close(other.image_pos, cookie.resize_grid(model.image_pos, 5, 5))

@@ -132,7 +132,7 @@ PRESETS = {
                           crop_scale=(0.6, 1.0)),
                  ],
                  retrieval=dict(image_view="plain", batch_size=64, steps=300, lr=2e-4,
-                                vision_lr=1.0, text_lr=1.0, warmup_epochs=0.2),
+                                vision_lr=1.0, text_lr=1.0, warmup_epochs=0.04),
                  vtm=dict(batch_size=40, steps=300, lr=5e-4, text_lr=0.2),
                  hashing=dict(image_size=64, backbone="tiny", batch_size=64, steps=400, lr=1e-3,
                               vision_lr=1.0, hash_dropout=0.0, image_view="plain")),
@@ -143,8 +143,9 @@ PRESETS = {
 # [V] = VSE++ / VSE-infinity (GPO), also margin and warmup_epochs of Config;
 # [C] = CSQ, also quantization and hash_dropout.
 # Data (section 4.1): Conceptual Captions, SBU, COCO, Flickr30K, and the questions of VQA v2 and GQA
-# as captions. Ablations (section 4.3): ITM with ResNeXt-101, image retrieval with ResNet-50, text
-# with ResNet-101.
+# as captions. An epoch goes over pairs: the paper counts 5.9 million of them, and VSE-infinity's
+# epoch is over captions, too; CSQ's is over images. Ablations (section 4.3): ITM with ResNeXt-101,
+# image retrieval with ResNet-50, text with ResNet-101.
 # Table 5b, rows from above (flags at pre-training and again at fine-tuning):
 #   baseline                          --ws_layers 0 --tav_layers 0
 #   FC, shared                        --ws fc --tav_layers 0
@@ -156,20 +157,22 @@ PRESETS = {
 RECIPE = {
     "pretrain": [
         dict(task="ccl", optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1,
-             epochs=30, batch_size=576,
+             epochs=30, epoch_of="captions", batch_size=576,
              weight_decay=0.01),                                    # decay [B]
         dict(optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1,
-             epochs=10, batch_size=288,
+             epochs=10, epoch_of="captions", batch_size=288,
              weight_decay=0.01),                                    # decay [B]
     ],
     "retrieval": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1,
-                      epochs=25, batch_size=128, clip=2.0, weight_decay=1e-4, vision_lr=0.01,
-                      text_lr=0.1, crop_scale=(0.6, 1.0)),          # [V]
+                      epochs=25, epoch_of="captions", batch_size=128, clip=2.0, weight_decay=1e-4,
+                      vision_lr=0.01, text_lr=0.1, crop_scale=(0.6, 1.0)),              # [V]
     "vtm": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1,
-                epochs=25, batch_size=128, clip=2.0, weight_decay=1e-4, text_lr=0.1),   # [V]
+                epochs=25, epoch_of="captions", batch_size=128, clip=2.0, weight_decay=1e-4,
+                text_lr=0.1),                                       # [V]
     # lr falls every 10 of 90 epochs, [C]
     "hashing": dict(image_size=224, backbone="resnet50", optimizer="adam", lr=1e-3, vision_lr=0.05,
-                    schedule="step", gamma=0.7, epochs=90, batch_size=64, crop_scale=(0.08, 1.0),
+                    schedule="step", gamma=0.7, epochs=90, epoch_of="images", batch_size=64,
+                    crop_scale=(0.08, 1.0),
                     milestones="0.1111,0.2222,0.3333,0.4444,0.5556,0.6667,0.7778,0.8889"),
 }
 

@@ -1283,6 +1283,7 @@ OPTIMIZER = {
     "lr": (2e-5, "section 4.1"), "schedule": ("step", "section 4.1"),
     "milestones": ("0.5", "section 4.1: after half"), "gamma": (0.1, "section 4.1: by 10 times"),
     "warmup_steps": (0.0, SILENT), "accum": (1, "the whole batch"), "steps": (0, "by epochs"),
+    "epoch_of": ("captions", "section 4.1 counts 5.9M pairs"),
     "image_view": ("", "as VIEWS has it"),
 }
 VSE = {
@@ -1290,6 +1291,7 @@ VSE = {
     "clip": (2.0, "VSE-infinity's"), "schedule": ("step", "VSE-infinity's"),
     "milestones": ("0.6", "VSE-infinity's: epoch 15 of 25"), "gamma": (0.1, "VSE-infinity's"),
     "epochs": (25, "VSE-infinity's"), "batch_size": (128, "VSE-infinity's"),
+    "epoch_of": ("captions", "VSE-infinity's"),
     "text_lr": (0.1, "VSE-infinity's"),
 }
 BASE = {
@@ -1307,6 +1309,7 @@ BASE = {
         **OPTIMIZER, "optimizer": ("adam", "CSQ's"), "lr": (1e-3, "CSQ's"),
         "weight_decay": (0.0, "CSQ's"), "vision_lr": (0.05, "CSQ's"),
         "gamma": (0.7, "CSQ's"), "epochs": (90, "CSQ's"), "batch_size": (64, "CSQ's"),
+        "epoch_of": ("images", "CSQ's"),
         "crop_scale": ((0.08, 1.0), "CSQ's: RandomResizedCrop"),
         "milestones": ("0.1111,0.2222,0.3333,0.4444,0.5556,0.6667,0.7778,0.8889",
                        "CSQ's: every 10 of 90 epochs"),

@@ -398,6 +398,14 @@ def test_cookie_eq10_draws_whole_words():
     new, mask = cookie.augment_tokens(two, (two > 0).long(), cfg, continues)
     assert set(mask.sum(1).tolist()) == {6, 5, 3}           # all, without "11", without the other
 
+    # of words that would all be deleted the one that was nearest to staying stays
+    delete_all = small(tcl_prob=1.0, tcl_mask=0.0, tcl_substitute=0.0)
+    torch.manual_seed(8)
+    new, mask = cookie.augment_tokens(two, (two > 0).long(), delete_all, continues)
+    torch.manual_seed(8)
+    noise = torch.rand(two.shape)
+    assert torch.equal(mask.sum(1) == 5, noise[:, 1] > noise[:, 4])
+
     # without a vocabulary each token is a word
     new, mask = cookie.augment_tokens(two, (two > 0).long(), cfg)
     assert set(mask.sum(1).tolist()) == {6, 5, 4, 3}

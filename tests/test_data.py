@@ -238,8 +238,9 @@ def test_a_picture_in_a_tar_has_a_name(tmp_path, tok, capsys):
     tar = shard(tmp_path / "0.tar", [("1.jpg", b"no picture"), ("1.txt", b"a red circle")])
     r = read("pairs", tar, "train")
     where = r[0]["image"]
-    assert where == data.TarMember(tar, 512, 10) and str(where) == f"{tar} at byte 512 (10 bytes)"
-    assert data.picture_name(where, "/anywhere") == "0.tar@512"
+    assert where == data.TarMember(tar, 512, 10, "1.jpg")
+    assert str(where) == f"{tar} at byte 512 (10 bytes)"
+    assert data.picture_path(where) == f"{tar}/1.jpg" and data.picture_bytes(where) == 10
     assert pickle.loads(pickle.dumps(where)) == where
 
     capsys.readouterr()

@@ -27,12 +27,14 @@ Equations
 
 Deviations from the paper
      1. Eq. 5 prints k^- without index: it runs over the other samples of the *global* batch.
-        Other captions of one image are no negatives; a row without negatives has loss 0.
+        Other captions of one image are no negatives; a row without negatives has loss 0, and a
+        global batch of one sample is refused.
      2. tau is not given: 0.05 (SimCSE's). Neither are the rates of Eq. 10: a fifth of the words;
-        of these half are masked, a tenth substituted, the rest deleted (VSE-infinity's code).
-        [CLS] and [SEP] stay, and at least one word. Nor are the strengths of Eq. 8: SimCLR's,
-        with crops of 0.2 to 1 of the area (MoCo v2's). Nor is AdamW's weight decay: 0.01, BERT's,
-        on matrices only.
+        of these half are masked, a tenth substituted, the rest deleted. As in VSE-infinity's code
+        whole words are drawn, and all wordpieces of a word share its fate. [CLS] and [SEP] stay,
+        and at least one word; a substitute is no special token (there: any of the vocabulary). Nor
+        are the strengths of Eq. 8: SimCLR's, with crops of 0.2 to 1 of the area (MoCo v2's). Nor
+        is AdamW's weight decay: 0.01, BERT's, on matrices only.
      3. "ResNeXt101" cites the weakly supervised weights; 32x8d is our guess of the width.
         `--init_vision` takes torchvision's names.
      4. Embeddings have unit norm. Pooling is the mean, or GPO as VSE-infinity has it
@@ -47,8 +49,10 @@ Deviations from the paper
         epoch, and the dropping of regions and words. The hinge is a mean over rows (a sum there).
      8. Hashing adds CSQ's three-layer hash head and its quantization weight 0.05; its pairwise
         loss is left out (weight 0 in its commands). The last checkpoint is evaluated (there: the
-        best on the test list), test pictures are the middle square (there: of 255 pixels the
-        middle 224).
+        best on the test list). CSQ first squeezes each picture to 255 x 255 pixels; training crops
+        it, evaluation takes the middle 224 x 224. Ours keep their proportions: training crops the
+        picture as it is, evaluation takes its middle square. COCO's 80 centers of 64 bits are
+        random rows in CSQ's files; ours are Hadamard's, as its paper has it where labels <= 2 bits.
      9. Table 5b's "FC layers" are the WS-TE's feed-forward blocks without attention (`ws="fc"`).
     10. `backbone="tiny"` (a ResNet of three basic blocks, 16 pixels a patch) exists for the CPU.
 
@@ -64,6 +68,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
@@ -127,7 +132,7 @@ PRESETS = {
                           crop_scale=(0.6, 1.0)),
                  ],
                  retrieval=dict(image_view="plain", batch_size=64, steps=300, lr=2e-4,
-                                vision_lr=1.0, text_lr=1.0, warmup_epochs=0.2),
+                                vision_lr=1.0, text_lr=1.0, warmup_epochs=0.04),
                  vtm=dict(batch_size=40, steps=300, lr=5e-4, text_lr=0.2),
                  hashing=dict(image_size=64, backbone="tiny", batch_size=64, steps=400, lr=1e-3,
                               vision_lr=1.0, hash_dropout=0.0, image_view="plain")),
@@ -138,8 +143,9 @@ PRESETS = {
 # [V] = VSE++ / VSE-infinity (GPO), also margin and warmup_epochs of Config;
 # [C] = CSQ, also quantization and hash_dropout.
 # Data (section 4.1): Conceptual Captions, SBU, COCO, Flickr30K, and the questions of VQA v2 and GQA
-# as captions. Ablations (section 4.3): ITM with ResNeXt-101, image retrieval with ResNet-50, text
-# with ResNet-101.
+# as captions. An epoch goes over pairs: the paper counts 5.9 million of them, and VSE-infinity's
+# epoch is over captions, too; CSQ's is over images. Ablations (section 4.3): ITM with ResNeXt-101,
+# image retrieval with ResNet-50, text with ResNet-101.
 # Table 5b, rows from above (flags at pre-training and again at fine-tuning):
 #   baseline                          --ws_layers 0 --tav_layers 0
 #   FC, shared                        --ws fc --tav_layers 0
@@ -151,20 +157,22 @@ PRESETS = {
 RECIPE = {
     "pretrain": [
         dict(task="ccl", optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1,
-             epochs=30, batch_size=576,
+             epochs=30, epoch_of="captions", batch_size=576,
              weight_decay=0.01),                                    # decay [B]
         dict(optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1,
-             epochs=10, batch_size=288,
+             epochs=10, epoch_of="captions", batch_size=288,
              weight_decay=0.01),                                    # decay [B]
     ],
     "retrieval": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1,
-                      epochs=25, batch_size=128, clip=2.0, weight_decay=1e-4, vision_lr=0.01,
-                      text_lr=0.1, crop_scale=(0.6, 1.0)),          # [V]
+                      epochs=25, epoch_of="captions", batch_size=128, clip=2.0, weight_decay=1e-4,
+                      vision_lr=0.01, text_lr=0.1, crop_scale=(0.6, 1.0)),              # [V]
     "vtm": dict(optimizer="adamw", lr=5e-4, schedule="step", milestones="0.6", gamma=0.1,
-                epochs=25, batch_size=128, clip=2.0, weight_decay=1e-4, text_lr=0.1),   # [V]
+                epochs=25, epoch_of="captions", batch_size=128, clip=2.0, weight_decay=1e-4,
+                text_lr=0.1),                                       # [V]
     # lr falls every 10 of 90 epochs, [C]
     "hashing": dict(image_size=224, backbone="resnet50", optimizer="adam", lr=1e-3, vision_lr=0.05,
-                    schedule="step", gamma=0.7, epochs=90, batch_size=64, crop_scale=(0.08, 1.0),
+                    schedule="step", gamma=0.7, epochs=90, epoch_of="images", batch_size=64,
+                    crop_scale=(0.08, 1.0),
                     milestones="0.1111,0.2222,0.3333,0.4444,0.5556,0.6667,0.7778,0.8889"),
 }
 
@@ -187,6 +195,8 @@ BACKBONE = ("vision.", "text.", "tav.", "ws.", "ws_text.")  # `--init` must fill
 def setup(cfg, task, stats):
     if task == "vtm":
         cfg.frame_width = stats["frame_width"]
+    if cfg.max_text > cfg.positions:
+        raise SystemExit(f"--max_text {cfg.max_text}: BERT has --positions {cfg.positions}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -490,6 +500,7 @@ class GatherGrad(torch.autograd.Function):
         return gather(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad = grad.contiguous()
         dist.all_reduce(grad)
@@ -647,18 +658,27 @@ def maskable(text, text_mask, cfg):
 
 
 @torch.no_grad()
-def augment_tokens(text, text_mask, cfg):
+def augment_tokens(text, text_mask, cfg, continues=None):
     """Eq. (10), aug_t: each word is changed with probability `tcl_prob`.
 
-    Of the changed ones a share `tcl_mask` is masked, `tcl_substitute` substituted by a random word,
-    the rest deleted. What remains moves to the front. A row keeps at least one of its words.
-    text, text_mask: (B, T) int64 -> ids and mask of the view, (B, T) both.
+    Of the changed ones a share `tcl_mask` is masked, `tcl_substitute` substituted by random tokens,
+    the rest deleted: all tokens of a word alike. What remains moves to the front. A row keeps at
+    least one of its words.
+
+    text, text_mask: (B, T) int64; continues: bool (vocab_size,), the ids that continue the word
+    before them, or None where each token is a word -> ids and mask of the view, (B, T) both.
     """
     words = maskable(text, text_mask, cfg)
 
-    # draw which words change, and how
-    noise = torch.rand(text.shape, device=text.device)
-    dice = torch.rand(text.shape, device=text.device)
+    # where the word of each token begins, (B, T)
+    position = torch.arange(text.shape[1], device=text.device)
+    start = position.expand_as(text)
+    if continues is not None:
+        start = start.masked_fill(continues[text], 0).cummax(1).values
+
+    # draw which words change, and how: the numbers of a word are those of its first token
+    noise = torch.rand(text.shape, device=text.device).gather(1, start)
+    dice = torch.rand(text.shape, device=text.device).gather(1, start)
     changed = words & (noise < cfg.tcl_prob)
     masked = changed & (dice < cfg.tcl_mask)
     deleted = changed & (dice >= cfg.tcl_mask + cfg.tcl_substitute)
@@ -667,8 +687,7 @@ def augment_tokens(text, text_mask, cfg):
     # a row that would lose every word keeps the one with the largest noise
     bare = words.any(1, keepdim=True) & ~(words & ~deleted).any(1, keepdim=True)        # (B, 1)
     last = noise.masked_fill(~words, -1.0).argmax(1, keepdim=True)                      # (B, 1)
-    position = torch.arange(text.shape[1], device=text.device)
-    deleted = deleted & ~(bare & (position == last))
+    deleted = deleted & ~(bare & (start == start.gather(1, last)))
 
     # mask and substitute
     random = torch.randint(cfg.first_word, cfg.vocab_size, text.shape, device=text.device)
@@ -816,6 +835,8 @@ class Cookie(nn.Module):
         # what single tasks add
         if task == "hashing":
             self.build_hashing(num_labels)
+        if task == "pretrain":
+            self.register_buffer("continues", torch.zeros(cfg.vocab_size, dtype=torch.bool))
         if task == "retrieval":
             self.register_buffer("hard", torch.tensor(float(cfg.warmup_epochs == 0)))
         self.norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -859,6 +880,8 @@ class Cookie(nn.Module):
 
     def adapt(self, state):
         """Another run's weights as far as this task takes them, positions on this one's grid."""
+        # the other run's vocabulary and how far its hinge had come are not this run's
+        state = {name: t for name, t in state.items() if name not in ("continues", "hard")}
         if "image_pos" not in state:
             return state
 
@@ -916,6 +939,15 @@ class Cookie(nn.Module):
 
     # -- pre-training
 
+    def prepare(self, samples):
+        """Before the first step: which ids continue a word, by the vocabulary ("##ing").
+
+        samples: data.py's Views. Without this call each token is a word of its own.
+        """
+        if self.task == "pretrain":
+            pieces = [word.startswith("##") for word in samples.tokenizer.words]
+            self.continues.copy_(torch.tensor(pieces))
+
     def forward(self, batch):
         if self.cfg.embed == "bert" and self.task != "hashing":
             raise SystemExit("--embed bert has nothing to train: --steps 0")
@@ -928,8 +960,13 @@ class Cookie(nn.Module):
     def everyone(self, ids, **keys):
         """Keys (B, D) of this process -> {name: keys (N, D) of all processes}, and their Pairs.
 
-        Gradients flow back to the process that a key came from. One exchange serves all keys.
+        Gradients flow back to the process that a key came from. One exchange serves all keys; None
+        is left out.
         """
+        if len(ids) * world() == 1:
+            raise SystemExit(f"{self.task}: a batch of 1 has no negatives, so nothing to learn "
+                             "from: raise --batch_size or lower --accum")
+        keys = {name: key for name, key in keys.items() if key is not None}
         gathered = gather_grad(torch.stack(list(keys.values()), dim=1))         # (N, keys, D)
         all_keys = dict(zip(keys, gathered.unbind(1)))
 
@@ -951,39 +988,40 @@ class Cookie(nn.Module):
 
     def loss_pretrain(self, batch):
         """Stage 2, Eq. (12): L = L_i2t + L_t2i + L_i + L_t."""
-        cfg = self.cfg
-        image, text = self.image_views(batch), self.text_views(batch)           # {view: (B, D)}
+        cfg, temp = self.cfg, self.cfg.temp
+
+        # I, I_1, I_2 and T, T_1, T_2, (B, D) each
+        image, image_1, image_2 = self.image_views(batch)
+        text, text_1, text_2 = self.text_views(batch)
+        if cfg.ccl_on == "view1":
+            image, text = image_1, text_1
 
         # what this process's rows are compared with: the keys of all processes
-        keys = {"image": image[cfg.ccl_on], "text": text[cfg.ccl_on]}
-        if cfg.vcl:
-            keys["image_view2"] = image["view2"]
-        if cfg.tcl:
-            keys["text_view2"] = text["view2"]
-        keys, pairs = self.everyone(batch["image_id"], **keys)
+        keys, pairs = self.everyone(batch["image_id"], image=image, text=text, image_2=image_2,
+                                    text_2=text_2)
 
         # CCL: image and text, both ways
-        i2t, t2i = cross_modal(image[cfg.ccl_on], text[cfg.ccl_on], keys["image"], keys["text"],
-                               pairs, cfg.temp)
+        i2t, t2i = cross_modal(image, text, keys["image"], keys["text"], pairs, temp)
         losses = {"i2t": i2t, "t2i": t2i}
 
         # VCL and TCL: view 1 finds its view 2
         if cfg.vcl:
-            losses["i"] = visual_contrast(image["view1"], keys["image_view2"], pairs, cfg.temp)
+            losses["i"] = visual_contrast(image_1, keys["image_2"], pairs, temp)
         if cfg.tcl:
-            losses["t"] = textual_contrast(text["view1"], keys["text_view2"], pairs, cfg.temp)
+            losses["t"] = textual_contrast(text_1, keys["text_2"], pairs, temp)
         return self.total(losses)
 
     def image_views(self, batch):
-        """Eq. (8): the embeddings that stage 2 needs of pictures, in one call of the encoder:
-        {"raw", "view1", "view2"}, (B, D) each, as far as the losses use them."""
+        """Eq. (8): the embeddings (B, D) of the picture and of its two views, in one call of the
+        encoder -> list of three; None is what no loss uses."""
         names = self.view_names(self.cfg.vcl)
         images = [batch["image"] if name == "raw" else batch[name] for name in names]
         emb = self.encode(self.embed_image, torch.cat(images))                  # (views B, D)
-        return dict(zip(names, emb.chunk(len(names))))
+        emb = dict(zip(names, emb.chunk(len(names))))
+        return [emb.get(name) for name in ("raw", "view1", "view2")]
 
     def text_views(self, batch):
-        """Eq. (10): the same of sentences; each view is drawn anew."""
+        """Eq. (10): the same of the sentence; each view is drawn anew."""
         names = self.view_names(self.cfg.tcl)
         texts, masks = [], []
         for name in names:
@@ -994,7 +1032,8 @@ class Cookie(nn.Module):
             masks.append(mask)
 
         emb = self.encode(self.embed_text, torch.cat(texts), torch.cat(masks))  # (views B, D)
-        return dict(zip(names, emb.chunk(len(names))))
+        emb = dict(zip(names, emb.chunk(len(names))))
+        return [emb.get(name) for name in ("raw", "view1", "view2")]
 
     def view_names(self, views):
         """Which inputs of a modality are encoded: those that CCL uses and, with `views`, both."""
@@ -1002,7 +1041,7 @@ class Cookie(nn.Module):
         return names if self.cfg.ccl_on in names else [self.cfg.ccl_on, *names]
 
     def text_view(self, batch):
-        return augment_tokens(batch["text"], batch["text_mask"], self.cfg)
+        return augment_tokens(batch["text"], batch["text_mask"], self.cfg, self.continues)
 
     def param_groups(self, loop):
         """CNN and BERT at their share of the learning rate; weight decay on matrices only."""
@@ -1075,10 +1114,18 @@ class Cookie(nn.Module):
     def sentence_vector(self):
         """What encode_text() computes, in words, for the protocol of an evaluation."""
         cfg = self.cfg
+        pooling = "mean" if self.gpo_text is None else "gpo"
+        bert = f"the last of BERT's {cfg.text_layers} layers"
         if cfg.embed == "bert":
-            return f"{cfg.pooling} of the last of BERT's {cfg.text_layers} layers over all tokens"
-        layers = "WS-TE" if cfg.ws == "te" else "shared FC"
-        return f"{cfg.pooling} of layer {cfg.ws_layers} of the {layers} over all tokens"
+            return f"{pooling} of {bert} over all tokens"
+
+        # clips, and runs without WS-TE, end with the FC layer
+        if not hasattr(self, "ws") or cfg.ws_layers == 0:
+            return f"{pooling} of the FC layer behind {bert} over all tokens"
+
+        kind = "WS-TE" if cfg.ws == "te" else "FC layers"
+        shared = "" if cfg.ws_shared else " of texts alone (not shared)"
+        return f"{pooling} of layer {cfg.ws_layers} of the {kind}{shared} over all tokens"
 
     def token_scores(self, batch):
         """Figure 3: cosine of the final vector with each token behind the WS-TE

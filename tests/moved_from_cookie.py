@@ -405,7 +405,7 @@ def test_resnet_and_bert_files(folder, tmp_path):
     assert "missing 0; unexpected 1: fc.weight" in vision
     assert f"matched {len(bert)} of {len(bert) + 2} tensors" in text
     assert "unexpected 2: cls.predictions.bias, pooler.dense.weight" in text
-    assert ("does not say its number of heads" in text) != folder
+    assert ("number of heads is unchecked" in text) != folder
 
     state = model.state_dict()
     for side, foreign in (("vision", resnet), ("text", bert)):
@@ -444,3 +444,28 @@ def test_files_that_do_not_fit_a_tower_are_refused(tmp_path):
     file.write_bytes(b"nothing")
     with pytest.raises(SystemExit, match="cannot be read as weights"):
         load(model, text=file)
+
+
+@pytest.mark.parametrize("field, there, here", [
+    ("layer_norm_eps", 1e-5, 1e-12),
+    ("position_embedding_type", "relative_key", "absolute"),
+    ("num_attention_heads", 4, 3), ("hidden_act", "relu", "gelu")])
+def test_a_folder_whose_config_differs_is_refused(field, there, here, tmp_path):
+    """What no tensor's shape shows of a BERT is compared with its config.json, before anything
+    changes; the same values are taken."""
+    model = make_model()
+    bert = {name: tensor.contiguous() for name, tensor in foreign_state(model, "text").items()}
+    save_file(bert, tmp_path / "model.safetensors")
+    same = {"model_type": "bert", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute",
+            "num_attention_heads": 3, "hidden_act": "gelu"}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    (tmp_path / "config.json").write_text(json.dumps({**same, field: there}))
+    with pytest.raises(SystemExit, match=f"have {field} {there}, this model has {here}"):
+        load(model, text=tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    (tmp_path / "config.json").write_text(json.dumps(same))
+    load(model, text=tmp_path)
+    word = "embeddings.word_embeddings.weight"
+    close(model.text.embeddings.words.weight, bert[word])

@@ -1,9 +1,11 @@
 """models/cookie.py against the paper, written down a second time with explicit loops in float64."""
 
+import dataclasses
 import itertools
 import json
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -184,7 +186,11 @@ def test_cookie_eq1_positions_follow_the_grid():
     assert model.image_tokens(torch.randn(1, 3, 64, 32)).shape == (1, 8, 32)
     pos = torch.randn(1, 9, 4)
     assert cookie.resize_grid(pos, 3, 3) is pos
-    assert cookie.resize_grid(pos, 5, 2).shape == (1, 10, 4)
+    out = cookie.resize_grid(pos, 5, 2)
+    assert out.shape == (1, 10, 4)
+    for d in range(4):                                  # row by row, bicubic
+        grid = F.interpolate(pos[:, :, d].view(1, 1, 3, 3), (5, 2), mode="bicubic")
+        close(out[0, :, d], grid.flatten(), 1e-6)
     other = Cookie(small(image_size=80), "ccl")
     other.load_state_dict(other.adapt(model.state_dict()))                      # 3 x 3 -> 5 x 5
     close(other.image_pos, cookie.resize_grid(model.image_pos, 5, 5))
@@ -314,6 +320,37 @@ def test_cookie_eq8():
     assert first["i"] != second["i"] and all(first[k] == second[k] for k in ("i2t", "t2i", "t"))
 
 
+def test_cookie_eq8_each_augmentation_acts():
+    """Crop, flip, colour jitter, colour drop and blur, at SimCLR's rates, of 300 draws each."""
+    def draws(pixels, crop_scale):
+        picture = data.Image.fromarray(pixels.astype(np.uint8))
+        views = [data.IMAGE_VIEWS["simclr"](picture, 64, random.Random(seed), crop_scale)
+                 for seed in range(300)]
+        return np.stack([np.asarray(view) for view in views]).astype(float)
+
+    # dark red on the left, light red on the right
+    ramp = np.zeros((64, 64, 3)) + np.linspace(60, 200, 64)[None, :, None] * [1, 0.5, 0.5]
+    out = draws(ramp, (0.9, 1.0))
+    flipped = out[:, :, :8].mean((1, 2, 3)) > out[:, :, -8:].mean((1, 2, 3))
+    assert abs(flipped.mean() - 0.5) < 0.1
+    spread = out.max(3) - out.min(3)
+    assert abs((spread.max((1, 2)) == 0).mean() - 0.2) < 0.08           # grey
+    redness = (out[..., 0] / out[..., 1].clip(1)).mean((1, 2))
+    assert abs((abs(redness - 2) < 0.02).mean() - (1 - 0.8) * 0.8) < 0.1        # untouched colour
+
+    # crops: the range of a ramp that is left
+    width = np.ptp(draws(ramp, (0.04, 0.04))[:, :, :, 0].mean(1), axis=1)
+    assert np.median(width) < 0.4 * 140
+
+    # blur: neighbours in a picture of noise become alike, in half of the draws; at 64 pixels its
+    # sigma is 0.03 to 0.57, of which the smaller half cannot be seen
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 1)) * np.ones(3)
+    grey = draws(noise, (1.0, 1.0)).mean(3)
+    grey = grey - grey.mean((1, 2), keepdims=True)
+    alike = (grey[:, :, 1:] * grey[:, :, :-1]).mean((1, 2)) / grey.var((1, 2))
+    assert abs((alike > 0.04).mean() - 0.3) < 0.1
+
+
 def test_cookie_eq9():
     model, batch, nce = pair_parts()
     one, two = (model.encode_image({"image": batch[k]}) for k in ("view1", "view2"))
@@ -343,6 +380,35 @@ def test_cookie_eq10_rates():
 
     again, _ = cookie.augment_tokens(text, mask, cfg)
     assert (again != new).any()                                                 # two draws differ
+
+
+def test_cookie_eq10_draws_whole_words():
+    """All pieces of a word share its fate; a row that would lose all words keeps a whole one."""
+    continues = torch.arange(57) >= 32
+    cfg = small(tcl_prob=0.7, tcl_mask=0.3, tcl_substitute=0.3)
+    one = torch.tensor([2, 10, 40, 41, 3, 0, 0, 0, 0, 0, 0]).expand(500, 11)
+    two = torch.tensor([2, 10, 40, 41, 11, 3, 0, 0, 0, 0, 0]).expand(500, 11)
+    new, mask = cookie.augment_tokens(one, (one > 0).long(), cfg, continues)
+    assert (mask.sum(1) == 5).all()                         # never deleted: it is the only word
+    assert ((new[:, 1:4] == 4).sum(1) % 3 == 0).all()       # all of it masked, or nothing
+    kept = (new[:, 1:4] == one[:, 1:4]).all(1).float().mean()
+    masked = (new[:, 1] == 4).float().mean()
+    assert abs(kept - (0.3 + 0.7 * 0.4)) < 0.07 and abs(masked - 0.7 * 0.3) < 0.06
+
+    new, mask = cookie.augment_tokens(two, (two > 0).long(), cfg, continues)
+    assert set(mask.sum(1).tolist()) == {6, 5, 3}           # all, without "11", without the other
+
+    # of words that would all be deleted the one that was nearest to staying stays
+    delete_all = small(tcl_prob=1.0, tcl_mask=0.0, tcl_substitute=0.0)
+    torch.manual_seed(8)
+    new, mask = cookie.augment_tokens(two, (two > 0).long(), delete_all, continues)
+    torch.manual_seed(8)
+    noise = torch.rand(two.shape)
+    assert torch.equal(mask.sum(1) == 5, noise[:, 1] > noise[:, 4])
+
+    # without a vocabulary each token is a word
+    new, mask = cookie.augment_tokens(two, (two > 0).long(), cfg)
+    assert set(mask.sum(1).tolist()) == {6, 5, 4, 3}
 
 
 def test_cookie_eq10_order_and_emptiness():
@@ -406,6 +472,343 @@ def test_ccl_on_view1():
     image = model.encode_image({"image": batch["view1"]}).double()
     want = loop_nce(image, text, range(4), range(4), model.cfg.temp)
     close(out["logs"]["i2t"].double(), want, 1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# A step by hand: the model a second time, plain operations on its state dict in float64
+
+CONTINUES = 32                  # in these tests ids from here on continue the word before them
+
+
+def hand_linear(w, at, x):
+    return x @ w[at + ".weight"].T + w[at + ".bias"]
+
+
+def hand_norm(w, at, x):
+    x = x - x.mean(-1, keepdim=True)
+    variance = (x * x).mean(-1, keepdim=True)
+    return x / (variance + 1e-12).sqrt() * w[at + ".weight"] + w[at + ".bias"]
+
+
+def hand_blocks(w, at, x, heads, act):
+    """Layers at.0, at.1, ... on the real tokens of one sequence, (S, D)."""
+    n, d = 0, x.shape[1] // heads
+    while f"{at}.{n}.mlp.0.weight" in w:
+        layer = f"{at}.{n}."
+        if layer + "attention.qkv.weight" in w:                     # ws="fc" has none
+            q, k, v = hand_linear(w, layer + "attention.qkv", x).split(x.shape[1], dim=1)
+            looked = []
+            for h in range(heads):
+                part = slice(h * d, h * d + d)
+                e = torch.exp(q[:, part] @ k[:, part].T / math.sqrt(d))
+                looked.append(e / e.sum(1, keepdim=True) @ v[:, part])
+            x = x + hand_linear(w, layer + "attention.out", torch.cat(looked, 1))
+            x = hand_norm(w, layer + "attention_norm", x)
+        hidden = act(hand_linear(w, layer + "mlp.0", x))
+        x = hand_norm(w, layer + "mlp_norm", x + hand_linear(w, layer + "mlp.2", hidden))
+        n += 1
+    return x
+
+
+def hand_batch_norm(w, at, x, seen):
+    """Over the batch and all pixels; seen[at]: the mean and the unbiased variance."""
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    n = x.numel() // x.shape[1]
+    seen[at] = (mean, variance * n / (n - 1))
+    x = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+    return x * w[at + ".weight"][:, None, None] + w[at + ".bias"][:, None, None]
+
+
+def hand_resnet(w, x, seen):
+    """backbone="tiny": a stem and three basic blocks, (B, 3, H, W) -> (B, 128, H/16, W/16)."""
+    def conv(at, x, stride, padding):
+        return F.conv2d(x, w[f"vision.{at}.weight"], None, stride, padding)
+
+    def norm(at, x):
+        return hand_batch_norm(w, "vision." + at, x, seen)
+
+    x = F.max_pool2d(F.relu(norm("bn1", conv("conv1", x, 2, 3))), 3, 2, 1)
+    for stage, stride in (("layer1.0", 1), ("layer2.0", 2), ("layer3.0", 2)):
+        y = F.relu(norm(stage + ".bn1", conv(stage + ".conv1", x, stride, 1)))
+        y = norm(stage + ".bn2", conv(stage + ".conv2", y, 1, 1))
+        if stride == 2:
+            x = norm(stage + ".downsample.1", conv(stage + ".downsample.0", x, stride, 0))
+        x = F.relu(x + y)
+    return x
+
+
+def hand_gru(w, at, inputs):
+    """The states of a GRU on a list of vectors, in its order."""
+    h, states = torch.zeros(32, dtype=torch.float64), []
+    for x in inputs:
+        gates = w[at + ".weight_ih_l0"] @ x + w[at + ".bias_ih_l0"]
+        old = w[at + ".weight_hh_l0"] @ h + w[at + ".bias_hh_l0"]
+        r = torch.sigmoid(gates[:32] + old[:32])
+        z = torch.sigmoid(gates[32:64] + old[32:64])
+        h = (1 - z) * torch.tanh(gates[64:] + r * old[64:]) + z * h
+        states.append(h)
+    return states
+
+
+def hand_pool(w, cfg, side, x):
+    """Eq. 4 of the real tokens of one sequence: (S, D) -> (D,) of unit norm."""
+    if cfg.pooling == "mean":
+        x = sum(x) / len(x)
+    else:
+        places = []
+        for p in range(len(x)):
+            angles = [p / 10000 ** (k / 16) for k in range(16)]
+            both = [f(a) for a in angles for f in (math.sin, math.cos)]
+            places.append(torch.tensor(both, dtype=torch.float64))
+        ahead = hand_gru(w, f"gpo_{side}.ahead", places)
+        back = hand_gru(w, f"gpo_{side}.back", places[::-1])[::-1]
+        scores = [(a + b) / 2 @ w[f"gpo_{side}.score.weight"][0] for a, b in zip(ahead, back)]
+        e = torch.exp(torch.stack(scores) / 0.1)
+        x = (e / e.sum()) @ torch.sort(x, dim=0, descending=True)[0]
+    return x / x.square().sum().sqrt()
+
+
+def hand_images(w, cfg, images, seen):
+    """Eq. 1, 3, 4: (B, 3, H, W) -> (B, D)."""
+    out = []
+    for grid in hand_resnet(w, images, seen):
+        v = torch.stack([grid[:, i, j] for i in range(3) for j in range(3)])
+        x = hand_linear(w, "image_fc", v) + w["image_pos"][0]
+        x = hand_blocks(w, "tav.blocks", x, cfg.te_heads, F.relu) + w["s_image"]
+        x = hand_blocks(w, "ws.blocks", x, cfg.te_heads, F.relu)
+        out.append(hand_pool(w, cfg, "image", x))
+    return torch.stack(out)
+
+
+def hand_texts(w, cfg, texts):
+    """Eq. 2, 4: lists of ids without padding -> (B, D)."""
+    out = []
+    for ids in texts:
+        x = w["text.embeddings.words.weight"][ids] + w["text.embeddings.segments.weight"][0]
+        x = x + w["text.embeddings.positions.weight"][:len(ids)]
+        x = hand_norm(w, "text.embeddings.norm", x)
+        x = hand_linear(w, "text_fc", hand_blocks(w, "text.blocks", x, cfg.heads, F.gelu))
+        if "s_text" in w:
+            x = x + w["s_text"]
+        ws = "ws.blocks" if cfg.ws_shared else "ws_text.blocks"
+        out.append(hand_pool(w, cfg, "text", hand_blocks(w, ws, x, cfg.te_heads, F.relu)))
+    return torch.stack(out)
+
+
+def hand_clips(w, cfg, batch):
+    """Section 4.2: the real frames -> FC -> pooling, with vtm_te also TAV-TE and WS-TE."""
+    out = []
+    for frames, n in zip(batch["frames"], batch["frames_mask"].sum(1).tolist()):
+        x = hand_linear(w, "image_fc", frames[:n])
+        if cfg.vtm_te:
+            x = hand_blocks(w, "tav.blocks", x, cfg.te_heads, F.relu) + w["s_image"]
+            x = hand_blocks(w, "ws.blocks", x, cfg.te_heads, F.relu)
+        out.append(hand_pool(w, cfg, "image", x))
+    return torch.stack(out)
+
+
+def real_tokens(batch):
+    return [row[:n].tolist() for row, n in zip(batch["text"], batch["text_mask"].sum(1).tolist())]
+
+
+def hand_view(cfg, batch, fates):
+    """Eq. 10 word by word, of the numbers that torch draws next -> lists of ids.
+
+    fates: a list to which (fate, number of the word's pieces) are added.
+    """
+    shape = batch["text"].shape
+    noise, dice = torch.rand(shape), torch.rand(shape)
+    random_ids = torch.randint(cfg.first_word, cfg.vocab_size, shape)
+    out = []
+    for i, ids in enumerate(real_tokens(batch)):
+        # positions of each word
+        words = []
+        for j in range(1, len(ids) - 1):
+            if ids[j] >= CONTINUES:
+                words[-1].append(j)
+            else:
+                words.append([j])
+
+        fate = {}
+        for word in words:
+            first = word[0]
+            fate[first] = "kept"
+            if noise[i, first] < cfg.tcl_prob:
+                fate[first] = "deleted"
+                if dice[i, first] < cfg.tcl_mask + cfg.tcl_substitute:
+                    fate[first] = "substituted"
+                if dice[i, first] < cfg.tcl_mask:
+                    fate[first] = "masked"
+        if all(f == "deleted" for f in fate.values()):
+            fate[max(fate, key=lambda first: noise[i, first])] = "spared"
+
+        row = [ids[0]]
+        for word in words:
+            what = fate[word[0]]
+            fates.append((what, len(word)))
+            if what == "masked":
+                row += [cfg.mask_id] * len(word)
+            elif what == "substituted":
+                row += random_ids[i, word].tolist()
+            elif what != "deleted":
+                row += [ids[j] for j in word]
+        out.append(row + [ids[-1]])
+    return out
+
+
+def hand_hinge(q, k, ids, margin, hard, costs):
+    """VSE++, one direction; costs: a list to which each pair's is added."""
+    total = 0
+    for i in range(len(q)):
+        row = []
+        for j in range(len(k)):
+            if ids[j] != ids[i]:
+                row.append((margin - q[i] @ k[i] + q[i] @ k[j]).clamp(min=0))
+        costs += row
+        total = total + (max(row) if hard else sum(row) / len(row))
+    return total / len(q)
+
+
+def hand_step(task, cfg, w, batch, model, live):
+    """loss_<task> by hand -> (its loss, its logs, statistics of batch norm).
+
+    live: a dict for what must have occurred in the batch.
+    """
+    ids, seen = batch["image_id"].tolist(), {}
+    if task == "hashing":
+        return (*hand_hashing(cfg, w, batch, model, live, seen), seen)
+    if task == "vtm":
+        image = hand_clips(w, cfg, batch)
+    elif task != "pretrain":
+        image = hand_images(w, cfg, batch["image"], seen)
+    if task != "pretrain":
+        text = hand_texts(w, cfg, real_tokens(batch))
+    if task == "retrieval":
+        costs = live["costs"] = []
+        logs = {"i2t": hand_hinge(image, text, ids, cfg.margin, live["hard"], costs),
+                "t2i": hand_hinge(text, image, ids, cfg.margin, live["hard"], costs)}
+        return sum(logs.values()), logs, seen
+
+    # stage 2: batch norm sees the views together, in whatever order
+    if task == "pretrain":
+        fates = live["fates"] = []
+        names = ["view1"] if cfg.ccl_on == "view1" else ["image"]
+        if cfg.vcl:
+            names += [name for name in ("view1", "view2") if name not in names]
+        images = torch.cat([batch[name] for name in names])
+        images = dict(zip(names, hand_images(w, cfg, images, seen).split(len(ids))))
+        texts = {"image": hand_texts(w, cfg, real_tokens(batch))}
+        if cfg.tcl or cfg.ccl_on == "view1":
+            texts["view1"] = hand_texts(w, cfg, hand_view(cfg, batch, fates))
+        if cfg.tcl:
+            texts["view2"] = hand_texts(w, cfg, hand_view(cfg, batch, fates))
+        image, text = images[names[0]], texts[names[0]]
+
+    logs = {"i2t": loop_nce(image, text, ids, ids, cfg.temp),
+            "t2i": loop_nce(text, image, ids, ids, cfg.temp)}
+    if task == "pretrain" and cfg.vcl:
+        logs["i"] = loop_nce(images["view1"], images["view2"], ids, ids, cfg.temp)
+    if task == "pretrain" and cfg.tcl:
+        logs["t"] = loop_nce(texts["view1"], texts["view2"], ids, ids, cfg.temp)
+    return sum(logs.values()), logs, seen
+
+
+def hand_hashing(cfg, w, batch, model, live, seen):
+    """CSQ: the loss and its logs; a label's center is model.centers, a tie is model.tie."""
+    live["ties"], live["bare"] = 0, 0
+    central = quantization = labeled = 0
+    for grid, labels in zip(hand_resnet(w, batch["image"], seen), batch["labels"]):
+        x = grid.sum((1, 2)) / 9
+        x = F.relu(hand_linear(w, "hash_layer.0", x))
+        x = F.relu(hand_linear(w, "hash_layer.3", x))
+        y = torch.tanh(hand_linear(w, "hash_layer.5", x))
+        own = [model.centers[n] for n in range(5) if labels[n]]
+        if not own:
+            live["bare"] += 1
+            continue
+        labeled += 1
+        for k in range(cfg.bits):
+            total = sum(center[k] for center in own)
+            live["ties"] += int(total == 0)
+            bit = total > 0 if total != 0 else model.tie[k] > 0
+            p = (y[k] + 1) / 2
+            central = central - torch.log(p if bit else 1 - p) / cfg.bits
+            quantization = quantization + (y[k].abs() - 1) ** 2 / cfg.bits
+    logs = {"central": central / labeled, "quantization": quantization / labeled}
+    return logs["central"] + cfg.quantization * logs["quantization"], logs
+
+
+STEPS = [
+    ("ccl", dict(temp=0.3, tav_layers=2)),
+    ("ccl", dict(temp=0.4, ws="fc", ws_shared=False, pooling="gpo")),
+    ("pretrain", dict(temp=0.3)),
+    ("pretrain", dict(temp=0.6, ccl_on="view1", ws_shared=False, ws_layers=1)),
+    ("pretrain", dict(temp=0.2, vcl=False)),
+    ("pretrain", dict(temp=0.7, tcl=False, ccl_on="view1", tav_layers=0)),
+    ("retrieval", dict(margin=0.06, hard=False)),
+    ("retrieval", dict(margin=0.11, hard=True, pooling="gpo")),
+    ("vtm", dict(temp=0.3)),
+    ("vtm", dict(temp=0.4, vtm_te=True, pooling="gpo", tav_layers=2)),
+    ("hashing", dict(quantization=0.35)),
+]
+
+
+@pytest.mark.parametrize("task, over", STEPS, ids=str)
+def test_a_step_by_hand(task, over):
+    """Loss, logs, every gradient and the running statistics, dropout 0 and no number at its
+    default."""
+    live = {"hard": over.get("hard")}
+    over = {"tcl_prob": 0.7, "tcl_mask": 0.35, "tcl_substitute": 0.3, "text_layers": 2,
+            **{name: value for name, value in over.items() if name != "hard"}}
+    model = make_model(task, **over).double()
+    torch.manual_seed(1)                        # the same batch, whatever numbers the weights drew
+    cfg, batch = model.cfg, make_batch(model.cfg, 5, [1, 2, 3, 2, 9])
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    batch["text"][:, 1] = batch["text"][:, 1].clamp(max=CONTINUES - 1)  # a word begins with a head
+    batch["labels"] = torch.tensor([[1., 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0],
+                                    [1, 0, 0, 1, 0], [0, 1, 0, 1, 1]]).double()
+    if task == "retrieval":
+        model.after_step(9 if live["hard"] else 2, 20, 5)
+    if task == "pretrain":
+        model.continues.copy_(torch.arange(cfg.vocab_size) >= CONTINUES)
+
+    # the reference begins with the same weights, and draws the same numbers
+    w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    torch.manual_seed(4)
+    loss, logs, seen = hand_step(task, cfg, w, batch, model, live)
+    loss.backward()
+    torch.manual_seed(4)
+    out = model(batch)
+    out["loss"].backward()
+
+    close(out["loss"].detach(), loss.detach())
+    assert list(out["logs"]) == list(logs)
+    for name, value in logs.items():
+        close(out["logs"][name], value.detach())
+        assert value > 0.01, name
+    for name, p in model.named_parameters():
+        assert w[name].grad is not None, name
+        torch.testing.assert_close(p.grad, w[name].grad, rtol=1e-6, atol=1e-9,
+                                   msg=lambda m: f"{name}: {m}")
+
+    # batch norm's statistics: a tenth of this batch, nine tenths of what was there
+    fresh = make_model(task, **over)
+    for name, (mean, variance) in seen.items():
+        norm = model.get_submodule(name)
+        close(norm.running_mean, 0.1 * mean.detach())
+        close(norm.running_var, 0.9 + 0.1 * variance.detach())
+    assert len(seen) == len(fresh.norms)
+
+    # whatever the losses distinguish has occurred
+    if "costs" in live:
+        costs = torch.stack(live["costs"])
+        assert (costs > 0).any() and (costs == 0).any()
+    if live.get("fates") and cfg.tcl:
+        for fate in ("kept", "masked", "substituted", "deleted", "spared"):
+            assert fate in dict(live["fates"]), fate
+        assert {f for f, pieces in live["fates"] if pieces > 1} >= {"masked", "deleted"}
+    if task == "hashing":
+        assert live["ties"] and live["bare"] == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -520,10 +923,27 @@ def test_vtm_with_encoders():
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("b", [1, 2])
-def test_small_batches(task, b):
+def test_small_batches(task):
+    """Two samples are enough. One has no negatives, and is refused by all but hashing."""
     model = make_model(task)
-    assert torch.isfinite(model(make_batch(model.cfg, b))["loss"])
+    assert torch.isfinite(model(make_batch(model.cfg, 2))["loss"])
+    if task == "hashing":
+        assert torch.isfinite(model(make_batch(model.cfg, 1))["loss"])
+        return
+    with pytest.raises(SystemExit, match=f"{task}: a batch of 1 has no negatives"):
+        model(make_batch(model.cfg, 1))
+    model.eval()
+    for name in model.offers - {"sentence_vector"}:
+        getattr(model, name)(make_batch(model.cfg, 1))
+
+
+def test_one_sample_a_process_is_enough(monkeypatch):
+    """Negatives come from all processes."""
+    monkeypatch.setattr(cookie, "world", lambda: 2)
+    monkeypatch.setattr(cookie, "rank", lambda: 0)
+    monkeypatch.setattr(cookie, "gather", lambda x: torch.cat([x, x + 1]))
+    model = make_model("ccl")
+    assert model(make_batch(model.cfg, 1))["loss"] > 0
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -551,6 +971,55 @@ def test_offers():
         batch = make_batch(model.cfg)
         for name in offers[task]:
             getattr(model, name)(batch)
+
+
+@pytest.mark.parametrize("task, over, words", [
+    ("ccl", {}, "mean of layer 2 of the WS-TE over all tokens"),
+    ("ccl", {"pooling": "gpo", "ws_layers": 1}, "gpo of layer 1 of the WS-TE over all tokens"),
+    ("ccl", {"ws_shared": False},
+     "mean of layer 2 of the WS-TE of texts alone (not shared) over all tokens"),
+    ("ccl", {"ws": "fc"}, "mean of layer 2 of the FC layers over all tokens"),
+    ("ccl", {"ws_layers": 0, "text_layers": 3},
+     "mean of the FC layer behind the last of BERT's 3 layers over all tokens"),
+    ("vtm", {"pooling": "gpo"},
+     "gpo of the FC layer behind the last of BERT's 1 layers over all tokens"),
+    ("vtm", {"vtm_te": True}, "mean of layer 2 of the WS-TE over all tokens"),
+    ("ccl", {"embed": "bert", "pooling": "gpo"},
+     "mean of the last of BERT's 1 layers over all tokens"),
+    ("vtm", {"embed": "bert"}, "mean of the last of BERT's 1 layers over all tokens")])
+def test_sentence_vector(task, over, words):
+    """The protocol of an evaluation says what was computed: no GPO and no WS-TE that is not
+    there."""
+    model = make_model(task, **over)
+    assert model.sentence_vector() == words
+    assert ("gpo" in words) == (model.gpo_text is not None)
+    assert ("WS-TE" in words) == (hasattr(model, "ws") and len(model.ws.blocks) > 0
+                                  and model.cfg.ws == "te")
+
+
+def test_clips_do_not_see_padding():
+    for over in ({}, {"vtm_te": True}, {"pooling": "gpo"}):
+        model = make_model("vtm", **over).eval()
+        batch = make_batch(model.cfg)
+        batch["frames_mask"][0, 4:] = 0
+        emb = model.encode_clip(batch)
+        other = batch["frames"] + 9 * (1 - batch["frames_mask"][..., None])
+        close(model.encode_clip({**batch, "frames": other}), emb, 1e-6)
+        close(emb.norm(dim=-1), torch.ones(4), 1e-6)
+
+
+def test_hash_codes():
+    """The sign of each logit, of the mean over all patches; 0 becomes +1."""
+    model = make_model("hashing").eval()
+    batch = make_batch(model.cfg)
+    with torch.no_grad():
+        logits = model.hash_layer(model.vision(batch["image"]).flatten(2).mean(2))
+        codes = model.hash_codes(batch)
+        assert set(codes.flatten().tolist()) == {-1.0, 1.0}
+        assert torch.equal(codes, logits.sign())
+        model.hash_layer[-1].weight.zero_()
+        model.hash_layer[-1].bias.zero_()
+        assert (model.hash_codes(batch) == 1).all()
 
 
 def test_embeddings_do_not_depend_on_the_batch():
@@ -643,6 +1112,412 @@ def test_embed_bert():
     assert "encode_image" not in model.offers
     with pytest.raises(SystemExit, match="nothing to train"):
         model(batch)
+
+
+# --------------------------------------------------------------------------------------------------
+# Every setting matters
+
+def show(task, **over):
+    """What a model of these settings shows of itself: sizes, a step, rates, schedule, memory."""
+    cfg = small(**over)
+    torch.manual_seed(0)
+    model = Cookie(cfg, task, 5).train()
+    for norm in model.norms:
+        norm.eval()                                     # chunks have statistics of their own
+    batch = make_batch(small(image_size=cfg.image_size, frame_width=cfg.frame_width))
+    out = {"parameters": {name: p.shape for name, p in model.named_parameters()},
+           "rates": sorted(g["lr"] for g in model.param_groups(train.Loop(lr=1.0)))}
+    if cfg.embed == "bert":
+        return out
+
+    # what backward keeps, and what comes out of it
+    kept = []
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = model(batch)
+    loss["loss"].backward()
+    own = {p.data_ptr() for p in model.parameters()}
+    out |= {"loss": {name: value.item() for name, value in loss["logs"].items()},
+            "total": loss["loss"].item(), "gradient": [p.grad for p in model.parameters()],
+            "bytes": sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in own)}
+    if task == "pretrain":
+        torch.manual_seed(2)
+        out["view"] = model.text_view(batch)[0].tolist()
+    if task == "retrieval":
+        model.after_step(7, 20, 5)
+        out["hard"] = model.hard.item()
+    return out
+
+
+# field: (task, other settings, another legal value, what differs then). "loss" and what follows it
+# differ although the parameters are the same; "bytes" differ and nothing else does.
+SETTINGS = {
+    "image_size": ("ccl", {}, 64, "parameters"),
+    "backbone": ("ccl", {"image_size": 64}, "resnet50", "parameters"),
+    "width": ("ccl", {}, 36, "parameters"),
+    "text_layers": ("ccl", {}, 2, "parameters"),
+    "heads": ("ccl", {}, 4, "loss"),
+    "mlp_ratio": ("ccl", {}, 3, "parameters"),
+    "act": ("ccl", {}, "relu", "loss"),
+    "dropout": ("ccl", {}, 0.3, "loss"),
+    "embed_dim": ("ccl", {}, 40, "parameters"),
+    "te_heads": ("ccl", {}, 2, "loss"),
+    "te_ratio": ("ccl", {}, 3, "parameters"),
+    "tav_layers": ("ccl", {}, 2, "parameters"),
+    "ws_layers": ("ccl", {}, 1, "parameters"),
+    "ws": ("ccl", {}, "fc", "parameters"),
+    "ws_shared": ("ccl", {}, False, "parameters"),
+    "pooling": ("ccl", {}, "gpo", "parameters"),
+    "embed": ("ccl", {}, "bert", "parameters"),
+    "temp": ("ccl", {}, 0.3, "loss"),
+    "vcl": ("pretrain", {}, False, "loss"),
+    "tcl": ("pretrain", {}, False, "loss"),
+    "ccl_on": ("pretrain", {}, "view1", "loss"),
+    "tcl_prob": ("pretrain", {}, 0.9, "view"),
+    "tcl_mask": ("pretrain", {"tcl_prob": 0.9}, 0.1, "view"),
+    "tcl_substitute": ("pretrain", {"tcl_prob": 0.9}, 0.4, "view"),
+    "margin": ("retrieval", {}, 0.4, "loss"),
+    "warmup_epochs": ("retrieval", {}, 1.5, "hard"),
+    "frame_width": ("vtm", {}, 20, "parameters"),
+    "vtm_te": ("vtm", {}, True, "parameters"),
+    "bits": ("hashing", {}, 32, "parameters"),
+    "quantization": ("hashing", {}, 0.3, "total"),
+    "hash_dropout": ("hashing", {}, 0.5, "loss"),
+    "vision_lr": ("ccl", {}, 0.3, "rates"),
+    "text_lr": ("ccl", {}, 0.3, "rates"),
+    "chunk": ("ccl", {}, 2, "bytes"),
+    "max_text": None,               # test_max_text()
+    "positions": ("ccl", {}, 15, "parameters"),
+    "vocab_size": ("ccl", {}, 60, "parameters"),
+    "pad_id": ("pretrain", {"tcl_prob": 0.9}, 1, "view"),
+    "cls_id": ("pretrain", {"tcl_prob": 0.9}, 1, "view"),
+    "sep_id": ("pretrain", {"tcl_prob": 0.9}, 1, "view"),
+    "mask_id": ("pretrain", {"tcl_prob": 0.9}, 1, "view"),
+    "first_word": ("pretrain", {"tcl_prob": 0.9, "tcl_mask": 0.0}, 40, "view"),
+    "checkpointing": ("vtm", {"dropout": 0.3, "vtm_te": True}, True, "bytes"),
+}
+
+
+def test_every_setting_has_a_row():
+    assert list(SETTINGS) == [field.name for field in dataclasses.fields(Config)]
+
+
+@pytest.mark.parametrize("field", [field for field, row in SETTINGS.items() if row])
+def test_every_setting_matters(field):
+    task, over, value, what = SETTINGS[field]
+    before, after = show(task, **over), show(task, **over, **{field: value})
+    assert getattr(small(**over), field) != value
+    if what == "bytes":
+        assert after["bytes"] < 0.8 * before["bytes"]
+        assert before["parameters"] == after["parameters"]
+        close(after["total"], before["total"], 1e-6)
+        for a, b in zip(after["gradient"], before["gradient"]):
+            close(a, b, 1e-5)
+        return
+    assert before[what] != after[what]
+    assert what == "parameters" or before["parameters"] == after["parameters"]
+    if what == "view":
+        assert before["loss"]["t"] != after["loss"]["t"] or field == "pad_id"
+
+
+def test_max_text(world, tmp_path, monkeypatch):
+    """As many tokens as a run feeds; more than there are positions are refused."""
+    for width in (5, 9):
+        widths = []
+        monkeypatch.setattr(Cookie, "prepare", lambda self, samples: widths.append(
+            samples[0]["text"].shape))
+        run(world, tmp_path / str(width), "--data", world / "pairs.jsonl", "--evals", "none",
+            "--max_text", width, "--steps", 0)
+        assert widths == [(width,)] * 2                                 # two stages
+    with pytest.raises(SystemExit, match="--max_text 15: BERT has --positions 14"):
+        run(world, tmp_path / "x", "--data", world / "pairs.jsonl", "--max_text", 15,
+            "--positions", 14)
+
+
+# --------------------------------------------------------------------------------------------------
+# The recipe is the paper's
+
+# every number of Config, with the section of the paper it stands in or whose it is
+CONFIG = {
+    "image_size": (512, "section 4.1: 512 x 512"),
+    "backbone": ("resnext101_32x8d", "sections 4.1, 4.3; 32x8d is a guess, deviation 3"),
+    "width": (768, "section 4.1: D_T"),
+    "text_layers": (12, "section 3.1: BERT-base"),
+    "heads": (12, "section 3.1: BERT-base"),
+    "mlp_ratio": (4, "section 3.1: BERT-base, 3072"),
+    "act": ("gelu", "section 3.1: BERT-base"),
+    "dropout": (0.1, "BERT's, deviation 4"),
+    "embed_dim": (1024, "section 4.1: D"),
+    "te_heads": (8, "section 4.1: multi-head number"),
+    "te_ratio": (1, "section 4.1: intermediate size 1024"),
+    "tav_layers": (1, "section 4.1"),
+    "ws_layers": (2, "section 4.1, Table 5c"),
+    "ws": ("te", "section 3.1"),
+    "ws_shared": (True, "section 3.1"),
+    "pooling": ("mean", "Eq. 4 does not say; Table 3 has both"),
+    "embed": ("joint", "Eq. 4"),
+    "temp": (0.05, "SimCSE's, deviation 2"),
+    "vcl": (True, "Eq. 12"),
+    "tcl": (True, "Eq. 12"),
+    "ccl_on": ("raw", "Eq. 6, 7: I and T of the raw input"),
+    "tcl_prob": (0.2, "VSE-infinity's, deviation 2"),
+    "tcl_mask": (0.5, "VSE-infinity's, deviation 2"),
+    "tcl_substitute": (0.1, "VSE-infinity's, deviation 2"),
+    "margin": (0.2, "VSE++'s"),
+    "warmup_epochs": (1.0, "VSE-infinity's"),
+    "frame_width": (2048, "section 4.2: ResNet152's features"),
+    "vtm_te": (False, "section 4.2: FC and pooling"),
+    "bits": (64, "Table 5: COCO, 64 bit"),
+    "quantization": (0.05, "CSQ's commands"),
+    "hash_dropout": (0.5, "CSQ's code"),
+    "vision_lr": (0.0, "section 4.1: one-tenth for ResNeXt101, see param_groups()"),
+    "text_lr": (1.0, "section 4.1: the global rate"),
+    "chunk": (0, "the whole batch"),
+    "max_text": (50, "section 4.1: m"),
+    "positions": (512, "BERT's"),
+    "vocab_size": (30522, "bert-base-uncased's vocab.txt"),
+    "pad_id": (0, "bert-base-uncased's vocab.txt"),
+    "cls_id": (101, "bert-base-uncased's vocab.txt"),
+    "sep_id": (102, "bert-base-uncased's vocab.txt"),
+    "mask_id": (103, "bert-base-uncased's vocab.txt"),
+    "first_word": (999, "bert-base-uncased's vocab.txt"),
+    "checkpointing": (False, "memory"),
+}
+
+# what `--preset base` trains with. Loop's fields that are not of the schedule are left out
+SILENT = "the paper names none"
+OPTIMIZER = {
+    "optimizer": ("adamw", "section 4.1"), "beta2": (0.999, "AdamW's"),
+    "weight_decay": (0.01, "BERT's, deviation 2"), "clip": (0.0, SILENT),
+    "lr": (2e-5, "section 4.1"), "schedule": ("step", "section 4.1"),
+    "milestones": ("0.5", "section 4.1: after half"), "gamma": (0.1, "section 4.1: by 10 times"),
+    "warmup_steps": (0.0, SILENT), "accum": (1, "the whole batch"), "steps": (0, "by epochs"),
+    "epoch_of": ("captions", "section 4.1 counts 5.9M pairs"),
+    "image_view": ("", "as VIEWS has it"),
+}
+VSE = {
+    **OPTIMIZER, "lr": (5e-4, "VSE-infinity's"), "weight_decay": (1e-4, "VSE-infinity's"),
+    "clip": (2.0, "VSE-infinity's"), "schedule": ("step", "VSE-infinity's"),
+    "milestones": ("0.6", "VSE-infinity's: epoch 15 of 25"), "gamma": (0.1, "VSE-infinity's"),
+    "epochs": (25, "VSE-infinity's"), "batch_size": (128, "VSE-infinity's"),
+    "epoch_of": ("captions", "VSE-infinity's"),
+    "text_lr": (0.1, "VSE-infinity's"),
+}
+BASE = {
+    ("pretrain", 0): {
+        **OPTIMIZER, "epochs": (30, "section 4.1"), "batch_size": (576, "section 4.1"),
+        "crop_scale": ((0.2, 1.0), "no crop in stage 1")},
+    ("pretrain", 1): {
+        **OPTIMIZER, "epochs": (10, "section 4.1"), "batch_size": (288, "section 4.1"),
+        "crop_scale": ((0.2, 1.0), "MoCo v2's, deviation 2")},
+    ("retrieval", 0): {
+        **VSE, "vision_lr": (0.01, "VSE-infinity's"),
+        "crop_scale": ((0.6, 1.0), "VSE-infinity's")},
+    ("vtm", 0): {**VSE, "crop_scale": ((0.2, 1.0), "no pictures")},
+    ("hashing", 0): {
+        **OPTIMIZER, "optimizer": ("adam", "CSQ's"), "lr": (1e-3, "CSQ's"),
+        "weight_decay": (0.0, "CSQ's"), "vision_lr": (0.05, "CSQ's"),
+        "gamma": (0.7, "CSQ's"), "epochs": (90, "CSQ's"), "batch_size": (64, "CSQ's"),
+        "epoch_of": ("images", "CSQ's"),
+        "crop_scale": ((0.08, 1.0), "CSQ's: RandomResizedCrop"),
+        "milestones": ("0.1111,0.2222,0.3333,0.4444,0.5556,0.6667,0.7778,0.8889",
+                       "CSQ's: every 10 of 90 epochs"),
+        "image_size": (224, "section 4.2"), "backbone": ("resnet50", "section 4.2")},
+}
+NOT_THE_SCHEDULE = {
+    "data", "image_root", "vocab", "split", "regions", "limit", "tag_words", "stage_data",
+    "stage_root", "workers", "warmup_lr", "min_lr", "seed", "out", "init", "resume", "device",
+    "amp", "compile", "log_every", "save_every", "evals", "eval_data", "eval_root", "eval_split",
+    "eval_limit", "rerank_k", "rerank"}
+
+
+def test_the_defaults_are_the_papers():
+    assert dataclasses.asdict(Config()) == {field: value for field, (value, _) in CONFIG.items()}
+    assert cookie.PRESETS["base"] == {}
+    assert all(source for _, source in CONFIG.values())
+
+
+@pytest.mark.parametrize("task, stage", BASE, ids=str)
+def test_the_recipe_is_the_papers(task, stage):
+    """All that `--preset base` sets, of Loop and Config, is a row of BASE or CONFIG."""
+    rows = BASE[task, stage]
+    loop, cfg = train.settings(cookie, "base", task, {}, stage)
+    schedule = {f.name for f in dataclasses.fields(loop)} - NOT_THE_SCHEDULE
+    assert schedule <= set(rows)
+    for field, (value, source) in {**CONFIG, **rows}.items():
+        assert getattr(loop if field in schedule else cfg, field) == value, (field, source)
+    recipe = train.of_stage(cookie.RECIPE[task], stage)
+    assert set(recipe) <= {*rows, "task"}
+    assert recipe.get("task") == ("ccl" if (task, stage) == ("pretrain", 0) else None)
+
+
+def test_views_are_the_papers():
+    norm = "imagenet"                                   # what the backbones were trained with
+    assert cookie.VIEWS == {
+        # section 4.1: all images are reshaped to 512 x 512
+        "ccl": {"source": "pairs", "image": "resize", "norm": norm, "text": "caption"},
+        # Eq. 8: two augmentations of the raw image; Eq. 10 draws its own
+        "pretrain": {"source": "pairs", "image": "resize", "view1": "simclr", "view2": "simclr",
+                     "norm": norm, "text": "caption"},
+        # VSE-infinity: a crop and a flip
+        "retrieval": {"source": "pairs", "image": "flip", "norm": norm, "text": "caption"},
+        # section 4.2: features of frames
+        "vtm": {"source": "clips", "frames": "frames", "text": "caption"},
+        # CSQ: a crop and a flip; the middle in evaluation
+        "hashing": {"source": "hashing", "image": "flip", "image_eval": "center", "norm": norm,
+                    "labels": "labels"}}
+    assert cookie.TASKS == ("pretrain", "retrieval", "vtm", "hashing")
+    assert cookie.EVALS == {"ccl": ("retrieval",), "pretrain": ("retrieval",),
+                            "retrieval": ("retrieval",), "vtm": ("vtm",), "hashing": ("hashing",)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Dropout, checkpointing, first weights
+
+def test_dropout_is_where_bert_has_it():
+    """One layer with the masks redrawn: on the attention's weights, behind it, behind the MLP."""
+    b, s, heads, width, p = 2, 5, 3, 24, 0.4
+    block = cookie.Block(width, heads, 2, "gelu", p).double().train()
+    x = torch.randn(b, s, width, dtype=torch.float64)
+    torch.manual_seed(6)
+    out = block(x)
+
+    torch.manual_seed(6)
+    on_weights = F.dropout(torch.ones(b, heads, s, s, dtype=torch.float64), p)
+    behind, last = (F.dropout(torch.ones_like(x), p) for _ in range(2))
+    qkv = block.attention.qkv(x).view(b, s, 3, heads, 8)
+    looked = torch.zeros(b, s, heads, 8, dtype=torch.float64)
+    for i, h in itertools.product(range(b), range(heads)):
+        q, k, v = (qkv[i, :, part, h] for part in range(3))
+        looked[i, :, h] = (torch.softmax(q @ k.T / math.sqrt(8), 1) * on_weights[i, h]) @ v
+    y = block.attention_norm(x + behind * block.attention.out(looked.flatten(2)))
+    close(out, block.mlp_norm(y + last * block.mlp(y)))
+    assert (on_weights == 0).any() and (behind == 0).any() and (last == 0).any()
+
+    layer = cookie.FeedForward(width, 2, "relu", p).double().train()
+    torch.manual_seed(6)
+    out = layer(x)
+    torch.manual_seed(6)
+    close(out, layer.mlp_norm(x + F.dropout(layer.mlp(x), p)))
+
+
+def test_dropout_is_on_in_training_alone():
+    over = {"dropout": 0.3, "hash_dropout": 0.6, "text_layers": 2}
+    for task in TASKS:
+        model = make_model(task, vtm_te=True, **over)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Dropout):
+                assert module.p == (0.6 if name.startswith("hash") else 0.3), name
+            if isinstance(module, cookie.Attention):
+                assert module.dropout == 0.3, name
+        count = sum(isinstance(m, nn.Dropout) for m in model.modules())
+        assert count == (1 if task == "hashing" else 1 + 2 + 1 + 2)     # words, BERT, TAV-TE, WS-TE
+
+        # BERT's input
+        if task != "hashing":
+            text, mask = sentences(model.cfg, 3)
+            embeddings = model.text.embeddings
+            torch.manual_seed(7)
+            dropped = embeddings(text)
+            torch.manual_seed(7)
+            close(dropped, F.dropout(embeddings.eval()(text), 0.3))
+            embeddings.train()
+
+        # off in evaluation
+        batch = make_batch(model.cfg)
+        for name in sorted(model.offers - {"sentence_vector"}):
+            encode = getattr(model.eval(), name)
+            assert repr(encode(batch)) == repr(encode(batch))
+        assert isinstance(model.train()(batch)["loss"].item(), float)
+        for norm in model.norms:
+            norm.eval()
+        torch.manual_seed(1)
+        first = model({**batch, "labels": torch.ones(4, 5)})["loss"]
+        torch.manual_seed(2)
+        assert first != model({**batch, "labels": torch.ones(4, 5)})["loss"]
+
+
+@pytest.mark.parametrize("task", ["ccl", "pretrain", "retrieval", "vtm"])
+def test_checkpointing_changes_memory_alone(task):
+    """Every tower's layers are run again in backward, with the same masks."""
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(5)
+        model = make_model(task, checkpointing=checkpointing, dropout=0.3, vtm_te=True)
+        batch, runs = make_batch(model.cfg), Counter()
+        for name, module in model.named_modules():
+            if isinstance(module, cookie.Block):
+                module.attention.register_forward_hook(
+                    lambda *_, name=name: runs.update([name]))
+        torch.manual_seed(3)
+        loss = model(batch)["loss"]
+        loss.backward()
+        results.append((loss, [p.grad for p in model.parameters()], runs))
+    (plain, grads, once), (again, others, twice) = results
+    assert plain == again
+    for a, b in zip(grads, others):
+        close(a, b, 1e-6)
+    assert set(once) == {"text.blocks.0", "tav.blocks.0", "ws.blocks.0", "ws.blocks.1"}
+    assert twice == {name: 2 * n for name, n in once.items()}
+
+
+def test_first_weights():
+    """BERT's: a truncated normal of 0.02, biases zero; He's for convolutions; CSQ's head apart."""
+    model = Cookie(small(width=48, pooling="gpo", ws="fc", ws_shared=False), "ccl")
+    for name, p in model.named_parameters():
+        if name.startswith("vision.") and p.ndim == 4:
+            fan_out = p.shape[0] * p.shape[2] * p.shape[3]
+            assert p.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.1), name
+        elif ".ahead." in name or ".back." in name:
+            assert p.abs().max() <= 1 / math.sqrt(32)                           # PyTorch's GRU
+        elif "norm" in name or "bn" in name or "downsample.1" in name:
+            assert (p == float(name.endswith("weight"))).all(), name
+        elif name.endswith("bias"):
+            assert not p.any(), name
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.35), name
+            assert p.abs().max() < 2.0
+    head = Cookie(small(), "hashing", 5).hash_layer
+    assert [type(layer) for layer in head] == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.ReLU,
+                                               nn.Linear]
+    assert head[0].weight.std().item() == pytest.approx(1 / math.sqrt(3 * 128), rel=0.1)
+    assert [layer.out_features for layer in head if hasattr(layer, "out_features")] == [128, 128,
+                                                                                        16]
+
+
+# --------------------------------------------------------------------------------------------------
+# From one run to the next
+
+def test_a_start_from_another_run_takes_weights_alone():
+    """Pictures are numbered anew in each data set: no id may be kept. The hinge's warm-up begins
+    again, and pieces of words are those of the new run's vocabulary."""
+    expected = {"ccl": set(), "pretrain": {"continues"}, "retrieval": {"hard"}, "vtm": set(),
+                "hashing": {"centers", "tie"}}
+    for task in TASKS:
+        buffers = {name for name, _ in make_model(task).named_buffers()}
+        assert {name for name in buffers if not name.startswith("vision.")} == expected[task]
+
+    old = make_model("retrieval")
+    old.after_step(20, 20, 5)
+    assert old.hard == 1
+    new = Cookie(small(), "retrieval")
+    new.load_state_dict(new.adapt(old.state_dict()), strict=False)
+    assert new.hard == 0 and torch.equal(new.image_fc.weight, old.image_fc.weight)
+
+    old = make_model("pretrain")
+    old.continues.fill_(True)
+    new = Cookie(small(), "pretrain")
+    new.load_state_dict(new.adapt(old.state_dict()), strict=False)
+    assert not new.continues.any()
+
+
+def test_gradients_through_gather_are_not_differentiated_twice(monkeypatch):
+    monkeypatch.setattr(cookie.dist, "all_reduce", lambda x: None)
+    x = torch.randn(3, 2, requires_grad=True)
+    y = cookie.GatherGrad.apply(x)
+    grad, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -914,3 +1789,13 @@ def test_embed_bert_run(world, tmp_path):
         close(bias, of_bert(state, 0)[part][1])
     again = ev.main([str(tmp_path / "e"), "--task", "sts", "--data", str(world / "sts-test.csv")])
     assert again["sts"]["metrics"] == result["sts"]["metrics"]
+
+
+def test_pieces_of_words_come_from_the_vocabulary(world, tmp_path):
+    """Stage 2 learns which ids continue a word, before its first step; a stopped run keeps it."""
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text((world / "vocab.txt").read_text() + "##b\ni\n##ing\n")
+    flags = ("--data", world / "pairs.jsonl", "--vocab", vocab, "--evals", "none", "--steps", 1)
+    run(world, tmp_path / "a", *flags)
+    continues = ev.load_run(tmp_path / "a")[0].continues
+    assert continues.nonzero().flatten().tolist() == [13, 15] and len(continues) == 16

@@ -290,7 +290,7 @@ def test_pictures_are_found_by_name(tmp_path):
     places = "/f/COCO_val2014_000000391895.jpg", "/f/1000092795.jpg", "/f/7.jpg"
     assert get([ids], *places) == [0, 1]
     tar = file("tar", ["0.tar@512"], "/shards")
-    assert get([tar], ("/anywhere/0.tar", 512, 99)) == [0]
+    assert get([tar], data.TarMember("/anywhere/0.tar", 512, 99)) == [0]
 
     # nobody named a regions file
     nothing = data.Records("pairs", "train", str(tmp_path))

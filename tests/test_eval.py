@@ -8,7 +8,6 @@ import math
 import random
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,7 +23,6 @@ import eval as ev
 import train
 from tools import weights
 
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def close(a, b, tol=1e-9):

@@ -187,7 +187,7 @@ def test_help_without_a_model_shows_the_loops_defaults(capsys):
 
 def test_a_share_of_the_steps_can_be_the_warmup():
     given = train.parse(["--model", "codis", "--warmup_steps", "0.1"])[-1]
-    assert given == {"warmup_steps": 0.1}
+    assert given["warmup_steps"] == 0.1
     loop, _ = train.settings(codis, "tiny", "pretrain", {**given, "lr": 1.0, "warmup_lr": 0.0})
     assert [train.learning_rate(step, 100, loop) for step in (0, 5, 10)] == [0, 0.5, 1]
 

@@ -234,7 +234,7 @@ def test_frozen_parameters_are_in_no_group():
 def test_every_task_trains_a_few_steps_and_writes_its_run(model, task):
     out = f"out/{model}-{task}-few"
     train.main(["--model", model, "--task", task, "--steps", "2", "--log_every", "1", "--out", out,
-                *small(model)])
+                "--limit", "100", *small(model)])
     run = weights.find_run(out)
     files = {"config.json", "model.safetensors", "state.pt", "log.jsonl", "vocab.txt"}
     assert files <= {path.name for path in run.iterdir()}

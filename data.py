@@ -114,16 +114,17 @@ def gather_objects(x):
 # Records
 
 class TarMember(NamedTuple):
-    """A picture inside a tar file: `size` bytes from byte `offset` on.
+    """A picture inside a tar file: its member, `size` bytes from byte `offset` on.
 
     The location of a picture is a path (str) or a TarMember. A further kind of location, in a zip
-    file for example, is one more class like this one: read(), name() and str() are all that the
-    code asks of a location that is not a path.
+    file for example, is one more class like this one: read(), path(), size and str() are all that
+    the code asks of a location that is not a path.
     """
 
     tar: str
     offset: int
     size: int
+    member: str
 
     def __str__(self):
         return f"{self.tar} at byte {self.offset} ({self.size} bytes)"
@@ -134,9 +135,9 @@ class TarMember(NamedTuple):
             f.seek(self.offset)
             return f.read(self.size)
 
-    def name(self):
-        """What the picture is called in a region file."""
-        return f"{os.path.basename(self.tar)}@{self.offset}"
+    def path(self):
+        """As if the tar file were a folder."""
+        return os.path.join(self.tar, self.member)
 
 
 class Records:
@@ -149,7 +150,8 @@ class Records:
 
     Attributes: name (the source), split, root (folder of the images), notes ({what was counted:
     count}), label_names (what the ints in `labels` and `label` mean, or None), protocol (str or
-    None), splits (those found in the files), regions (a Regions or None, see with_regions).
+    None), splits (those found in the files), regions (a Regions or None, see with_regions),
+    own_ids (the files give an image_id to every record).
     """
 
     def __init__(self, name, split, root=None):
@@ -161,6 +163,7 @@ class Records:
         self.protocol = None
         self.splits = []
         self.regions = None
+        self.own_ids = True
 
         # record i is _blob[_ends[i]:_ends[i + 1]]
         self._blob = bytearray()
@@ -674,7 +677,7 @@ def index_tar(shard):
                     continue
 
                 # captions are small and read now, pictures are not
-                content = TarMember(shard, member.offset_data, member.size)
+                content = TarMember(shard, member.offset_data, member.size, member.name)
                 if kind in ("txt", "json"):
                     content = tar.extractfile(member).read()
                 samples.setdefault(os.path.join(folder, stem), {})[kind.lower()] = content
@@ -1370,7 +1373,13 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
             if missing == "drop":
                 continue
 
+        # the id that the file gives, where ours differs: region files of image ids go by it
+        own_id = record.get("image_id")
         record["image_id"] = ids(number, where, record, len(records))
+        if own_id is None:
+            records.own_ids = False
+        elif own_id != record["image_id"]:
+            record["own_id"] = own_id
         if source == "pairs":
             count_pair(record, captions_seen, reading)
         records.append(record)
@@ -2077,7 +2086,8 @@ def view_features(draft, key):
 
 
 def view_regions(draft, key):
-    """The max_regions regions with the highest scores, padded with zeros.
+    """The max_regions regions with the highest scores, padded with zeros; of a file without scores
+    (it says so) the first ones.
 
     KEY (R, F) float16, KEY_box (R, 4) xyxy in pixels, KEY_label (R,), -1 = none, KEY_mask (R,),
     1 = a region, KEY_size (2,) width and height of the picture, KEY_global (G,) float16 where the
@@ -2344,7 +2354,9 @@ class Views(Dataset):
             # no two of (attempt, seed, draw, i) give the same number
             rng = random.Random((attempt << 160) ^ (self.seed << 96) ^ (int(draw) << 40) ^ i)
             # after an unreadable picture another record stands in
-            index = i if attempt == 0 else rng.randrange(len(self.records))
+            index = i
+            if attempt:
+                index, caption = rng.randrange(len(self.records)), None
             sample = self.build(index, rng, caption, keys, trouble)
             if sample is not None:
                 sample["bad"] = torch.tensor(int(bool(trouble)))
@@ -2517,13 +2529,16 @@ class Stream:
 
     Each pass over the data is a new permutation; its last, incomplete batch is dropped. The global
     batch of step t depends on (seed, batch_size * world) alone, so that resuming is arithmetic.
+
+    units: what a pass goes over, a number of records or caption_units().
     """
 
-    def __init__(self, length, batch_size, seed, rank, world):
-        self.length, self.seed = length, seed
+    def __init__(self, units, batch_size, seed, rank, world):
+        self.units, self.seed = units, seed
+        self.length = units if isinstance(units, int) else len(units)
         self.batch, self.total = batch_size, batch_size * world
         self.first = rank * batch_size              # this rank's part of the global batch
-        self.steps = length // self.total           # steps of a pass
+        self.steps = self.length // self.total      # steps of a pass
         self.now, self.order = None, None           # the pass whose permutation is kept
 
     def __call__(self, t):
@@ -2536,21 +2551,37 @@ class Stream:
 
         # this rank's part; the draw is the number of the sample in the whole stream
         start = step * self.total + self.first
-        records = self.order[start:start + self.batch].tolist()
+        mine = self.order[start:start + self.batch]
         draw = t * self.total + self.first
-        return [Item(record, draw + k) for k, record in enumerate(records)]
+        if isinstance(self.units, int):
+            return [Item(record, draw + k) for k, record in enumerate(mine.tolist())]
+        pairs = self.units[mine].tolist()
+        return [Item(record, draw + k, caption) for k, (record, caption) in enumerate(pairs)]
 
 
-def batches(dataset, batch_size, seed, rank=0, world=1, start=0, workers=0):
+def caption_units(records):
+    """Every caption of every record -> (N, 2) int32: the record, and which of its captions. A
+    record without captions, or with a single string, is there once."""
+    counts = [max(1, len(captions_of(record))) for record in records]
+    counts = torch.tensor(counts)
+    owners = torch.arange(len(counts)).repeat_interleave(counts)
+    firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.stack([owners, torch.arange(len(owners)) - firsts], 1).int()
+
+
+def batches(dataset, batch_size, seed, rank=0, world=1, start=0, workers=0, units=None):
     """Infinite iterator of batches of this rank, `batch_size` samples each, from global step
     `start` on. They are the same for any number of workers.
 
+    units: None, a pass goes over records and draws a caption of each; caption_units(), over
+    captions, each of them once.
     Errors: DataError if the data are fewer than batch_size * world.
     """
-    if batch_size * world > len(dataset):
-        fail(f"{len(dataset)} records are fewer than one global batch ({batch_size} x {world} "
+    stream = Stream(len(dataset) if units is None else units, batch_size, seed, rank, world)
+    if not stream.steps:
+        what = "records" if units is None else "captions"
+        fail(f"{stream.length} {what} are fewer than one global batch ({batch_size} x {world} "
              "ranks): use a smaller --batch_size")
-    stream = Stream(len(dataset), batch_size, seed, rank, world)
     return Plan(dataset, stream).run(itertools.count(start), workers)
 
 
@@ -2682,6 +2713,8 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
 #                             falling score
 #   sizes (N, 2) int64: width, height                     globals (N, G) float16: optional
 #   names (bytes,) uint8, name_ends (N,) int64: the pictures' file names, one behind the other
+#   bytes (N,) int64: optional, the sizes of the pictures' files. Two corpora may both have a
+#                     00000.tar with a 000000017.jpg in it: the size tells them apart
 # Metadata: detector (text), label_names (JSON list), root (the folder that names start from; empty:
 # names are image ids).
 
@@ -2716,9 +2749,16 @@ def map_safetensors(path):
         fail(f"{path}: not a whole safetensors file of regions ({e})")
 
 
-def picture_name(where, root):
-    """What a picture is called in a region file: its path from `root`, or a TarMember's name."""
-    return os.path.relpath(where, root) if isinstance(where, str) else where.name()
+def picture_path(where):
+    """A picture's location as an absolute path; of a tar's member as if the tar were a folder."""
+    return os.path.abspath(where if isinstance(where, str) else where.path())
+
+
+def picture_bytes(where):
+    """The size of a picture's file; None if it is not there."""
+    if not isinstance(where, str):
+        return where.size
+    return os.path.getsize(where) if os.path.exists(where) else None
 
 
 class Regions:
@@ -2794,12 +2834,14 @@ class Regions:
         """Records with `regions` = the number of their picture here; the others are left out and
         counted.
 
-        Errors: a location that fits several pictures, a picture that fits several locations, no
-        picture found at all.
+        Errors: a location that fits several pictures, a picture that fits several locations,
+        another picture under the same name, no picture found at all.
         """
         # names are relative to the root of their file
         roots = [metadata.get("root", "") for _, metadata in self.files]
         tables = list(zip(roots, self.tables()))
+        sizes = np.concatenate([arrays.get("bytes", np.zeros(len(arrays["sizes"]), np.int64))
+                                for arrays, _ in self.files])       # 0: unknown
         files, image_of = ", ".join(self.paths), {}
 
         # exactly one picture for a record, exactly one image_id for a picture
@@ -2807,7 +2849,16 @@ class Regions:
         out.regions = self
         for record in records:
             where = record["image"]
-            numbers = picture_numbers(where, tables)
+            own_id = record.get("own_id", record["image_id"]) if records.own_ids else None
+            numbers, exact = picture_numbers(where, own_id, tables)
+
+            # what has the same name may be another picture
+            size = picture_bytes(where) if sizes.any() else None
+            fitting = {n for n in numbers if size is None or sizes[n] in (0, size)}
+            if exact and numbers - fitting:
+                fail(f"{where}: {files} has regions of another picture of this name "
+                     f"({sizes[min(numbers)]} bytes there, {size} here)")
+            numbers = fitting
             if len(numbers) > 1:
                 fail(f"{where}: {len(numbers)} pictures of {files} could be this one")
             for number in numbers:
@@ -2828,39 +2879,29 @@ class Regions:
         return out
 
 
-def picture_numbers(where, tables):
-    """The numbers of the pictures that a location may be -> set.
+def picture_numbers(where, own_id, tables):
+    """The numbers of the pictures that a location may be -> (set, is it the file's very path?).
 
-    tables: list of (root, {name: number}). A path is looked up as it continues a root, then by
-    ever shorter ends of it; in a table of image ids (root "") by the number at the end of the
-    file's name.
+    tables: list of (root, {name: number}). A path is looked up as it continues a root, then, as
+    folders are moved, by ever shorter ends of it. In a table of image ids (root "") the record's
+    own id decides, and nothing in the file's name.
     """
-    names, ids = [], []
-    if isinstance(where, str):
-        # the path as the file's own root continues it
-        path = os.path.abspath(where)
-        found = set()
-        for root, table in tables:
-            if root and path.startswith(root + os.sep):
-                found.add(table.get(path[len(root) + 1:]))
-        if found - {None}:
-            return found - {None}
+    path, found = picture_path(where), set()
+    for root, table in tables:
+        if root and path.startswith(root + os.sep):
+            found.add(table.get(path[len(root) + 1:]))
+    if found - {None}:
+        return found - {None}, True
 
-        # else its ends, and the number at the end of its name
-        parts = path.split(os.sep)
-        names = ["/".join(parts[k:]) for k in range(1, len(parts))]
-        stem = os.path.splitext(parts[-1])[0]
-        digits = re.findall(r"\d+$", stem)
-        ids = [stem] + [str(int(number)) for number in digits]
-    else:
-        names = [where.name()]
-
-    # the longest name that some file has
-    for name in names:
+    # the longest end that some file has
+    parts = path.split(os.sep)
+    for k in range(1, len(parts)):
+        name = "/".join(parts[k:])
         found = {table[name] for root, table in tables if root and name in table}
         if found:
-            return found
-    return {table[name] for root, table in tables if not root for name in ids if name in table}
+            return found, False
+    found = {table.get(str(own_id)) for root, table in tables if not root}
+    return found - {None}, False
 
 
 def with_regions(records, views, files=""):

@@ -272,6 +272,7 @@ def vqa_accuracy(answer, answers):
     hits = [data.normalize_answer(other) == answer for other in answers]
     if len(hits) == 1:
         return float(hits[0])
+
     # Leaving out an annotator who agrees takes one match away.
     matches = sum(hits)
     return sum(min(1.0, (matches - hit) / 3) for hit in hits) / len(hits)
@@ -325,7 +326,7 @@ def pointed(words, boxes, size):
     """
     out = []
     for word, m in words:
-        # Only what speaks for the word: the positive part.
+        # The positive part of a map is the evidence for its word.
         m = m.clamp(min=0).double().numpy()
         cover = box_cover(boxes[word], size, m.shape)
         peak = float(cover.flat[m.argmax()] >= 0.5)
@@ -499,6 +500,7 @@ def fit_linear(x, y, classes, lr=30.0, epochs=60, batch=256, seed=0):
     x: (N, D) float32; y: (N,) int64 -> weight (classes, D), bias (classes,).
     """
     generator = torch.Generator().manual_seed(seed)
+
     # Small weights from a seed, the same on every device.
     weight = 0.01 * torch.randn(classes, x.shape[1], generator=generator)
     weight = weight.to(x.device).requires_grad_()
@@ -664,6 +666,7 @@ def by_rank(picture, scores):
     scores: (h, w)."""
     # argsort twice gives the rank of each score.
     order = scores.flatten().argsort().argsort().view(scores.shape).float()
+
     # A grid of light, laid over the picture without smoothing.
     light = 0.2 + 0.8 * order / max(1, order.numel() - 1)
     size = (picture.height, picture.width)
@@ -808,8 +811,10 @@ class Eval:
         test, or of val where there is no test. What they are, and what the checkpoint was trained
         on, goes into the protocol."""
         # The run's own data may be of another kind than this evaluation reads.
-        source, own = self.views["source"], module_of(self.model).VIEWS[self.info["task"]]["source"]
-        if not self.opts.data and source != own and self.spec == self.loop.get("data") != "shapes":
+        source, trained_on = self.views["source"], self.loop.get("data")
+        own = module_of(self.model).VIEWS[self.info["task"]]["source"]
+        only_own = not self.opts.data and self.spec == trained_on and trained_on != "shapes"
+        if only_own and source != own:
             raise Stop(f"{self.task}: it reads {source}, "
                        f"the run's data are {own}: name files with --data")
 
@@ -863,6 +868,7 @@ class Eval:
         if self.task not in offered(model):
             raise Stop(f"{path}: {type(model).__name__} trained for {info['task']} "
                        f"does not offer {self.task}")
+
         # The same command line, but the data of this run and the vocabulary of that one.
         given = {**vars(self.opts), "data": self.spec, "image_root": self.root, "vocab": None}
         return Eval(model, info, self.task, argparse.Namespace(**given), self.rank, self.world)
@@ -877,6 +883,7 @@ class Eval:
             self.cfg.max_text, max_regions=getattr(self.cfg, "max_regions", None), what=what,
             batch_size=self.opts.batch_size, rank=self.rank, world=self.world,
             workers=max(0, self.setting("workers", 0)))
+
         # An unreadable picture is a grey one: it is counted, not left out.
         for batch in batches:
             self.bad.update(batch["index"][batch["bad"].bool()].tolist())
@@ -890,7 +897,7 @@ class Eval:
     def collect(self, records, what, total, fn, text=None):
         """fn(batch) -> (B, ...) over all batches of all processes -> (total, ...) on the CPU, in
         the data's order, the same on every process."""
-        return self.collect_all(records, what, total, lambda b: {"it": fn(b)}, text)["it"]
+        return self.collect_all(records, what, total, lambda b: {"x": fn(b)}, text)["x"]
 
     def collect_all(self, records, what, total, fn, text=None):
         """collect() of several tensors: fn(batch) -> {name: (B, ...)}; -> {name: (total, ...)}."""
@@ -962,7 +969,7 @@ def retrieval(ev):
     owner, order = data.flat_captions(records)[1].sort(stable=True)   # captions by their images
     n, m = int(owner[-1]) + 1, len(owner)
 
-    # Whose scores come first, and by which rule match() sorts the k best of them anew.
+    # Whose scores come first, and the rule by which match() sorts their k best anew.
     first = candidates_of(ev) if ev.opts.candidates else ev
     dual = visual_encoder(first.model) is not None
     rule, k = ev.setting("rerank", "itm"), ev.opts.candidates or ev.setting("rerank_k", 128)
@@ -987,11 +994,10 @@ def retrieval(ev):
 
     rows, metrics = retrieval_rows(ev, records, texts, sim, owner.to(sim.device), base, rule, k)
     counts = owner.bincount()
-    reranks = rule != "none"
     ev.protocol.update(images=n, captions=m,
                        captions_per_image=[int(counts.min()), int(counts.max())],
                        ties="a wrong candidate with an equal score ranks first", rerank=RULES[rule],
-                       rerank_k=[min(k, m), min(k, n)] if reranks else None,
+                       rerank_k=None if rule == "none" else [min(k, m), min(k, n)],
                        candidates_from=None if first is ev else first.info["path"])
     ev.bad |= first.bad
     return {"rows": rows, "metrics": metrics}
@@ -1024,6 +1030,7 @@ def ensemble(ev, records, order, sim):
     if sim is None:
         raise Stop("--ensemble averages similarities of dual encoders; "
                    f"{type(ev.model).__name__} has none")
+
     # The same directory may be named in several ways.
     mine = Path(ev.info["path"]).resolve()
     others = {path.resolve(): path for path in map(find_run, ev.opts.ensemble)}
@@ -1077,6 +1084,7 @@ def gallery_spans(ev, owner):
     owner: (M,) int64 the image of each caption, sorted.
     """
     n = int(owner[-1]) + 1
+
     # COCO's 1K numbers are means over five folds of its 5,000 test images.
     folds = ev.opts.folds or (5 if n == 5000 else 1)
     size = n // folds
@@ -1345,6 +1353,7 @@ def tagging(ev):
     often = torch.arange(most).expand(len(truth), -1)
     top = ev.collect(records, "sample", len(records),
                      lambda b: ev.model.tag_scores(b).topk(most).indices)               # (N, most)
+
     # A k beyond the vocabulary is left out.
     rows = []
     for name, guess in (("the most frequent tags", often), ("model", top)):
@@ -1472,6 +1481,7 @@ def detection(ev):
     whole_pictures()."""
     # Pictures of up to 1,333 pixels.
     ev.opts.batch_size = min(ev.opts.batch_size, 4)
+
     # Classes are compared by name: their numbers depend on the file.
     records = ev.open(need=("boxes",))
     trained = ev.info.get("stats", {}).get("label_names")
@@ -1493,10 +1503,10 @@ def detection(ev):
     # A row for each of them and each way to measure.
     classes, coco = len(records.label_names), importlib.util.find_spec("pycocotools")
     rows, metrics = [], {}
-    for name, of, overlap, kind in measured:
-        scores = {"VOC07 11-point": voc_scores(of, records, classes, overlap)}
+    for name, boxes, overlap, kind in measured:
+        scores = {"VOC07 11-point": voc_scores(boxes, records, classes, overlap)}
         if coco:
-            scores["pycocotools"] = coco_scores(of, records, kind)
+            scores["pycocotools"] = coco_scores(boxes, records, kind)
         for way, values in scores.items():
             rows.append({"pictures": len(records), "measure": f"{name}, {way}", **values})
             short = f"{name.replace(' ', '_')}_{'voc' if 'VOC' in way else 'coco'}"
@@ -1506,10 +1516,9 @@ def detection(ev):
               "VOC's is computed here")
 
     # How many objects there are, and how many boxes were found.
-    objects, boxes = sum(len(r["boxes"]) for r in records), 0
-    for detected in found.values():
-        boxes += len(detected["scores"])
-    ev.protocol.update(objects=objects, classes=classes, detections=boxes,
+    objects = sum(len(record["boxes"]) for record in records)
+    total = sum(len(detected["scores"]) for detected in found.values())
+    ev.protocol.update(objects=objects, classes=classes, detections=total,
                        AP="mean over IoU 0.50:0.05:0.95 and the classes that occur; "
                           "difficult objects and crowds ignored")
     return {"rows": rows, "metrics": metrics}
@@ -1568,6 +1577,7 @@ def attention_maps(ev, batch):
     # Grad-CAM needs gradients, and evaluation runs without.
     with torch.enable_grad():
         maps = ev.model.gradcam(batch, block=ev.opts.block)
+
     # Padding has no map.
     for b, mask in enumerate(batch["text_mask"].bool()):
         tokens = ev.tokenizer.tokens(batch["text"][b][mask].tolist())
@@ -1690,6 +1700,7 @@ def gallery(ev, k=5):
     a caption, captions of the picture."""
     if not (ev.opts.text or ev.opts.image):
         raise Stop('gallery: ask with a text, a picture or both: --text "..." --image a.jpg')
+
     # An unreadable picture is refused before the split is encoded.
     if ev.opts.image:
         data.open_picture(ev.opts.image)
@@ -1758,6 +1769,7 @@ def attention(ev):
     if bool(ev.opts.image) != bool(ev.opts.text):
         raise Stop("attention: --image and --text go together "
                    "(without them: the split's first picture and caption)")
+
     # One picture and one text for all runs, each with its own views of them.
     runs = [ev.other(ev.opts.beside)] if ev.opts.beside else []
     runs.append(ev)
@@ -1849,9 +1861,9 @@ def sts(ev):
 
 
 def hashing(ev):
-    """MAP@5000 of hash codes: the pictures of the test list ask, those of the database list answer;
-    beside it random codes."""
-    # Two lists: who asks, and what answers.
+    """MAP@5000 of hash codes: the test list's pictures are the queries, those of the database list
+    are ranked; beside it random codes."""
+    # The queries, and the database that they are looked up in.
     queries, opts = ev.open(need=("labels",)), ev.opts
     if not (opts.database or ev.spec == "shapes" or os.path.isdir(ev.spec)):
         raise Stop("hashing: --data names the queries' list; name the database's with --database "
@@ -1945,11 +1957,12 @@ def score_pairs(ev, images, texts):
 def growth(sizes, seconds):
     """How seconds grow with the size: the slope in log-log scale from each size to the next (1 is
     O(n), 2 is O(n^2)) and over all of them -> [None, slope, ...], slope; NaN for a single size."""
-    # From each size to the next.
+    # From each size to the next: the first has none before it.
     steps = [None]
     for n in range(1, len(sizes)):
         ratio = math.log(seconds[n] / seconds[n - 1])
         steps.append(ratio / math.log(sizes[n] / sizes[n - 1]))
+
     # One straight line through all of them.
     if len(sizes) == 1:
         return steps, math.nan
@@ -1968,6 +1981,7 @@ def speed(ev):
     if ev.opts.beside:
         runs.append(ev.other(ev.opts.beside))
 
+    # Each run looks at pictures (or their regions) and captions, on this process alone.
     rows, metrics = [], {}
     for run in runs:
         run.alone()
@@ -1983,6 +1997,7 @@ def speed(ev):
         if offers(run.model, "match"):
             ways.append(("match, every pair", score_pairs, 1))
 
+        # A row for each way and size.
         for way, score, repeats in ways:
             captions, seconds = time_galleries(run, records, sizes, score, repeats)
             steps, slope = growth(sizes, seconds)
@@ -2107,7 +2122,7 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
         raise Stop(f"task {task}: {type(model).__name__} trained for {info['task']} "
                    f"does not offer it{known}; it offers: {', '.join(offered(model)) or 'none'}")
 
-    # Whoever calls from Python gives only what differs from the defaults.
+    # A caller from Python gives only what differs from the defaults.
     defaults = vars(parser().parse_args([info.get("path") or ""]))
     given = opts if isinstance(opts, dict) else vars(opts or argparse.Namespace())
     ev = Eval(model, info, task, argparse.Namespace(**{**defaults, **given}), rank, world)

@@ -38,23 +38,30 @@ Deviations from the paper
         and regions are means over these, not sums.
      4. s and c are sigmoids of one logit; all losses but the triplet compute with logits. CE is a
         softmax over the P logits.
-     5. Of a sentence's n words exactly max(1, round(0.15 n)) are chosen, as BERT's own code does;
-        of regions each with probability 0.15 as printed, up to a count that one image of 24,000
-        exceeds (100 regions; one of 9,600 with 36), so that shapes do not depend on data.
+     5. Of a sentence's n words exactly max(1, round(0.15 n)) are chosen. BERT's own code fixes the
+        number too, but counts [CLS] and [SEP] among the n. Of regions each is chosen with
+        probability 0.15 as printed, up to a count that one image of 24,000 exceeds (100 regions;
+        one of 9,600 with 36), so that shapes do not depend on data.
      6. A hidden region could be guessed from a twin that stays visible: every region that overlaps
-        a zeroed one with IoU above `twin_iou` is zeroed too, without a loss of its own.
-        `twin_iou=1` is the print.
+        a zeroed one with IoU above `twin_iou` is zeroed too, without a loss of its own. How many
+        that are depends on the detector: the log's `zeroed` is the share of regions that the
+        transformer reads as zeros, 0.135 = 0.15 * 0.9 without twins. `twin_iou=1` is the print.
      7. The global feature comes from a CNN that saw the whole image, hidden regions included.
      8. Half of a batch are mismatched pairs: another sentence or another image, at random, of
-        another image id, from the same batch. They are masked as well, without the masked losses.
-        Fine-tuning's P - 1 negatives a direction come from the batch too. P is not printed: 4.
+        another image id, from the same batch. They are masked as well, but have none of the masked
+        losses: MLM, MOC and MRFR learn from one half of each batch. Fine-tuning's P - 1 negatives
+        a direction come from the batch too. P is not printed: 4. "A batch" is the pairs of one
+        forward pass on one GPU; with fewer than 2 (pre-training) or P (fine-tuning) it is refused.
      9. Adam without schedule, warm-up, decay or clipping, as nothing else is printed. The dummy
         position is the last row of BERT's position table. The MLM head is BERT's ("the same with
         the MLM task in BERT"); the other heads are one linear layer.
-    10. The paper's detector knows 1,600 Visual Genome classes; `python -m tools.regions` uses
+    10. The paper does not say what an epoch counts. Here it goes over the images and draws one
+        caption of each [?], so that 130 epochs of Flickr30K are 157,000 steps of 168 sequences;
+        with `--epoch_of captions` they are 785,000.
+    11. The paper's detector knows 1,600 Visual Genome classes; `python -m tools.regions` uses
         torchvision's with 91 COCO ids, up to 100 regions over score 0.05, or converts
         bottom-up-attention files. Boxes without label have no part in MOC.
-    11. `act="relu"` exists for `tiny`.
+    12. `act="relu"` exists for `tiny`.
 
 Run: python models/imagebert.py      (2 s: shapes, parameters and every loss on a random batch)
 """
@@ -77,7 +84,7 @@ class Config:
     act: str = "gelu"               # "gelu" or "relu"
     dropout: float = 0.1            # everywhere, as BERT
     max_text: int = 44              # tokens of a sentence, [CLS] and [SEP] included
-    max_regions: int = 100          # the detector's surest regions (Table 4, part 3: 36 or 100)
+    max_regions: int = 100          # the surest of an image's regions, if the file has scores
     positions: int = 512            # position embeddings, as BERT; the last is that of all regions
     vocab_size: int = 30522         # [data] words of the vocabulary file
     pad_id: int = 0                 # [data] id of [PAD]
@@ -126,17 +133,26 @@ PRESETS = {
 #   COCO is evaluated on 5,000 images and 5 x 1,000.
 # Table 3, all on `--task pretrain`, evaluated on Flickr30K without fine-tuning:
 #   LAIT                      --stage_data LAIT
-#   CC; CC+SBU                --stage_data CC --limit 0; --stage_data CC,SBU --limit 0
+#   CC                        --stage_data CC --limit 0 --mrfr 0
+#   CC+SBU                    --stage_data CC,SBU --limit 0
 #   LAIT+CC+SBU, one stage    --stage_data LAIT,CC,SBU --limit 0           (LAIT being the 2M)
 #   LAIT -> (CC+SBU)          --stage_data LAIT CC,SBU
-# Table 4, part 1: --global_feature, on regions of python -m tools.regions --global_feature NAME;
-#   2: --mrfr 0 and --mrfr 1; 3: --max_regions 36 and 100;
+#   The row CC has the figures of Table 4's CC, which is without MRFR; whether the other rows are
+#   with or without it, the paper does not say.
+# Table 4, part 1: CC+SBU as above, without and with --global_feature, on regions of
+#      python -m tools.regions --global_feature NAME;
+#   2: CC as above, and with --mrfr 1 in place of --mrfr 0;
+#   3: --max_regions 36 and 100, the surest;
 #   4: --ce 1 --triplet 1; --bce 0 --ce 1; --bce 0 --triplet 1; the default.
-STAGE = dict(optimizer="adam", lr=1e-4, schedule="constant", epochs=17, batch_size=48)
+# epoch_of: LAIT, CC and SBU have one caption an image. Flickr30K and COCO have five, and the paper
+# does not say [?]: Deviation 10.
+STAGE = dict(optimizer="adam", lr=1e-4, schedule="constant", epochs=17, batch_size=48,
+             epoch_of="images")
 RECIPE = {
     "pretrain": [dict(STAGE, limit=2_000_000, own_data=True),   # "we only sampled 2M from LAIT"
                  STAGE],
-    "retrieval": dict(optimizer="adam", lr=5e-5, schedule="constant", epochs=130, batch_size=24),
+    "retrieval": dict(optimizer="adam", lr=5e-5, schedule="constant", epochs=130, batch_size=24,
+                      epoch_of="images"),
 }
 
 TASKS = ("pretrain", "retrieval")
@@ -498,8 +514,8 @@ def mask_regions(regions, boxes, region_mask, prob=0.15, zero=0.9, twin_iou=0.4)
     The feature of a share `zero` of them becomes 0, the others keep theirs. Regions that overlap a
     zeroed one by more than twin_iou become 0 too: they show what is to be predicted.
     regions: (B, R, F); boxes: (B, R, 4); region_mask: (B, R), 1 = a region -> regions (B, R, F),
-    positions (B, M), live (B, M) bool, False = not hidden. M depends on R alone: the mean and four
-    standard deviations.
+    positions (B, M), live (B, M) bool, False = not hidden, and gone (B, R) bool: which regions are
+    0 now, twins included. M depends on R alone: the mean and four standard deviations.
     """
     # which: one number a region, below `prob` = hidden, and below `prob * zero` = zeroed
     count = region_mask.shape[1]
@@ -513,8 +529,8 @@ def mask_regions(regions, boxes, region_mask, prob=0.15, zero=0.9, twin_iou=0.4)
     zeroed = torch.zeros_like(region_mask, dtype=torch.bool)        # (B, R)
     zeroed = zeroed.scatter(1, positions, value < prob * zero)
     twins = (box_iou(boxes) > twin_iou) & zeroed[:, None]           # (B, R, R)
-    gone = zeroed | twins.any(-1)
-    return regions.masked_fill(gone.unsqueeze(-1), 0), positions, live
+    gone = (zeroed | twins.any(-1)) & region_mask.bool()
+    return regions.masked_fill(gone.unsqueeze(-1), 0), positions, live, gone
 
 
 @torch.no_grad()
@@ -551,12 +567,12 @@ def mismatch(ids, n):
 def candidate_pairs(ids, pool, directions):
     """Section 4.4: the matched pairs of a batch, then P - 1 negatives of each in each direction.
 
-    ids: (B,) image ids; pool: P, lowered in a batch of fewer; directions: a tuple of W words,
-    "text" = other sentences for each image, "image" = other images for each sentence
+    ids: (B,) image ids; pool: P, at most B; directions: a tuple of W words, "text" = other
+    sentences for each image, "image" = other images for each sentence
     -> index of the image and index of the sentence, both (B + W * B * (P-1),), and live
     (W, B, P-1) bool: False where the batch has too few other images for this negative.
     """
-    count = max(1, min(pool, len(ids)) - 1)
+    count = pool - 1
     own = torch.arange(len(ids), device=ids.device)
     repeated = own.repeat_interleave(count)                         # (B * (P-1),)
 
@@ -572,6 +588,14 @@ def candidate_pairs(ids, pool, directions):
             sentence.append(repeated)
         live.append(found)
     return torch.cat(image), torch.cat(sentence), torch.stack(live)
+
+
+def check_size(size, least, flag):
+    """Negatives come from the same forward pass: a SystemExit where its `size` pairs are fewer
+    than the `least` that `flag` needs."""
+    if size < least:
+        raise SystemExit(f"{flag} needs {least} pairs in a forward pass, not {size}: raise "
+                         "--batch_size (processes and --accum divide it)")
 
 
 def pair_up(batch, image, sentence):
@@ -668,19 +692,22 @@ class ImageBert(nn.Module):
         """Section 4.3: the sum of the four tasks."""
         # Eq. 5 needs mismatched pairs: the last half of the batch, so that matched ones come first
         cfg, size = self.cfg, len(batch["image_id"])
-        swapped = size // 2 if cfg.itm else 0
+        swapped = 0
+        if cfg.itm:
+            check_size(size, 2, "--itm")
+            swapped = size // 2
         matched = size - swapped
         image, sentence, y = mismatch(batch["image_id"], swapped)
         pairs = pair_up(batch, image, sentence)
 
         # the transformer reads all pairs with words and regions hidden
-        read, positions, truth = self.hide(pairs)
+        read, positions, truth, measures = self.hide(pairs)
         cls, words, regions = self.encode(read, positions)
 
         # conditional mask: the masked losses are of matched pairs only
         predictions = self.predict_hidden(words[:matched], regions[:matched])
         truth = {name: tensor[:matched] for name, tensor in truth.items()}
-        losses, measures = {}, {}
+        losses = {}
         if cfg.mlm:
             losses["mlm"] = mlm_loss(predictions["mlm"], truth["mlm"])                      # Eq. 2
         if cfg.moc:
@@ -693,18 +720,20 @@ class ImageBert(nn.Module):
         if cfg.itm:
             scores = self.itm_head(cls).squeeze(-1)                                         # (B,)
             losses["itm"] = itm_loss(scores, y)                                             # Eq. 5
-            measures["itm_acc"] = ((scores > 0) == y.bool()).float().mean()
+            measures["itm_acc"] = ((scores.detach() > 0) == y.bool()).float().mean()
         return self.total(losses, **measures)
 
     def hide(self, pairs):
-        """Hides words and regions -> (pairs as the transformer reads them, positions, truth).
+        """Hides words and regions -> (pairs as the transformer reads them, positions, truth,
+        measures).
 
         positions: of the hidden words and regions, as encode() takes them; none are (B, 0).
         truth, for the tasks that are trained: "mlm" and "moc" labels (B, M), -100 = none; "mrfr"
         features (B, M, F), of which those count that are "live" (B, M) bool.
+        measures, for the log: "zeroed", the share of regions that are read as zeros.
         """
         cfg, text = self.cfg, pairs["text"]
-        read, truth = dict(pairs), {}
+        read, truth, measures = dict(pairs), {}, {}
         positions = {"words": text[:, :0], "regions": text[:, :0]}
 
         # words, but never [CLS], [SEP] or padding
@@ -716,16 +745,17 @@ class ImageBert(nn.Module):
         # regions; labels and features from before the masking are what heads must predict
         if cfg.moc or cfg.mrfr:
             regions, boxes = pairs["regions"].float(), pairs["regions_box"].float()
-            read["regions"], at, live = mask_regions(
-                regions, boxes, pairs["regions_mask"], cfg.region_prob, cfg.region_zero,
-                cfg.twin_iou)
+            mask = pairs["regions_mask"]
+            read["regions"], at, live, gone = mask_regions(
+                regions, boxes, mask, cfg.region_prob, cfg.region_zero, cfg.twin_iou)
             positions["regions"] = at
+            measures["zeroed"] = gone.sum() / mask.sum().clamp(min=1)
         if cfg.moc:
             labels = pairs["regions_label"].gather(1, at)                                   # (B, M)
             truth["moc"] = labels.masked_fill(~live | (labels < 0), -100)
         if cfg.mrfr:
             truth["mrfr"], truth["live"] = pick(regions, at), live
-        return read, positions, truth
+        return read, positions, truth, measures
 
     def predict_hidden(self, words, regions):
         """The transformer's output at hidden words and regions, (B, M, D) each -> predictions:
@@ -745,6 +775,7 @@ class ImageBert(nn.Module):
         """Section 4.4, without masks: any weighted sum of Eq. 6, 7 and 9, of matched pairs against
         P - 1 negatives in one or both directions."""
         cfg, size = self.cfg, len(batch["image_id"])
+        check_size(size, cfg.pool, f"--pool {cfg.pool}")
         directions = DIRECTIONS[cfg.negatives]
         image, sentence, live = candidate_pairs(batch["image_id"], cfg.pool, directions)
 
@@ -773,6 +804,7 @@ class ImageBert(nn.Module):
                                              live.any(-1), cfg.margin)              # Eq. 9
 
         # how often the matched pair comes first among its P candidates
+        positive, negative = positive.detach(), negative.detach()
         best = negative.masked_fill(~live, -torch.inf).amax(-1)                     # (W, B)
         return self.total(losses, first=(positive > best).float().mean())
 
@@ -802,7 +834,7 @@ class ImageBert(nn.Module):
     def masked_predictions(self, batch):
         """Matched pairs, masked as in training -> {"mlm": (predicted, true), "moc": ...}, both
         (B, M) int64, -100 = nothing hidden here."""
-        read, positions, truth = self.hide(batch)
+        read, positions, truth, _ = self.hide(batch)
         _, words, regions = self.encode(read, positions)
         logits = self.predict_hidden(words, regions)
         return {task: (logits[task].argmax(-1), truth[task])

@@ -1,8 +1,10 @@
 """models/conlip.py against the paper, written down a second time with explicit loops in float64."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import socket
 
 import pytest
@@ -16,6 +18,7 @@ import eval as evaluation
 import train
 from models import conlip
 from models.conlip import Config, ConLIP, Keys, QueueLogSum
+from tools import weights
 
 KINDS = ("con", "vanilla", "none")
 CONTRASTS = {"dcl": conlip.dcl_loss, "infonce": conlip.infonce_loss}
@@ -26,7 +29,7 @@ CONTRASTS = {"dcl": conlip.dcl_loss, "infonce": conlip.infonce_loss}
 
 def small(**over):
     """A Config of which few sizes are equal, so that a mixed-up axis is an error."""
-    sizes = dict(image_size=48, patch=16, width=24, vision_layers=2, text_layers=1, heads=3,
+    sizes = dict(image_size=24, patch=8, width=24, vision_layers=2, text_layers=1, heads=3,
                  mlp_ratio=2, dropout=0.0, max_text=11, positions=14, vocab_size=57, pad_id=0,
                  cls_id=2, sep_id=3, mask_id=4, first_word=6, queue_size=21, queue_chunk=8)
     return Config(**{**sizes, **over})
@@ -60,6 +63,16 @@ def doubled(model, batch):
     return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
 
 
+def named(model):
+    """The weights and buffers by name, in the graph of autograd."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def real_words(batch, b):
+    """Sentence b without its padding."""
+    return batch["text"][b, :batch["text_mask"][b].sum()]
+
+
 def close(a, b, tol=1e-9):
     """Tensors, numbers or lists of numbers."""
     a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (a, b))
@@ -69,123 +82,170 @@ def close(a, b, tol=1e-9):
 # --------------------------------------------------------------------------------------------------
 # The paper, with loops
 
-def linear(layer, x):
-    return torch.stack([(layer.weight[o] * x).sum() + layer.bias[o]
-                        for o in range(len(layer.bias))])
+# They read the weights by name, w: {name: tensor}, and know nothing of the model's modules. One
+# picture or one sentence at a time; a sentence comes without its padding.
+
+def inside(w, prefix):
+    """The weights of one part, without its name."""
+    return {k.removeprefix(prefix + "."): t for k, t in w.items() if k.startswith(prefix + ".")}
 
 
-def norm(layer, x):
-    mean = x.sum() / len(x)
-    variance = ((x - mean) ** 2).sum() / len(x)
-    return (x - mean) / (variance + layer.eps).sqrt() * layer.weight + layer.bias
+def depth(w):
+    """How many blocks a tower or a head stores."""
+    return 1 + max(int(k.split(".")[1]) for k in w if k.startswith("blocks."))
 
 
-def gelu(x):
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+def linear(w, name, x):
+    return x @ w[name + ".weight"].T + w[name + ".bias"]
 
 
-def feed(mlp, x):
-    return linear(mlp[2], gelu(linear(mlp[0], x)))
+def norm(w, name, x, eps):
+    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
+    return (x - mean) / (variance + eps).sqrt() * w[name + ".weight"] + w[name + ".bias"]
 
 
-def attention(queries, keys, values, heads, valid=None):
-    """One token after the other, one head after the other; valid: which keys count.
+def active(x, act):
+    return x * (x > 0) if act == "relu" else x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
-    -> outputs, [token][head] -> weights.
+
+def feed(w, x, act):
+    return linear(w, "mlp.2", active(linear(w, "mlp.0", x), act))
+
+
+def attention(queries, keys, values, heads):
+    """One token after the other, one head after the other -> outputs (S, D), weights (S, heads, L).
     """
-    d, out, weights = len(queries[0]) // heads, [], []
-    for q in queries:
-        parts, row = [], []
+    d, out, weights = queries.shape[1] // heads, [], []
+    for query in queries:
+        parts, rows = [], []
         for h in range(heads):
-            s = slice(h * d, h * d + d)
-            e = [((q[s] * k[s]).sum() / math.sqrt(d)).exp() for k in keys]
-            e = [x * (valid is None or valid[j]) for j, x in enumerate(e)]
-            row.append([x / sum(e) for x in e])
-            parts.append(sum(w * v[s] for w, v in zip(row[-1], values)))
+            own = slice(h * d, h * d + d)
+            e = (keys[:, own] @ query[own] / math.sqrt(d)).exp()                 # (L,)
+            rows.append(e / e.sum())
+            parts.append(rows[-1] @ values[:, own])
         out.append(torch.cat(parts))
-        weights.append(row)
-    return out, weights
+        weights.append(torch.stack(rows))
+    return torch.stack(out), torch.stack(weights)
 
 
-def self_attention(layer, x, valid=None):
-    """x: list of states -> what the layer makes of them, weights."""
-    d = len(x[0])
-    qkv = [linear(layer.qkv, t) for t in x]
-    q, k, v = ([t[n * d:n * d + d] for t in qkv] for n in range(3))
-    out, weights = attention(q, k, v, layer.heads, valid)
-    return [linear(layer.out, o) for o in out], weights
+def self_attention(w, x, heads):
+    d, qkv = x.shape[1], linear(w, "attention.qkv", x)
+    out, _ = attention(qkv[:, :d], qkv[:, d:2 * d], qkv[:, 2 * d:], heads)
+    return linear(w, "attention.out", out)
 
 
-def cross_attention(layer, x, context, valid=None):
-    d = len(x[0])
-    q = [linear(layer.query, t) for t in x]
-    kv = [linear(layer.key_value, t) for t in context]
-    out, weights = attention(q, [t[:d] for t in kv], [t[d:] for t in kv], layer.heads, valid)
-    return [linear(layer.out, o) for o in out], weights
+def cross_attention(w, x, context, heads):
+    d, key_value = x.shape[1], linear(w, "cross.key_value", context)
+    query = linear(w, "cross.query", x)
+    out, weights = attention(query, key_value[:, :d], key_value[:, d:], heads)
+    return linear(w, "cross.out", out), weights
 
 
-def ref_vit(vit, image, masked=(), mask_token=None):
-    """Eq. 1, 3: one image (3, H, W) -> list of P+1 states."""
-    p, w = vit.patch, vit.patch_embed.weight
-    x = [vit.cls_token[0, 0]]
-    for i in range(image.shape[1] // p):
-        for j in range(image.shape[2] // p):
-            if len(x) - 1 in masked:
-                x.append(mask_token[0, 0])
-                continue
-            pixels = image[:, i * p:i * p + p, j * p:j * p + p]
-            x.append(torch.stack([(row * pixels).sum() for row in w]) + vit.patch_embed.bias)
+def ref_stem(w, image, cfg):
+    """(3, H, W) -> (P, D), row by row."""
+    if cfg.stem == "conv":
+        x = F.conv2d(image, w["patch_embed.0.weight"], w["patch_embed.0.bias"], cfg.patch // 4)
+        for n in (2, 4):
+            weight, bias = w[f"patch_embed.{n}.weight"], w[f"patch_embed.{n}.bias"]
+            x = F.conv2d(active(x, cfg.act), weight, bias, stride=2, padding=1)
+        return x.flatten(1).T
 
-    x = [t + vit.pos_embed[0, n] for n, t in enumerate(x)]
-    for block in vit.blocks:
-        a, _ = self_attention(block.attention, [norm(block.attention_norm, t) for t in x])
-        x = [t + o for t, o in zip(x, a)]
-        x = [t + feed(block.mlp, norm(block.mlp_norm, t)) for t in x]
-    return [norm(vit.norm, t) for t in x]
+    p, x = cfg.patch, []
+    for top in range(0, image.shape[1], p):
+        for left in range(0, image.shape[2], p):
+            pixels = image[:, top:top + p, left:left + p]
+            x.append((w["patch_embed.weight"] * pixels).sum((1, 2, 3)) + w["patch_embed.bias"])
+    return torch.stack(x)
 
 
-def ref_bert_layer(block, x, valid=None, context=None, context_valid=None):
-    """Post-norm; with a context the weights are those of cross-attention."""
-    a, weights = self_attention(block.attention, x, valid)
-    x = [norm(block.attention_norm, t + o) for t, o in zip(x, a)]
+def ref_vit(w, image, cfg, hidden=(), mask_token=None):
+    """Eq. 1, 3: (3, H, W) -> (P+1, D); hidden: the patches that are masked."""
+    # what is hidden is black before any convolution, and the mask token behind it
+    image, p = image.clone(), cfg.patch
+    columns = image.shape[2] // p
+    for n in hidden:
+        top, left = n // columns * p, n % columns * p
+        image[:, top:top + p, left:left + p] = 0
+    x = list(ref_stem(w, image, cfg))
+    for n in hidden:
+        x[n] = mask_token[0, 0]
+    x = torch.stack([w["cls_token"][0, 0], *x]) + w["pos_embed"][0]
+
+    for n in range(depth(w)):
+        block = inside(w, f"blocks.{n}")
+        x = x + self_attention(block, norm(block, "attention_norm", x, 1e-6), cfg.heads)
+        x = x + feed(block, norm(block, "mlp_norm", x, 1e-6), cfg.act)
+    return norm(w, "norm", x, 1e-6)
+
+
+def ref_bert_layer(w, x, cfg, context=None):
+    """-> (S, D), weights of cross-attention (S, heads, L)."""
+    weights = None
+    x = norm(w, "attention_norm", x + self_attention(w, x, cfg.heads), 1e-12)
     if context is not None:
-        a, weights = cross_attention(block.cross, x, context, context_valid)
-        x = [norm(block.cross_norm, t + o) for t, o in zip(x, a)]
-    return [norm(block.mlp_norm, t + feed(block.mlp, t)) for t in x], weights
+        change, weights = cross_attention(w, x, context, cfg.heads)
+        x = norm(w, "cross_norm", x + change, 1e-12)
+    return norm(w, "mlp_norm", x + feed(w, x, cfg.act), 1e-12), weights
 
 
-def ref_bert(bert, ids, valid):
-    """Eq. 1, 3: one sentence (T,) -> list of T states."""
-    e, x = bert.embeddings, []
+def ref_bert(w, ids, cfg):
+    """Eq. 1, 3: ids (T,) of a sentence -> (T, D)."""
+    x = []
     for n, i in enumerate(ids.tolist()):
-        x.append(norm(e.norm, e.words.weight[i] + e.positions.weight[n] + e.segments.weight[0]))
-    for block in bert.blocks:
-        x, _ = ref_bert_layer(block, x, valid)
+        x.append(w["embeddings.words.weight"][i] + w["embeddings.positions.weight"][n]
+                 + w["embeddings.segments.weight"][0])
+    x = norm(w, "embeddings.norm", torch.stack(x), 1e-12)
+    for n in range(depth(w)):
+        x, _ = ref_bert_layer(inside(w, f"blocks.{n}"), x, cfg)
     return x
+
+
+def ref_head(w, x, context, cfg):
+    """-> (S, D), weights (layers, S, heads, L)."""
+    weights = []
+    for n in range(cfg.head_layers):
+        block = inside(w, f"blocks.{0 if cfg.head_shared else n}")
+        x, found = ref_bert_layer(block, x, cfg, context)
+        weights.append(found)
+    return x, torch.stack(weights)
+
+
+def ref_context(kind, complete, masked):
+    """Section 3.2: [h_cls; h_1*, h_2*, ...]; section 3.1, vanilla: [h_cls, h_1, ...]."""
+    return complete if kind == "vanilla" else torch.cat([complete[:1], masked[1:]])
+
+
+def ref_word_loss(w, x, true, act="gelu"):
+    """Eq. 5, one masked word: -log P(true) by BERT's head, its state x (D,)."""
+    x = active(linear(w, "mlm_head.transform.0", x), act)
+    x = norm(w, "mlm_head.transform.2", x, 1e-12)
+    logits = w["text.embeddings.words.weight"] @ x + w["mlm_head.bias"]
+    return logits.exp().sum().log() - logits[true]
+
+
+def ref_pixel_losses(w, x, image, n, p):
+    """Eq. 6, one masked patch n: |y - z| of its p * p * 3 values, its state x (D,)."""
+    top, left = n // (image.shape[2] // p) * p, n % (image.shape[2] // p) * p
+    true = [image[c, top + i, left + j] for i in range(p) for j in range(p) for c in range(3)]
+    return (torch.stack(true) - linear(w, "mim_head", x)).abs()
 
 
 def ref_sim(x, y):
     """Eq. 2."""
-    dot = sum(a * b for a, b in zip(x, y))
-    return dot / (math.sqrt(sum(a * a for a in x)) * math.sqrt(sum(b * b for b in y)))
+    return (x * y).sum() / ((x * x).sum().sqrt() * (y * y).sum().sqrt())
 
 
 def ref_contrast(kind, q, k, ids, queue, queue_ids, tau):
-    """Eq. 9 or 10-11 of each row; tensors in, a list of plain numbers out."""
-    q, k, ids, queue, queue_ids = (x.tolist() for x in (q, k, ids, queue, queue_ids))
-    out = []
-    for i in range(len(q)):
-        positive = math.exp(ref_sim(q[i], k[i]) / tau)
-        others = [key for key, image in zip(queue, queue_ids) if image != ids[i]]
-        total = sum(math.exp(ref_sim(q[i], key) / tau) for key in others)
-
-        if not others:
-            out.append(0.0)
-        elif kind == "infonce":
-            out.append(-math.log(positive / (positive + total)))
-        else:
-            out.append(-math.log(positive) + math.log(total))
-    return out
+    """Eq. 9 or 10-11, row by row -> (R,)."""
+    rows = []
+    for query, key, own in zip(q, k, ids.tolist()):
+        positive = (ref_sim(query, key) / tau).exp()
+        others = [(ref_sim(query, other) / tau).exp()
+                  for other, image in zip(queue, queue_ids.tolist()) if image != own]
+        total = sum(others) + (positive if kind == "infonce" else 0)
+        rows.append(-(positive / total).log() if others else torch.zeros_like(positive))
+    return torch.stack(rows)
 
 
 def contrast_data(r=5, d=6, q=13):
@@ -200,23 +260,26 @@ def contrast_data(r=5, d=6, q=13):
 
 def test_conlip_eq1():
     model, batch = doubled(make_model(task="retrieval"), make_batch(small()))
-    image, text = model.vision(batch["image"]), model.text(batch["text"], batch["text_mask"])
-    for b in (0, 2):
-        close(image[b], torch.stack(ref_vit(model.vision, batch["image"][b])))
-        valid = batch["text_mask"][b].tolist()
-        n = sum(valid)
-        close(text[b][:n], torch.stack(ref_bert(model.text, batch["text"][b], valid))[:n])
+    w, image, text = named(model), [], []
+    for b in range(4):
+        image.append(ref_vit(inside(w, "vision"), batch["image"][b], model.cfg))
+        text.append(ref_bert(inside(w, "text"), real_words(batch, b), model.cfg))
+    states = model.text(batch["text"], batch["text_mask"])
+    close(model.vision(batch["image"]), torch.stack(image))
+    for b in range(4):
+        close(states[b, :len(text[b])], text[b])
 
-    # float32 by design
-    close(model.encode_image(batch), F.normalize(image[:, 0], dim=-1), 1e-6)
-    close(model.encode_text(batch), F.normalize(text[:, 0], dim=-1), 1e-6)
+    # float32 by design, of unit length, from the trained towers
+    for encode, cls in ((model.encode_image, [x[0] for x in image]),
+                        (model.encode_text, [x[0] for x in text])):
+        close(encode(batch), torch.stack([x / (x * x).sum().sqrt() for x in cls]), 1e-6)
 
 
 def test_conlip_eq2():
     """The cosine of the [CLS] states, and of nothing else."""
     x, y = torch.randn(4, 3, 5), torch.randn(4, 7, 5)
     sim = (conlip.unit_cls(x) * conlip.unit_cls(y)).sum(-1)
-    close(sim, [ref_sim(a, b) for a, b in zip(x[:, 0].tolist(), y[:, 0].tolist())], 1e-6)
+    close(sim, [ref_sim(a, b) for a, b in zip(x[:, 0], y[:, 0])], 1e-6)
     assert conlip.unit_cls(x.bfloat16()).dtype == torch.float32
 
 
@@ -224,20 +287,20 @@ def test_conlip_eq2():
 def test_conlip_eq3_images(stem):
     """Masked and complete passes in one call are what they are alone, and what lies under a mask
     reaches no state."""
-    model, batch = doubled(make_model(stem=stem), make_batch(small()))
+    model, batch = doubled(make_model(stem=stem, act="relu"), make_batch(small()))
     passes = model.image_passes(batch["image"])
     close(passes.complete, model.vision(batch["image"]))
-    if stem == "patch":
-        hidden = passes.places[1].tolist()
-        masked = ref_vit(model.vision, batch["image"][1], hidden, model.mask_token)
-        close(passes.masked[1], torch.stack(masked))
+    hidden = passes.places[1].tolist()
+    masked = ref_vit(inside(named(model), "vision"), batch["image"][1], model.cfg, hidden,
+                     model.mask_token)
+    close(passes.masked[1], masked)
 
     # other pixels under the masks
     hidden = torch.zeros(4, 9, dtype=torch.bool).scatter(1, passes.places, True)
     other = batch["image"].clone()
     for b, n in hidden.nonzero().tolist():
-        row, column = n // 3 * 16, n % 3 * 16
-        other[b, :, row:row + 16, column:column + 16] = 9.0
+        row, column = n // 3 * 8, n % 3 * 8
+        other[b, :, row:row + 8, column:column + 8] = 9.0
     close(passes.masked, model.vision(other, hidden, model.mask_token), 0)
     assert not torch.equal(model.vision(other)[:, 1:], passes.complete[:, 1:])
 
@@ -293,21 +356,16 @@ def test_conlip_eq5(kind):
     text = model.text_passes(batch["text"], batch["text_mask"])
     loss = model.token_losses(batch, image, text)["mlm"]
 
-    head, weight, logs = model.mlm_head, model.text.embeddings.words.weight, []
-    dense, _, layer_norm = head.transform
+    w, logs = named(model), []
     for b in range(4):
-        context = list(image.complete[b])
-        if kind == "con":
-            context = [image.complete[b, 0], *image.masked[b, 1:]]
-        x, _ = ref_bert_layer(model.mlm_layers.blocks[0], list(text.masked[b]),
-                              batch["text_mask"][b].tolist(), context)
+        masked = None if kind == "vanilla" else image.masked[b]
+        seen = ref_context(kind, image.complete[b], masked)
+        x, _ = ref_head(inside(w, "mlm_layers"), text.masked[b, :batch["text_mask"][b].sum()], seen,
+                        model.cfg)
         for place, word in zip(text.places[b].tolist(), text.labels[b].tolist()):
-            if word == -100:
-                continue
-            t = norm(layer_norm, gelu(linear(dense, x[place])))
-            e = [((weight[v] * t).sum() + head.bias[v]).exp() for v in range(len(weight))]
-            logs.append((e[word] / sum(e)).log())
-    close(loss, -sum(logs) / len(logs), 1e-6)
+            if word != -100:
+                logs.append(ref_word_loss(w, x[place], word))
+    close(loss, sum(logs) / len(logs), 1e-6)
 
     # nothing masked: 0, not NaN
     assert conlip.conmlm_loss(torch.randn(2, 3, 7), torch.full((2, 3), -100)) == 0
@@ -322,23 +380,17 @@ def test_conlip_eq6(kind):
     text = model.text_passes(batch["text"], batch["text_mask"])
     loss = model.token_losses(batch, image, text)["mim"]
 
-    total, count = 0.0, 0
+    w, found = named(model), []
     for b in range(4):
-        context = list(text.complete[b])
-        if kind == "con":
-            context = [text.complete[b, 0], *text.masked[b, 1:]]
-        x, _ = ref_bert_layer(model.mim_layers.blocks[0], list(image.masked[b]), None, context,
-                              batch["text_mask"][b].tolist())
+        real = batch["text_mask"][b].sum()
+        masked = None if kind == "vanilla" else text.masked[b, :real]
+        seen = ref_context(kind, text.complete[b, :real], masked)
+        x, _ = ref_head(inside(w, "mim_layers"), image.masked[b], seen, model.cfg)
         for n in image.places[b].tolist():
-            z = linear(model.mim_head, x[1 + n])
-            for i in range(16):
-                for j in range(16):
-                    for c in range(3):
-                        y = batch["image"][b, c, n // 3 * 16 + i, n % 3 * 16 + j]
-                        total += (y - z[(i * 16 + j) * 3 + c]).abs().item()
-                        count += 1
-    close(loss, total / count, 1e-6)
-    assert count == 4 * round(0.5 * 9) * 768
+            found.append(ref_pixel_losses(w, x[1 + n], batch["image"][b], n, 8))
+    found = torch.cat(found)
+    close(loss, found.mean(), 1e-6)
+    assert len(found) == 4 * round(0.5 * 9) * 3 * 8 * 8
 
 
 @pytest.mark.parametrize("mlm", KINDS)
@@ -459,7 +511,7 @@ def test_conlip_eq11():
     image, text, ids = model.encode_image(batch), model.encode_text(batch), batch["image_id"]
     loss = model.inst_losses(image, text, Keys(image, text, ids))["i2t"]
     rows = ref_contrast("dcl", image, text, ids, model.queue_text, model.queue_ids, 0.05)
-    close(loss, sum(rows) / 4, 1e-5)
+    close(loss, rows.mean(), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dcl", "infonce"])
@@ -479,26 +531,20 @@ def test_conlip_eq12(kind, positive):
     for name, q, k, queue in (("i2t", image, text_key, model.queue_text),
                               ("t2i", text, image_key, model.queue_image)):
         rows = ref_contrast(kind, q, k, ids, queue, model.queue_ids, 0.05)
-        close(losses[name], sum(rows) / 4, 1e-5)
-        plain += plain_contrast(kind, q, k, ids, queue, model.queue_ids, 0.05).mean()
+        close(losses[name], rows.mean(), 1e-5)
+        plain = plain + rows.mean()
     close(model(batch)["loss"], losses["i2t"] + losses["t2i"], 1e-5)
 
+    # the loops divide by lengths: their gradient has no part along the embedding
     found = torch.autograd.grad(sum(losses.values()), (image, text))
-    for a, b in zip(found, torch.autograd.grad(plain, (image, text))):
-        close(a, b, 1e-5)
+    for x, a, b in zip((image, text), found, torch.autograd.grad(plain, (image, text))):
+        close(a - (a * x).sum(-1, keepdim=True) * x, b, 1e-5)
 
 
 def plain_sum(q, ids, queue, queue_ids, tau):
     """QueueLogSum with the whole (R, Q) matrix."""
     scores = q @ queue.T / tau
     return scores.masked_fill(ids[:, None] == queue_ids, -torch.inf).logsumexp(-1)
-
-
-def plain_contrast(kind, q, k, ids, queue, queue_ids, tau):
-    """Eq. 9 or 10-11 in three lines, for rows with negatives."""
-    positive = (q * k).sum(-1) / tau
-    negatives = plain_sum(q, ids, queue, queue_ids, tau)
-    return (negatives if kind == "dcl" else torch.logaddexp(positive, negatives)) - positive
 
 
 @pytest.mark.parametrize("chunk", [4, 5, 100])
@@ -522,6 +568,49 @@ def test_a_row_without_negatives_has_loss_and_gradient_zero(kind):
     assert (loss[1:] != 0).all() and grad.isfinite().all()
 
 
+def test_queue_scores_are_float32_under_autocast():
+    """Forward and backward: sums of exponentials of scores over 0.05 need it."""
+    q, _, ids, queue, queue_ids = (x.float() if x.is_floating_point() else x
+                                   for x in contrast_data())
+    q.requires_grad_()
+    expected = plain_sum(q, ids, queue, queue_ids, 0.05)
+    grad, = torch.autograd.grad(expected.sum(), q)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = QueueLogSum.apply(q, ids, queue, queue_ids, 0.05, 4)
+        grad_found, = torch.autograd.grad(found.sum(), q)
+    close(found, expected, 1e-5)
+    close(grad_found, grad, 1e-5)
+
+
+def test_backward_of_the_queue_is_differentiable_once():
+    """A second derivative is an error, and not a silent zero."""
+    q, _, ids, queue, queue_ids = contrast_data()
+    q.requires_grad_()
+    total = QueueLogSum.apply(q, ids, queue, queue_ids, 0.05, 4).square().sum()
+    grad, = torch.autograd.grad(total, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_token_losses_are_float32():
+    logits, labels = torch.randn(2, 3, 7).bfloat16(), torch.randint(0, 7, (2, 3))
+    y, z = torch.randn(2, 3, 12).bfloat16(), torch.randn(2, 3, 12).bfloat16()
+    for loss, args in ((conlip.conmlm_loss, (logits, labels)), (conlip.conmim_loss, (y, z))):
+        exact = [x.float() if x.is_floating_point() else x for x in args]
+        assert loss(*args).dtype == torch.float32 and torch.equal(loss(*args), loss(*exact))
+
+
+def test_one_pair_is_a_batch():
+    """Negatives are the queue's, so that a batch of one trains."""
+    model = make_model()
+    batch = {name: x[3:] for name, x in make_batch(model.cfg).items()}
+    out = model(batch)
+    out["loss"].backward()
+    model.after_backward(out)
+    assert all(value.isfinite() and value != 0 for value in out["logs"].values())
+    assert model.queue_ids[0] == 10 and model.ptr == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     """Under autocast every loss stays near its float32 value, and gradients are finite."""
@@ -536,6 +625,444 @@ def test_half_precision(dtype):
     for name, value in expected.items():
         assert abs(out["logs"][name] - value) < 0.1 * abs(value), name
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+# --------------------------------------------------------------------------------------------------
+# A step by hand
+
+def redraw(cfg, batch, images, texts):
+    """The masks of a step, drawn once more from the same seed: patches first, then words.
+
+    -> [the hidden patches of each image], [{place: (word shown, true word)} of each sentence];
+    an empty list where that side is not masked.
+    """
+    b, t = batch["text"].shape
+    side, unit, hidden, words = cfg.image_size // cfg.patch, cfg.mask_unit, [], []
+
+    # units in a random order, and of each its patches
+    if images:
+        across = side // unit
+        for row in torch.rand(b, across ** 2):
+            patches = []
+            for n in row.argsort(descending=True)[:round(cfg.mim_prob * across ** 2)].tolist():
+                top, left = n // across * unit, n % across * unit
+                patches += [(top + i) * side + left + j for i in range(unit) for j in range(unit)]
+            hidden.append(patches)
+
+    # words in a random order, and of each a die
+    if texts:
+        most = max(1, round(cfg.mlm_prob * t))
+        order, dice = torch.rand(b, t), torch.rand(b, most)
+        other = torch.randint(cfg.first_word, cfg.vocab_size, (b, most))
+        for i in range(b):
+            n = len(real_words(batch, i)) - 2
+            places = sorted(range(1, n + 1), key=lambda place: -order[i, place])
+            words.append({})
+            for j, place in enumerate(places[:max(1, round(cfg.mlm_prob * n))]):
+                true = batch["text"][i, place].item()
+                shown = true if dice[i, j] >= 0.9 else other[i, j].item()
+                words[i][place] = (cfg.mask_id if dice[i, j] < 0.8 else shown), true
+    return hidden, words
+
+
+def hand_losses(w, cfg, batch, kinds, hidden, words):
+    """Eq. 1-12 of a batch from the weights w alone -> losses, momentum keys, terms of each loss."""
+    mlm, mim = kinds
+    cls = {side: [] for side in ("vision", "text", "vision_m", "text_m")}
+    word_losses, pixel_losses = [], []
+    for b, image in enumerate(batch["image"]):
+        # complete inputs, in the trained and in the momentum towers
+        ids = real_words(batch, b)
+        states = ref_vit(inside(w, "vision"), image, cfg)
+        words_states = ref_bert(inside(w, "text"), ids, cfg)
+        cls["vision"].append(states[0])
+        cls["text"].append(words_states[0])
+        cls["vision_m"].append(ref_vit(inside(w, "vision_m"), image, cfg)[0])
+        cls["text_m"].append(ref_bert(inside(w, "text_m"), ids, cfg)[0])
+
+        # masked inputs
+        masked = masked_words = None
+        if hidden:
+            masked = ref_vit(inside(w, "vision"), image, cfg, hidden[b], w["mask_token"])
+        if words:
+            shown = ids.clone()
+            for place, (word, _) in words[b].items():
+                shown[place] = word
+            masked_words = ref_bert(inside(w, "text"), shown, cfg)
+
+        # the heads
+        if mlm != "none":
+            seen = ref_context(mlm, states, masked)
+            x, _ = ref_head(inside(w, "mlm_layers"), masked_words, seen, cfg)
+            for place, (_, true) in words[b].items():
+                word_losses.append(ref_word_loss(w, x[place], true, cfg.act))
+        if mim != "none":
+            seen = ref_context(mim, words_states, masked_words)
+            x, _ = ref_head(inside(w, "mim_layers"), masked, seen, cfg)
+            for n in hidden[b]:
+                pixel_losses.append(ref_pixel_losses(w, x[1 + n], image, n, cfg.patch))
+
+    # the contrasts: an image asks among texts, a text among images
+    key = "_m" if cfg.positive == "momentum" else ""
+    terms = {}
+    for name, q, k, queue in (("i2t", "vision", "text", "queue_text"),
+                              ("t2i", "text", "vision", "queue_image")):
+        terms[name] = ref_contrast(cfg.contrast, cls[q], cls[k + key], batch["image_id"], w[queue],
+                                   w["queue_ids"], cfg.temp)
+    if mlm != "none":
+        terms["mlm"] = torch.stack(word_losses)
+    if mim != "none":
+        terms["mim"] = torch.cat(pixel_losses)
+    keys = [torch.stack(x) / torch.stack(x).norm(dim=-1, keepdim=True)
+            for x in (cls["vision_m"], cls["text_m"])]
+    return {name: x.mean() for name, x in terms.items()}, keys, terms
+
+
+# No number is at its default, in none of the rows.
+HAND = dict(temp=0.3, momentum=0.9, mlm_prob=0.45, mim_prob=0.35, queue_size=11, queue_chunk=4)
+STEPS = {
+    "con": dict(),
+    "conv stem": dict(stem="conv", act="relu"),
+    "vanilla, online": dict(mlm="vanilla", mim="vanilla", positive="online", contrast="infonce",
+                            head_layers=2, head_shared=True),
+    "words": dict(mim="none", head_layers=2, contrast="infonce"),
+    "patches in units": dict(mlm="none", image_size=32, mask_unit=2, positive="online"),
+    "vanilla words": dict(mlm="vanilla", mim="none"),
+    "vanilla patches": dict(mlm="none", mim="vanilla"),
+    "retrieval": dict(task="retrieval"),
+}
+
+
+@pytest.mark.parametrize("row", STEPS)
+def test_a_step_by_hand(row):
+    """Losses, all gradients, what is enqueued and what the momentum towers become."""
+    over = dict(STEPS[row])
+    task = over.pop("task", "pretrain")
+    model = make_model(task, **HAND, **over)
+    batch = make_batch(model.cfg, b=5, ids=[7, 7, 9, 10, 12])
+    model, batch = doubled(model, batch)
+
+    # the queues stay float32; some of their keys are of the batch's own images, one wraps around
+    for name in ("queue_image", "queue_text"):
+        setattr(model, name, getattr(model, name).float())
+    model.queue_ids.copy_(torch.tensor([7, -1, 10, 7, 3, -1, 9, 12, 4, 4, -1]))
+    model.ptr.fill_(8)
+    w = {name: t.detach().clone().double() if t.is_floating_point() else t.clone()
+         for name, t in named(model).items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name in trained:
+        w[name].requires_grad_()
+
+    # masks of which every kind is there: [MASK], another word, the word itself
+    cfg, kinds = model.cfg, (model.mlm, model.mim)
+    for seed in range(100):
+        torch.manual_seed(seed)
+        hidden, words = redraw(cfg, batch, kinds[1] != "none" or kinds[0] == "con",
+                               kinds[0] != "none" or kinds[1] == "con")
+        shown = [pair for sentence in words for pair in sentence.values()]
+        found = {"[MASK]" if a == cfg.mask_id else a == b for a, b in shown}
+        if len(found) == 3 or not words:
+            break
+
+    # the model's step
+    torch.manual_seed(seed)
+    out = model(batch)
+    out["loss"].backward()
+    model.after_backward(out)
+
+    # ours; every loss is alive
+    losses, keys, terms = hand_losses(w, cfg, batch, kinds, hidden, words)
+    loss = sum(losses.values())
+    loss.backward()
+    assert all((x != 0).sum() == len(x) > 4 for x in terms.values())
+    assert not words or len(found) == 3
+
+    # values and gradients
+    assert set(out["logs"]) == set(losses)
+    for name, value in losses.items():
+        close(out["logs"][name], value, 1e-5)
+    close(out["loss"], loss, 1e-5)
+    for name in trained:
+        torch.testing.assert_close(model.get_parameter(name).grad, w[name].grad, rtol=1e-4,
+                                   atol=1e-6, msg=lambda text: f"{row}, {name}: {text}")
+
+    # the queues took in the momentum keys, from place 8 on
+    for name, new in zip(("queue_image", "queue_text"), keys):
+        expected = w[name].clone()
+        for i, place in enumerate((8, 9, 10, 0, 1)):
+            expected[place] = new[i]
+        close(getattr(model, name), expected, 1e-6)
+    assert model.queue_ids.tolist() == [10, 12, 10, 7, 3, -1, 9, 12, 7, 7, 9] and model.ptr == 2
+
+    # an optimizer's step, then Eq. 8
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).sub_(0.3 * w[name].grad)
+    model.after_step(1, 10)
+    for name, p in model.named_parameters():
+        if name.startswith(("vision_m.", "text_m.")):
+            student = w[name.replace("_m.", ".", 1)]
+            close(p, 0.9 * w[name] + 0.1 * (student - 0.3 * student.grad), 1e-6)
+
+
+def test_pictures_that_are_no_squares():
+    """Rows and columns are not mixed up: 16 x 40 pixels are 2 x 5 patches."""
+    model, batch = doubled(make_model(mask_unit=1), make_batch(small()))
+    image = torch.randn(4, 3, 16, 40, dtype=torch.float64)
+    passes = model.image_passes(image)
+    assert passes.places.shape == (4, 5) and passes.places.max() == 9
+    w = inside(named(model), "vision")
+    w = w | {"pos_embed": conlip.resize_pos_embed(model.vision.pos_embed, 2, 5)}
+    for b in range(4):
+        hidden = passes.places[b].tolist()
+        close(passes.masked[b], ref_vit(w, image[b], model.cfg, hidden, model.mask_token))
+    for n, pixels in enumerate(conlip.patchify(image, 8)[1]):
+        top, left = n // 5 * 8, n % 5 * 8
+        close(pixels, image[1, :, top:top + 8, left:left + 8].permute(1, 2, 0).flatten())
+
+
+# --------------------------------------------------------------------------------------------------
+# Every setting matters
+
+# A field of Config, another legal value (in comparison with small() and `given`), and the first
+# thing that changes: the names of weights whose shapes do, the start of weights, the losses, the
+# gradients, the momentum towers; or nothing here, for fields that the tests behind look at.
+BLOCKS = ("vision.blocks", "text.blocks", "mlm_layers.blocks", "mim_layers.blocks")
+SETTINGS = [
+    ("image_size", 48, ("vision.pos_embed",), {}),
+    ("patch", 12, ("vision.pos_embed", "vision.patch_embed", "mim_head"), {}),
+    ("stem", "conv", ("vision.patch_embed",), {}),
+    ("width", 30, ("vision.", "text.", "mlm_", "mim_", "mask_token", "queue_"), {}),
+    ("vision_layers", 3, ("vision.blocks.2",), {}),
+    ("text_layers", 2, ("text.blocks.1",), {}),
+    ("heads", 4, "losses", {}),
+    ("mlp_ratio", 3, BLOCKS, {}),
+    ("act", "relu", "losses", {}),
+    ("dropout", 0.1, "losses", {}),
+    ("max_text", 9, "nothing", {}),             # test_max_text_is_the_width_of_a_batch
+    ("positions", 16, ("text.embeddings.positions",), {}),
+    ("vocab_size", 60, ("text.embeddings.words", "mlm_head.bias"), {}),
+    ("pad_id", 9, "gradients", {}),
+    ("cls_id", 9, "losses", {}),
+    ("sep_id", 9, "losses", {}),
+    ("mask_id", 5, "losses", {}),
+    ("first_word", 30, "losses", {"mlm_prob": 1.0}),
+    ("queue_size", 25, ("queue_",), {}),
+    ("momentum", 0.9, "teachers", {}),
+    ("temp", 0.1, "losses", {}),
+    ("contrast", "infonce", "losses", {"temp": 0.5}),
+    ("positive", "online", "losses", {}),
+    ("mlm", "vanilla", "losses", {}),
+    ("mlm", "none", ("mlm_",), {}),
+    ("mim", "vanilla", "losses", {}),
+    ("mim", "none", ("mim_",), {}),
+    ("mlm_prob", 0.4, "losses", {}),
+    ("mim_prob", 0.7, "losses", {}),
+    ("mask_unit", 2, "losses", {"image_size": 32}),
+    ("head_layers", 2, ("mlm_layers.blocks.1", "mim_layers.blocks.1"), {}),
+    ("head_shared", True, ("mlm_layers.blocks.1", "mim_layers.blocks.1"), {"head_layers": 2}),
+    ("queue_chunk", 5, "nothing", {}),          # test_queue_chunk_is_memory_alone
+    ("init_std", 0.08, "start", {}),
+    ("pos_std", 0.5, "start", {}),
+    ("checkpointing", True, "nothing", {}),     # test_checkpointing_is_memory_alone
+]
+
+
+def a_step(**settings):
+    """What a step of pre-training makes of the same seeds -> {what: {name: tensor}}."""
+    cfg = small(**settings)
+    torch.manual_seed(0)
+    model = ConLIP(cfg).train()
+    seen = {"shapes": {}, "start": {name: t.clone() for name, t in model.state_dict().items()}}
+    for name, t in seen["start"].items():
+        seen["shapes"][name] = torch.tensor(t.shape)
+
+    # momentum towers become unlike their students; ids are small()'s, whatever the settings say
+    torch.manual_seed(1)
+    shake(model)
+    batch = make_batch(small(image_size=cfg.image_size))
+    batch["text"][0, 1] = batch["text"][1, 1] = 9
+    torch.manual_seed(2)
+    out = model(batch)
+    out["loss"].backward()
+    seen["losses"] = out["logs"]
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    seen["gradients"] = {name: p.grad.clone() for name, p in trained.items()}
+    with torch.no_grad():
+        for p in trained.values():
+            p.sub_(0.1 * p.grad)
+    model.after_step(1, 10)
+    seen["teachers"] = {name: t for name, t in model.state_dict().items() if "_m." in name}
+    return seen
+
+
+def different(a, b):
+    """The names at which two dicts of tensors differ by more than rounding."""
+    return {name for name in set(a) | set(b)
+            if name not in a or name not in b or a[name].shape != b[name].shape
+            or not torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6)}
+
+
+def test_the_table_of_settings_is_whole():
+    assert {row[0] for row in SETTINGS} == {field.name for field in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize("field, value, what, given", SETTINGS)
+def test_every_setting_matters(field, value, what, given):
+    base, other = a_step(**given), a_step(**given, **{field: value})
+    changed = {name: different(base[name], other[name]) for name in base}
+    if isinstance(what, tuple):
+        names = {name.replace("_m.", ".") for name in changed["shapes"]}
+        assert all(name.startswith(what) for name in names)
+        assert all(any(name.startswith(part) for name in names) for part in what)
+        return
+
+    # the first of them, and nothing before
+    first = next((name for name in changed if changed[name]), "nothing")
+    assert first == what
+    if field == "pos_std":
+        assert {name.replace("_m.", ".") for name in changed["start"]} == {
+            "vision.pos_embed", "vision.cls_token"}
+
+
+def test_queue_chunk_is_memory_alone(monkeypatch):
+    """So many keys are scored at a time, in both directions and again in backward."""
+    sizes, scores = [], QueueLogSum.scores
+
+    def noted(*args):
+        for keys, scored in scores(*args):
+            sizes.append(tuple(scored.shape))
+            yield keys, scored
+
+    monkeypatch.setattr(QueueLogSum, "scores", staticmethod(noted))
+    model = make_model("retrieval", queue_chunk=8)
+    out = model(make_batch(model.cfg))
+    assert sizes == 2 * [(4, 8), (4, 8), (4, 5)]
+    out["loss"].backward()
+    assert sizes == 4 * [(4, 8), (4, 8), (4, 5)]
+
+
+def saved_bytes(model, batch):
+    """A step -> the shapes of what autograd keeps for backward, the bytes, losses, gradients."""
+    kept = {}
+
+    def note(t):
+        kept[t.data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        torch.manual_seed(4)
+        out = model(batch)
+        shapes = {tuple(t.shape) for t in kept.values()}
+        total = sum(t.numel() * t.element_size() for t in kept.values())
+    out["loss"].backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return shapes, total, out["logs"], grads
+
+
+def test_checkpointing_is_memory_alone():
+    """Less is kept for backward; losses, gradients, masks and dropout are the same."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = make_model(checkpointing=checkpointing, dropout=0.3)
+        found.append(saved_bytes(model, make_batch(model.cfg)))
+    (_, much, logs, grads), (_, little, logs_again, grads_again) = found
+    assert little < 0.75 * much
+    assert not different(logs, logs_again) and not different(grads, grads_again)
+
+
+def test_no_matrix_of_queue_scores_is_kept():
+    model = make_model("retrieval", queue_size=21, queue_chunk=100)
+    shapes, _, _, _ = saved_bytes(model, make_batch(model.cfg))
+    assert (21, 24) in shapes                                # the queue itself is
+    assert (4, 21) not in shapes and (21, 4) not in shapes
+
+
+def test_max_text_is_the_width_of_a_batch(photos, tmp_path, monkeypatch):
+    widths, loss = [], ConLIP.loss_pretrain
+
+    def noted(model, batch):
+        widths.append(batch["text"].shape[1])
+        return loss(model, batch)
+
+    monkeypatch.setattr(ConLIP, "loss_pretrain", noted)
+    train.main([*SMALL, *photos, "--max_text", "6", "--steps", "1", "--evals", "none",
+                "--out", str(tmp_path)])
+    assert widths == [6]
+
+
+# --------------------------------------------------------------------------------------------------
+# Dropout
+
+def runs_differ(part, *inputs):
+    torch.manual_seed(0)
+    return not torch.equal(part(*inputs), part(*inputs))
+
+
+def test_dropout_is_where_bert_has_it():
+    """On embeddings, on attention probabilities and on what each part of a layer puts out; in the
+    text tower and in the heads, in training alone."""
+    model = ConLIP(small(dropout=0.4)).train()
+    batch, x = make_batch(model.cfg), torch.randn(2, 5, 24)
+    embeddings = model.text.embeddings
+    blocks = [model.text.blocks[0], model.mlm_layers.blocks[0], model.mim_layers.blocks[0]]
+    for training in (True, False):
+        model.train(training)
+        assert runs_differ(embeddings, batch["text"]) == training
+        for block in blocks:
+            assert block.drop.p == block.attention.dropout == 0.4
+            assert runs_differ(block.attention, x) == training
+            assert runs_differ(block.feed, x) == training
+            if hasattr(block, "cross"):
+                assert block.cross.dropout == 0.4
+                context = block.cross.context(x)
+                assert runs_differ(block.cross, x, context) == training
+
+        # the ViT has none, nor have teachers
+        assert not runs_differ(model.vision, batch["image"])
+        assert not runs_differ(model.text_m, batch["text"], batch["text_mask"])
+        assert runs_differ(model.encode_text, batch) == training
+    assert embeddings.drop.p == 0.4
+
+    # what self-attention and cross-attention put out, where probabilities stay whole
+    model.train()
+    for block in blocks:
+        block.attention.dropout = 0.0
+        assert runs_differ(block.self_attend, x)
+        if hasattr(block, "cross"):
+            block.cross.dropout = 0.0
+            context = block.cross.context(x)
+            assert runs_differ(block.cross_attend, x, context)
+
+
+# --------------------------------------------------------------------------------------------------
+# How weights start
+
+def test_how_weights_start():
+    """init_std for matrices, zero for biases; the image tower as init_vit() says; the pixel head
+    and the mask token small: at tiny's 0.08 ConMIM ended in one guess for all patches."""
+    model = ConLIP(small(image_size=96, width=96, stem="conv", init_std=0.08, pos_std=0.5))
+    state, towers = model.state_dict(), ("vision_m.", "text_m.")
+    stds = [(r"vision\.(pos_embed|cls_token)", 0.5), (r"vision\.blocks\.\d\.attention\.out", 0.02),
+            (r"vision\.blocks\.\d\.mlp\.2", 0.02), (r"mim_head|mask_token", 0.02),
+            (r"vision\.patch_embed\.0", math.sqrt(2 / (3 * 2 * 2))),
+            (r"vision\.patch_embed\.[24]", math.sqrt(2 / (48 * 3 * 3))), (r"", 0.08)]
+    for name, t in state.items():
+        if name.startswith(("queue_", "ptr", *towers)):
+            continue
+        if "norm" in name or "transform.2" in name:
+            assert torch.equal(t, torch.ones_like(t) * name.endswith("weight")), name
+        elif name.endswith("bias"):
+            assert (t == 0).all(), name
+        else:
+            expected = next(std for pattern, std in stds if re.match(pattern, name))
+            assert abs(t.std() / expected - 1) < (0.3 if t.numel() < 300 else 0.1), name
+
+    # momentum towers are copies
+    for name, t in state.items():
+        if name.startswith(towers):
+            assert torch.equal(t, state[name.replace("_m.", ".", 1)]), name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -608,15 +1135,13 @@ def test_head_layers():
     assert count(head_layers=3) == 3 * count()
     assert count(head_layers=2, head_shared=True) == count()
 
-    head = make_model(head_layers=2, head_shared=True).double().mlm_layers
+    model = make_model(head_layers=2, head_shared=True).double()
     x, context = torch.randn(2, 5, 24).double(), torch.randn(2, 4, 24).double()
     at = torch.tensor([[3, 0], [1, 4]])
-    out = head(x, context, at=at)
+    out = model.mlm_layers(x, context, at=at)
     for b in range(2):
-        y = list(x[b])
-        for _ in range(2):
-            y, _ = ref_bert_layer(head.blocks[0], y, None, list(context[b]))
-        close(out[b], torch.stack([y[i] for i in at[b].tolist()]), 1e-6)
+        y, _ = ref_head(inside(named(model), "mlm_layers"), x[b], context[b], model.cfg)
+        close(out[b], y[at[b]], 1e-6)
 
 
 @pytest.mark.parametrize("task", conlip.TASKS)
@@ -627,6 +1152,7 @@ def test_protocol(task):
     out["loss"].backward()
     assert out["loss"].ndim == 0
     assert all(v.ndim == 0 and not v.requires_grad for v in out["logs"].values())
+    assert not any(key.requires_grad for key in out["keys"])
     for emb in (model.encode_image(batch), model.encode_text(batch)):
         close(emb.norm(dim=-1), torch.ones(4), 1e-5)
     offered = evaluation.offered(model)
@@ -642,21 +1168,91 @@ def test_a_model_without_heads_offers_no_cross_attention():
     (dict(mlm="nope"), "--mlm nope: it is one of con, vanilla, none"),
     (dict(mim="nope"), "--mim nope"), (dict(contrast="nope"), "--contrast nope"),
     (dict(positive="nope"), "--positive nope"), (dict(mask_unit=2), "multiple"),
+    (dict(queue_size=0), "--queue_size 0: every negative is a key of the queue"),
 ])
 def test_bad_settings_are_one_line(setting, words):
     with pytest.raises(SystemExit, match=words):
         small(**setting)
 
 
-def test_base_is_the_papers():
-    cfg = Config()
-    assert (cfg.queue_size, cfg.momentum, cfg.temp, cfg.max_text) == (12288, 0.99, 0.05, 50)
-    assert (cfg.dropout, cfg.image_size, cfg.mim_prob, cfg.mlm_prob) == (0.1, 224, 0.5, 0.15)
-    for task, size in (("pretrain", 224), ("retrieval", 336)):
+# Every number of Config, and where it comes from.
+CONFIG = {
+    "image_size": (224, "Table 6, PT"),
+    "patch": (16, "4.1: ViT-B/16"),
+    "stem": ("patch", "4.1: ViT-B/16"),
+    "width": (768, "4.1: ViT-B and BERT-base; 3.1: the [CLS] states themselves are compared"),
+    "vision_layers": (12, "4.1: ViT-B"),
+    "text_layers": (12, "4.1: BERT-base"),
+    "heads": (12, "4.1: ViT-B and BERT-base"),
+    "mlp_ratio": (4, "4.1: ViT-B and BERT-base"),
+    "act": ("gelu", "4.1: ViT-B and BERT-base"),
+    "dropout": (0.1, "Table 6"),
+    "max_text": (50, "Table 6"),
+    "positions": (512, "4.1: bert-base-uncased"),
+    "vocab_size": (30522, "4.1: bert-base-uncased"),
+    "pad_id": (0, "4.1: bert-base-uncased"),
+    "cls_id": (101, "4.1: bert-base-uncased"),
+    "sep_id": (102, "4.1: bert-base-uncased"),
+    "mask_id": (103, "4.1: bert-base-uncased"),
+    "first_word": (999, "4.1: bert-base-uncased, [unused*] and special tokens before it"),
+    "queue_size": (12288, "Table 6"),
+    "momentum": (0.99, "Table 6"),
+    "temp": (0.05, "Table 6"),
+    "contrast": ("dcl", "Eq. 10-12"),
+    "positive": ("momentum", "MoCo, which 3.3 follows; Deviation 3"),
+    "mlm": ("con", "Eq. 5"),
+    "mim": ("con", "Eq. 6"),
+    "mlm_prob": (0.15, "4.1"),
+    "mim_prob": (0.5, "4.1"),
+    "mask_unit": (1, "ours: Deviation 5"),
+    "head_layers": (1, "3.1 and Table 4"),
+    "head_shared": (False, "Table 4"),
+    "queue_chunk": (4096, "ours: memory alone"),
+    "init_std": (0.02, "BERT's and ViT's code"),
+    "pos_std": (0.02, "ViT's code, as timm has it"),
+    "checkpointing": (False, "ours: memory alone"),
+}
+# Every number of RECIPE, the same for both tasks: Table 6 says "Pretraining & Fine-tuning".
+LOOP = {
+    "optimizer": ("adamw", "4.1"),
+    "lr": (5e-5, "Table 6"),
+    "weight_decay": (0.01, "Table 6"),
+    "schedule": ("linear", "Table 6"),
+    "warmup_steps": (0.1, "Table 6: 10 % of all steps"),
+    "epochs": (30, "Table 6"),
+    "batch_size": (4096, "Table 6"),
+    "amp": ("fp16", "4.1"),
+}
+# What fine-tuning has beside: the image size of its own, and what its epochs go over.
+FINE_TUNING = {
+    "image_size": (336, "Table 6, FT"),
+    "epoch_of": ("captions", "[?], Deviation 9: 4.1 counts image-text pairs"),
+}
+# What the paper says nothing about: train.py's, which are AdamW's own and none.
+SILENT = {"beta2": 0.999, "clip": 0.0, "min_lr": 0.0, "warmup_lr": 0.0, "steps": 0, "accum": 1,
+          "image_view": "", "limit": 0}
+
+
+def test_the_recipe_is_the_papers():
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    assert defaults == {name: value for name, (value, _) in CONFIG.items()}
+    assert conlip.PRESETS["base"] == {}
+
+    # Table 6 has one column for both, and the image size of each
+    numbers = {name: value for name, (value, _) in LOOP.items()}
+    more = {name: value for name, (value, _) in FINE_TUNING.items()}
+    assert conlip.RECIPE == {"pretrain": numbers, "retrieval": numbers | more}
+    for task, size, unit in (("pretrain", 224, "images"), ("retrieval", 336, "captions")):
         loop, cfg = train.settings(conlip, "base", task, {})
-        assert (loop.epochs, loop.batch_size, loop.lr) == (30, 4096, 5e-5)
-        assert (loop.schedule, loop.warmup_steps, loop.weight_decay) == ("linear", 0.1, 0.01)
-        assert (loop.amp, loop.optimizer, cfg.image_size) == ("fp16", "adamw", size)
+        assert loop.epoch_of == unit
+        found = {name: getattr(loop, name) for name in numbers | SILENT}
+        assert found == numbers | SILENT
+        assert vars(cfg) == defaults | {"image_size": size}
+
+    # section 4.1: "resized into the size of 224x224 with center-crop", nothing else; "half" is
+    # the range [-1, 1] of google/vit-base-patch16-224-in21k
+    view = dict(source="pairs", image="center", image_eval="center", norm="half", text="caption")
+    assert conlip.VIEWS == {"pretrain": view, "retrieval": view}
 
     # Table 7 less the poolers
     with torch.device("meta"):
@@ -676,10 +1272,10 @@ def test_weight_decay_is_for_matrices():
 
 
 def test_heads_are_dropped_and_sizes_adapt():
-    """Fine-tuning at 96 pixels from pre-training at 48: positions interpolated, queues anew, heads
+    """Fine-tuning at 48 pixels from pre-training at 24: positions interpolated, queues anew, heads
     gone."""
     first = make_model()
-    model = ConLIP(small(image_size=96), "retrieval")
+    model = ConLIP(small(image_size=48), "retrieval")
     heads = ("mlm_layers", "mlm_head", "mim_layers", "mim_head", "mask_token")
     assert not any(k.startswith(heads) for k in model.state_dict())
 
@@ -688,14 +1284,7 @@ def test_heads_are_dropped_and_sizes_adapt():
     assert {k.split(".")[0] for k in extra} == set(heads)
     ours, theirs = model.vision.pos_embed, first.vision.pos_embed
     assert ours.shape == (1, 37, 24) and torch.equal(ours[:, 0], theirs[:, 0])
-    assert model.vision(torch.randn(1, 3, 96, 96)).isfinite().all()
-
-
-def test_pixel_head_and_mask_token_start_small():
-    """Whatever the towers start with: at tiny's 0.08 ConMIM ended in one guess for all patches."""
-    model = ConLIP(small(init_std=0.08), "pretrain")
-    assert model.mim_head.weight.std() < 0.03 and model.mask_token.std() < 0.03
-    assert model.vision.pos_embed.std() > 0.03
+    assert model.vision(torch.randn(1, 3, 48, 48)).isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -759,7 +1348,7 @@ def test_heads_start_at_random():
 
 
 def test_position_embeddings_follow_the_image_size():
-    source, bigger = make_model("retrieval"), ConLIP(small(image_size=96), "retrieval")
+    source, bigger = make_model("retrieval"), ConLIP(small(image_size=48), "retrieval")
     conlip.load_pretrained(bigger, vision=foreign(source)[0])
     expected = conlip.resize_pos_embed(source.vision.pos_embed, 6, 6)
     assert torch.equal(bigger.vision.pos_embed, expected)
@@ -810,7 +1399,7 @@ def test_text_tower_is_transformers_bert():
 def test_image_tower_is_timms_vit():
     import timm
     cfg = small(vision_layers=3)
-    theirs = timm.create_model("vit_base_patch16_224", img_size=48, patch_size=16, embed_dim=24,
+    theirs = timm.create_model("vit_base_patch16_224", img_size=24, patch_size=8, embed_dim=24,
                                depth=3, num_heads=3, mlp_ratio=2, num_classes=0)
     shake(theirs).eval()
     model, batch = ConLIP(cfg, "retrieval").eval(), make_batch(cfg)
@@ -828,8 +1417,10 @@ def test_image_tower_is_timms_vit():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["con", "vanilla"])
 def test_cross_attention(kind):
-    """The heads' attention to h_cls, token by token, against the loops."""
-    model, batch = doubled(make_model(mlm=kind, mim=kind).eval(), make_batch(small()))
+    """The heads' attention to h_cls, token by token, against the loops: the mean over two layers
+    and three attention heads."""
+    model = make_model(mlm=kind, mim=kind, head_layers=2).eval()
+    model, batch = doubled(model, make_batch(small()))
     torch.manual_seed(5)
     found = model.cross_attention(batch)
     torch.manual_seed(5)
@@ -838,32 +1429,38 @@ def test_cross_attention(kind):
     scores, words, uniform = found["text -> h_cls of the image"]
     scores_i, patches, uniform_i = found["image patches -> h_cls of the text"]
 
+    # words are all but [CLS], [SEP] and padding
     lengths = batch["text_mask"].sum(1)
-    assert words.sum(1).tolist() == (lengths - 2).tolist() and patches.all()
+    for b, length in enumerate(lengths.tolist()):
+        assert words[b].nonzero()[:, 0].tolist() == list(range(1, length - 1))
+    assert patches.shape == (4, 9) and patches.all()
     close(uniform, torch.full((4,), 1 / 10), 1e-6)
     close(uniform_i, 1 / lengths, 1e-6)
 
-    for b in (0, 3):
-        valid = batch["text_mask"][b].tolist()
-        context, context_i = list(image.complete[b]), list(text.complete[b])
-        if kind == "con":
-            context = [image.complete[b, 0], *image.masked[b, 1:]]
-            context_i = [text.complete[b, 0], *text.masked[b, 1:]]
+    w = named(model)
+    for b, n in enumerate(lengths.tolist()):
+        text_masked = text.masked[b, :n]
+        _, weights = ref_head(inside(w, "mlm_layers"), text_masked,
+                              ref_context(kind, image.complete[b], image.masked[b]), model.cfg)
+        expected = weights[..., 0].mean((0, 2))              # (layers, S, heads, L) -> (S,)
+        close(scores[b, 1:n - 1], expected[1:n - 1], 1e-6)
 
-        # [token][head][key], key 0 is h_cls
-        _, weights = ref_bert_layer(model.mlm_layers.blocks[0], list(text.masked[b]), valid,
-                                    context)
-        expected = [sum(head[0] for head in weights[t]) / 3 for t in words[b].nonzero()[:, 0]]
-        close(scores[b][words[b]], torch.stack(expected), 1e-6)
-        _, weights = ref_bert_layer(model.mim_layers.blocks[0], list(image.masked[b]), None,
-                                    context_i, valid)
-        expected = [sum(head[0] for head in weights[1 + n]) / 3 for n in range(9)]
-        close(scores_i[b], torch.stack(expected), 1e-6)
+        _, weights = ref_head(inside(w, "mim_layers"), image.masked[b],
+                              ref_context(kind, text.complete[b, :n], text_masked), model.cfg)
+        close(scores_i[b], weights[..., 0].mean((0, 2))[1:], 1e-6)
 
     masked = found["masked patches -> h_cls of the text"][1]
     assert torch.equal(masked.nonzero()[:, 1].view(4, -1), image.places.sort().values)
     masked = found["masked words -> h_cls of the image"][1]
-    assert masked.sum() == (text.labels != -100).sum()
+    for b in range(4):
+        assert set(masked[b].nonzero()[:, 0].tolist()) == {
+            place for place, word in zip(text.places[b].tolist(), text.labels[b].tolist())
+            if word != -100}
+
+    # a side without a head is not told of
+    model = make_model(mlm=kind, mim="none").eval()
+    assert {name.split(" h_cls")[0] for name in model.cross_attention(make_batch(model.cfg))} == {
+        "text ->", "masked words ->"}
 
 
 def test_both_heads_learn_through_h_cls():
@@ -871,7 +1468,7 @@ def test_both_heads_learn_through_h_cls():
     masked whole. The words and the pixels come out better than by chance, and the heads' attention
     lies on h_cls."""
     torch.manual_seed(0)
-    model = ConLIP(small(image_size=32, queue_size=32, mlm_prob=1.0, mim_prob=1.0, init_std=0.1))
+    model = ConLIP(small(image_size=16, queue_size=32, mlm_prob=1.0, mim_prob=1.0, init_std=0.1))
     model.train()
     cfg, colors = model.cfg, torch.rand(20, 3) * 2 - 1
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -880,7 +1477,7 @@ def test_both_heads_learn_through_h_cls():
         word = torch.randint(0, 20, (16,))
         ends = torch.full_like(word, cfg.cls_id), torch.full_like(word, cfg.sep_id)
         text = torch.stack([ends[0], word + 10, ends[1]], 1)
-        batch = {"image": colors[word][:, :, None, None].expand(-1, -1, 32, 32), "text": text,
+        batch = {"image": colors[word][:, :, None, None].expand(-1, -1, 16, 16), "text": text,
                  "text_mask": torch.ones_like(text), "image_id": word}
         out = model(batch)
         optimizer.zero_grad()
@@ -900,12 +1497,8 @@ def test_both_heads_learn_through_h_cls():
 # --------------------------------------------------------------------------------------------------
 # Processes
 
-def one_of_two(r, world, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(r),
-                      WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", rank=r, world_size=world)
+def three_steps(r=0, world=1):
+    """Rank r's share of three steps -> losses, what is compared of the model."""
     torch.manual_seed(0)
     raw = make_model("pretrain", mlm="none", mim="none", queue_size=10, positive="online")
     batches = [make_batch(raw.cfg, 6, ids=[1, 2, 3, 4, 1, 6]) for _ in range(3)]
@@ -928,31 +1521,35 @@ def one_of_two(r, world, port, queue):
 
     state = (raw.queue_image, raw.queue_text, raw.queue_ids, raw.vision.norm.weight,
              raw.text_m.embeddings.norm.bias)
-    queue.put((r, losses, [v.tolist() for v in state]))
-    if world > 1:
-        dist.destroy_process_group()
+    return losses, [v.tolist() for v in state]
+
+
+def one_of_two(r, port, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(r), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=r, world_size=2)
+    queue.put(three_steps(r, 2))
+    dist.destroy_process_group()
 
 
 def test_two_processes_are_one():
     """Losses, weights after three steps (hence gradients), momentum towers and queues."""
-    context, results = torch.multiprocessing.get_context("spawn"), {}
-    for world in (1, 2):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        queue = context.Queue()
-        processes = [context.Process(target=one_of_two, args=(r, world, port, queue))
-                     for r in range(world)]
-        for p in processes:
-            p.start()
-        results[world] = sorted(queue.get(timeout=120) for _ in processes)
-        for p in processes:
-            p.join()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=one_of_two, args=(r, port, queue)) for r in range(2)]
+    for p in processes:
+        p.start()
+    whole, expected = three_steps()
+    found = [queue.get(timeout=120) for _ in processes]
+    for p in processes:
+        p.join()
 
-    (_, whole, expected), = results[1]
-    halves = [losses for _, losses, _ in results[2]]
+    halves = [losses for losses, _ in found]
     close([sum(pair) / 2 for pair in zip(*halves)], whole, 1e-5)
-    for _, _, state in results[2]:
+    for _, state in found:
         for a, b in zip(state, expected):
             close(a, b, 1e-5)
 
@@ -981,14 +1578,21 @@ def photos(tmp_path_factory):
             "--vocab", str(root / "vocab.txt")]
 
 
-SMALL = ("--model conlip --image_size 32 --width 24 --vision_layers 1 --text_layers 1 --heads 2 "
-         "--max_text 8 --queue_size 16 --batch_size 4 --steps 3 --log_every 1 --workers 0 "
-         "--eval_split val").split()
+SMALL = ("--model conlip --image_size 32 --patch 16 --width 24 --vision_layers 1 --text_layers 1 "
+         "--heads 2 --max_text 8 --queue_size 16 --batch_size 4 --steps 3 --log_every 1 "
+         "--workers 0 --eval_split val").split()
 
 
-def test_pretrain_evaluate_and_fine_tune(photos, tmp_path):
-    run, tuned = tmp_path / "run", tmp_path / "tuned"
-    result = train.main([*SMALL, *photos, "--out", str(run), "--limit", "12"])
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    """A pre-trained model -> its directory, what train.main() returned."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, train.main([*SMALL, *photos, "--out", str(folder), "--limit", "12"])
+
+
+def test_pretrain_evaluate_and_fine_tune(run, photos, tmp_path):
+    run, result = run
+    tuned = tmp_path / "tuned"
     assert 0 <= result["retrieval"]["metrics"]["t2i_r10"] <= 100
     logs = [json.loads(line) for line in open(run / "log.jsonl")]
     assert len(logs) == 3 and all(math.isfinite(line["mim"]) for line in logs)
@@ -1005,6 +1609,26 @@ def test_pretrain_evaluate_and_fine_tune(photos, tmp_path):
     assert (tuned / "eval-retrieval.json").exists()
     with pytest.raises(SystemExit, match="does not offer it.*it offers: retrieval, gallery"):
         evaluation.main([str(tuned), "--task", "cross_attention"])
+
+
+def test_init_leaves_the_other_datas_queue_behind(run, photos, tmp_path, capsys):
+    """Two data sets number their pictures alike: the keys of one would pass for a picture's own in
+    the other. Both tasks start with empty queues, and say so; towers and teachers come along."""
+    old = weights.load_run(run[0])[0].state_dict()
+    assert (old["queue_ids"] >= 0).any() and old["ptr"] != 0
+    for task in conlip.TASKS:
+        out = tmp_path / task
+        train.main([*SMALL, *photos, "--task", task, "--init", str(run[0]), "--out", str(out),
+                    "--steps", "0", "--evals", "none", "--seed", "1"])
+        assert "new: ptr, queue_ids, queue_image, queue_text; dropped" in capsys.readouterr().out
+        new = weights.load_run(out)[0].state_dict()
+        assert (new["queue_ids"] == -1).all() and new["ptr"] == 0
+        for name in ("queue_image", "queue_text"):
+            close(new[name].norm(dim=-1), torch.ones(16), 1e-5)
+            assert (new[name] @ old[name].T).max() < 0.99
+        for name, t in old.items():
+            if name.startswith(("vision", "text")):
+                assert torch.equal(new[name], t), name
 
 
 @pytest.mark.parametrize("flags", [

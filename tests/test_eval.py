@@ -21,7 +21,7 @@ from PIL import Image
 import data
 import eval as ev
 import train
-from tools import weights
+from tools import regions, weights
 
 
 
@@ -1244,6 +1244,106 @@ def test_evaluation_of_hash_codes(letters, tmp_path):
     assert again["metrics"] == result["metrics"]
     with pytest.raises(SystemExit, match="--database"):
         ev.main(given)
+
+
+# A model without encoders that looks at stored regions
+
+@pytest.fixture(scope="module")
+def region_file(letters, tmp_path_factory):
+    """Two regions of each of the twelve pictures, with random features."""
+    g = np.random.default_rng(0)
+
+    def look(n):
+        return {"name": f"{n}.png", "size": (32, 32), "boxes": [[0, 0, 16, 32], [16, 0, 32, 32]],
+                "labels": g.integers(0, 2, 2), "scores": np.array([0.9, 0.8]),
+                "features": g.standard_normal((2, 6))}
+
+    file = str(tmp_path_factory.mktemp("regions") / "r.safetensors")
+    about = {"detector": "a test", "root": str(letters), "label_names": '["a", "b"]'}
+    regions.collect_regions(file, range(12), 12, look, about, quiet=True)
+    return file
+
+
+@pytest.fixture(scope="module")
+def region_run(letters, region_file, tmp_path_factory):
+    """The directory of an untrained ImageBERT."""
+    out = str(tmp_path_factory.mktemp("runs") / "regions")
+    train.main(["--model", "imagebert", "--data", str(letters / "pairs.jsonl"),
+                "--vocab", str(letters / "vocab.txt"), "--regions", region_file, "--out", out,
+                "--steps", "0", "--batch_size", "4", "--workers", "0", "--evals", "none",
+                "--width", "16", "--layers", "1", "--heads", "2"])
+    return out
+
+
+def score_one_by_one(letters, region_file, model):
+    """match() of every image and caption, one pair at a time -> (12, 24), owner."""
+    views = ev.module_of(model).VIEWS["pretrain"]
+    records = data.open_source("pairs", str(letters / "pairs.jsonl"), "test")
+    records = data.with_regions(records, views, region_file)
+    tokenizer, regions_ = data.get_tokenizer(letters / "vocab.txt"), model.cfg.max_regions
+    samples = data.Views(records, views, tokenizer, None, model.cfg.max_text, train=False,
+                         max_regions=regions_)
+    sim = torch.zeros(12, 24)
+    for i, c in itertools.product(range(12), range(24)):
+        text = samples.sample(c // 2, caption=c % 2)[0]
+        pair = samples.sample(i)[0] | {key: text[key] for key in ("text", "text_mask")}
+        with torch.no_grad():
+            sim[i, c] = model.match(data.collate([pair]))
+    return sim, data.flat_captions(records)[1]
+
+
+def test_all_pairs_of_a_region_model_are_scored(letters, region_file, region_run):
+    every = ev.main([region_run, "--task", "retrieval", "--pairs", "7"])["retrieval"]
+    want = ev.recall(*score_one_by_one(letters, region_file, weights.load_run(region_run)[0]))
+    assert every["metrics"] == pytest.approx(want)
+    assert every["protocol"]["regions"] == "a test"
+    assert every["rows"][1]["scores"] == "match, all 288 pairs"
+
+
+def test_a_shortlist_of_another_run(letters, two_runs, region_run):
+    """A shortlist of everything gives what scoring every pair gives."""
+    opts, dual = [region_run, "--task", "retrieval"], two_runs[0]
+    every = ev.main(opts)["retrieval"]
+    full = ev.main([*opts, "--candidates", "99", "--candidates_from", dual])["retrieval"]
+    assert full["metrics"] == pytest.approx(every["metrics"])
+
+    # A short one says whose it is.
+    some = ev.main([*opts, "--candidates", "2", "--candidates_from", dual])["retrieval"]
+    there = str(weights.find_run(dual))
+    assert some["protocol"]["candidates_from"] == there
+    assert some["protocol"]["rerank_k"] == [2, 2]
+    names = [row["scores"] for row in some["rows"]]
+    assert names == ["chance", f"dual encoder of {there}", "re-ranked, itm, k=2"]
+    with pytest.raises(weights.Stop, match="has no dual encoder"):
+        ev.main([*opts, "--candidates", "2", "--candidates_from", region_run])
+
+
+def test_masked_places_are_the_same_in_every_evaluation(region_run):
+    first, again = (ev.main([region_run, "--task", "masked"])["masked"] for _ in range(2))
+    assert first["metrics"] == again["metrics"]
+    assert set(first["metrics"]) == {"mlm", "mlm_baseline", "moc", "moc_baseline"}
+
+
+def test_regions_of_another_detector_are_refused(letters, region_run, tmp_path):
+    def look(n):
+        return {"name": f"{n}.png", "size": (32, 32), "boxes": [[0, 0, 9, 9]], "labels": [0],
+                "scores": [1.0], "features": np.zeros((1, 5))}
+
+    file = str(tmp_path / "r.safetensors")
+    about = {"detector": "another", "root": str(letters), "label_names": '["a", "b"]'}
+    regions.collect_regions(file, range(12), 12, look, about, quiet=True)
+    with pytest.raises(weights.Stop, match="region_dim is 5, the run was trained with 6"):
+        ev.main([region_run, "--task", "retrieval", "--regions", file])
+
+
+def test_speed_beside_a_one_stream_model_of_regions(two_runs, region_run, region_file):
+    """Figure 4's other side: a model without encoders beside a dual encoder."""
+    result = ev.main([two_runs[0], "--task", "speed", "--sizes", "2,4", "--beside", region_run,
+                      "--regions", region_file])["speed"]
+    rows = [(row["way"], row["pictures"], row["captions"]) for row in result["rows"]]
+    assert rows == [("dual encoder", 2, 4), ("dual encoder", 4, 8),
+                    ("match, every pair", 2, 4), ("match, every pair", 4, 8)]
+    assert result["protocol"]["not_counted"] == "reading files, making regions"
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,21 @@
-"""models/imagebert.py: each equation against loops in float64 written from the paper, what is
-hidden, which pairs are drawn, scores, BERT's weights."""
+"""models/imagebert.py: each equation and each training step against loops in float64 written from
+the paper; every setting and every number of the recipe; what is hidden, which pairs are drawn,
+scores, BERT's weights."""
 
+import contextlib
+import dataclasses
+import io
+import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,12 +57,12 @@ def make_batch(b=6, t=8, r=4, f=6, k=5, seed=0):
             "image_id": torch.arange(b)}
 
 
-def make_model(task="pretrain", dtype=torch.float32, **changes):
+def make_model(task="pretrain", dtype=torch.float32, spread=0.1, **changes):
     torch.manual_seed(0)
     model = ib.ImageBert(config(**changes), task)
     with torch.no_grad():                               # no bias or norm at its neutral start
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(spread * torch.randn_like(p))
     return model.to(dtype)
 
 
@@ -222,9 +231,10 @@ def test_region_masking_rates():
     x0 = 10.0 * torch.arange(r).expand(b, r)            # no two boxes touch
     boxes = torch.stack([x0, x0 * 0, x0 + 5, x0 * 0 + 5], -1)
     regions = torch.rand(b, r, 3) + 1
-    out, positions, live = ib.mask_regions(regions, boxes, mask)
+    out, positions, live, zeroed = ib.mask_regions(regions, boxes, mask)
     chosen, gone = chosen_of(positions, live, r), (out == 0).all(-1)
     assert not chosen[mask == 0].any() and not gone[~chosen].any()
+    assert torch.equal(gone, zeroed)                    # no feature here is 0 of itself
     assert torch.equal(out[~gone], regions[~gone])
     assert chosen.sum() / mask.sum() == pytest.approx(0.15, abs=0.01)
     assert gone.sum() / chosen.sum() == pytest.approx(0.9, abs=0.01)
@@ -234,7 +244,8 @@ def test_region_masking_rates():
 
 @pytest.mark.parametrize("r,once_in", [(100, 24_000), (36, 9_600)])
 def test_how_often_the_cap_of_deviation_5_shows_a_region(r, once_in):
-    _, positions, _ = ib.mask_regions(torch.zeros(1, r, 1), torch.zeros(1, r, 4), torch.ones(1, r))
+    boxes = torch.zeros(1, r, 4)
+    _, positions, _, _ = ib.mask_regions(torch.zeros(1, r, 1), boxes, torch.ones(1, r))
     cap = positions.shape[1]
     more = sum(math.comb(r, k) * 0.15 ** k * 0.85 ** (r - k) for k in range(cap + 1, r + 1))
     assert 1 / more == pytest.approx(once_in, rel=0.02) and f"{once_in:,}" in ib.__doc__
@@ -243,23 +254,24 @@ def test_how_often_the_cap_of_deviation_5_shows_a_region(r, once_in):
 def test_a_twin_gives_nothing_away():
     torch.manual_seed(0)
     box = torch.tensor([[0.0, 0, 10, 10], [0, 1, 10, 10], [0, 0, 10, 40], [50, 50, 60, 60],
-                        [0, 0, 0, 0]])
-    box = box.expand(3000, 5, 4)
-    regions, mask = torch.ones(3000, 5, 2), torch.tensor([1, 1, 1, 1, 0]).expand(3000, 5)
+                        [0, 0, 0, 0], [0, 0, 10, 10]])
+    box = box.expand(3000, 6, 4)
+    regions, mask = torch.ones(3000, 6, 2), torch.tensor([1, 1, 1, 1, 0, 0]).expand(3000, 6)
     iou = ib.box_iou(box[:1])[0]
     assert iou[0, 1].item() == pytest.approx(0.9) and iou[0, 2].item() == pytest.approx(0.25)
     assert iou[0, 3] == 0 and iou[4, 4] == 0
 
     # 0 and 1 go together, 2 overlaps too little
-    out, positions, live = ib.mask_regions(regions, box, mask)
-    chosen, gone = chosen_of(positions, live, 5), (out == 0).all(-1)
-    assert torch.equal(gone[:, 0], gone[:, 1])
+    out, positions, live, zeroed = ib.mask_regions(regions, box, mask)
+    chosen, gone = chosen_of(positions, live, 6), (out == 0).all(-1)
+    assert torch.equal(gone[:, 0], gone[:, 1]) and torch.equal(gone, zeroed)
     assert (gone[:, 1] & ~chosen[:, 1]).sum() > 50
-    assert not (gone[:, 2:] & ~chosen[:, 2:]).any() and not gone[:, 4].any()
+    assert not (gone[:, 2:] & ~chosen[:, 2:]).any()
+    assert not gone[:, 4:].any()                        # padding, whatever its box
 
     # the print: no twins
-    out, positions, live = ib.mask_regions(regions, box, mask, twin_iou=1.0)
-    assert not ((out == 0).all(-1) & ~chosen_of(positions, live, 5)).any()
+    out, positions, live, _ = ib.mask_regions(regions, box, mask, twin_iou=1.0)
+    assert not ((out == 0).all(-1) & ~chosen_of(positions, live, 6)).any()
 
 
 def test_word_masking_rates():
@@ -275,6 +287,16 @@ def test_word_masking_rates():
     assert (new == 4).float().mean() == pytest.approx(0.8, abs=0.02)
     assert (new == old).float().mean() == pytest.approx(0.1, abs=0.02)
     assert torch.equal(out.scatter(1, positions, 0), text.scatter(1, positions, 0))
+
+
+def test_how_many_words_are_hidden():
+    """Deviation 5: max(1, round(0.15 n)) of n words, none of none."""
+    torch.manual_seed(0)
+    maskable = torch.arange(40) < torch.arange(41)[:, None]
+    text = torch.randint(5, 4000, (41, 40))
+    _, _, labels = ib.mask_tokens(text, maskable, 4, 5, 4000)
+    want = [0] + [max(1, round(0.15 * n)) for n in range(1, 41)]
+    assert (labels != -100).sum(1).tolist() == want and want[10] == want[16] == 2
 
 
 def test_negatives_are_of_other_images():
@@ -337,7 +359,7 @@ def test_masked_losses_are_of_matched_pairs_only(monkeypatch):
         assert set(labels[i].tolist()) - {-100} <= set(batch["regions_label"][i].tolist())
         for feature in features[i][live[i]]:
             assert (batch["regions"][i] == feature).all(-1).any()
-    assert set(out["logs"]) == {"mlm", "moc", "mrfr", "itm", "itm_acc"}
+    assert set(out["logs"]) == {"mlm", "moc", "mrfr", "itm", "itm_acc", "zeroed"}
     want = sum(out["logs"][k] for k in ("mlm", "moc", "mrfr", "itm"))
     assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
 
@@ -373,13 +395,750 @@ def test_a_hidden_region_is_not_in_the_sequence():
     outs = []
     for regions in (batch["regions"], 5 * torch.randn(6, 4, 6)):
         torch.manual_seed(3)
-        read, positions, truth = model.hide({**batch, "regions": regions})
+        read, positions, truth, _ = model.hide({**batch, "regions": regions})
         cls, *hidden = model.encode(read, positions)
         predictions, live = model.predict_hidden(*hidden), truth["live"]
         assert live.sum() == batch["regions_mask"].sum()
         outs.append((cls, predictions["moc"][live], predictions["mrfr"][live]))
     for a, b in zip(*outs):
         torch.testing.assert_close(a, b)
+
+
+# --------------------------------------------------------------------------------------------------
+# A step by hand: the model written again, for one pair without padding, one head at a time
+
+def leaves(model):
+    """{name: the model's weight as float64, with a gradient of its own}."""
+    found = {}
+    for name, p in model.named_parameters():
+        found[name] = p.detach().double().requires_grad_()
+    return found
+
+
+def linear(x, w, name):
+    return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+
+def norm(x, w, name):
+    centred = x - x.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+    return centred / deviation * w[name + ".weight"] + w[name + ".bias"]
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def attend(x, w, name, heads, factor):
+    """Every token looks at every token: softmax(q k / sqrt(size)) v. factor: of the softmax."""
+    query, key, value = linear(x, w, name + ".qkv").chunk(3, dim=-1)
+    size, seen = x.shape[-1] // heads, []
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        energy = (query[:, part] @ key[:, part].T / math.sqrt(size)).exp()
+        seen.append(factor * energy / energy.sum(-1, keepdim=True) @ value[:, part])
+    return linear(torch.cat(seen, -1), w, name + ".out")
+
+
+def sentence_of(batch, n):
+    """The ids of sentence n, without padding."""
+    return batch["text"][n, :batch["text_mask"][n].sum()].tolist()
+
+
+def picture_of(batch, n):
+    """The regions of image n, without padding."""
+    real = batch["regions_mask"][n].sum()
+    return {"features": batch["regions"][n, :real].double(),
+            "boxes": batch["regions_box"][n, :real].tolist(),
+            "labels": batch["regions_label"][n, :real].tolist(),
+            "size": batch["regions_size"][n].tolist(), "whole": batch["regions_global"][n].double()}
+
+
+def read_pair(w, cfg, words, picture, drop=None):
+    """The transformer's output at all tokens of one pair -> (words + regions (+ 1), D).
+
+    drop: {name of a dropout: a factor in its place}, for "probabilities" too.
+    """
+    drop = drop or {}
+    tables = "bert.embeddings."
+    positions, segments = w[tables + "positions.weight"], w[tables + "segments.weight"]
+    tokens = []
+    for n, word in enumerate(words):
+        e = w[tables + "words.weight"][word] + positions[n] + segments[0]
+        tokens.append(norm(e, w, tables + "norm") * drop.get("bert.embeddings.drop", 1))
+
+    # regions, then the whole image
+    (width, height), seen = picture["size"], []
+    for feature, (x0, y0, x1, y1) in zip(picture["features"], picture["boxes"]):
+        area = (x1 - x0) * (y1 - y0) / (width * height)
+        c = [x0 / width, y0 / height, x1 / width, y1 / height, area]
+        seen.append((linear(feature, w, "regions.feature"), c))
+    if cfg.global_feature:
+        seen.append((linear(picture["whole"], w, "regions.image"), [0, 0, 1, 1, 1]))
+    for v, c in seen:
+        c = torch.tensor(c, dtype=torch.float64)
+        e = v + segments[1] + linear(c, w, "regions.box") + positions[cfg.positions - 1]
+        tokens.append(norm(e, w, "regions.norm") * drop.get("regions.drop", 1))
+
+    # BERT's layers
+    x = torch.stack(tokens)
+    for n in range(cfg.layers):
+        name = f"bert.blocks.{n}"
+        factor = drop.get(name + ".drop", 1)
+        seen = attend(x, w, name + ".attention", cfg.heads, drop.get("probabilities", 1))
+        x = norm(x + factor * seen, w, name + ".attention_norm")
+        thought = linear(gelu(linear(x, w, name + ".mlp.0")), w, name + ".mlp.2")
+        x = norm(x + factor * thought, w, name + ".mlp_norm")
+    return x
+
+
+def matching_score(w, tokens):
+    return linear(tokens[0], w, "itm_head")[0]
+
+
+def word_logits(w, token):
+    x = norm(gelu(linear(token, w, "mlm_head.transform.0")), w, "mlm_head.transform.2")
+    return x @ w["bert.embeddings.words.weight"].T + w["mlm_head.bias"]
+
+
+def surprise(logits, truth):
+    """-log softmax(logits)[truth]."""
+    return logits.exp().sum().log() - logits[truth]
+
+
+def binary(score, y):
+    share = 1 / (1 + (-score).exp())
+    return -(share if y else 1 - share).log()
+
+
+def mean(terms):
+    return sum(terms) / len(terms)
+
+
+def overlap(a, b):
+    """Intersection over union of two boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, width) * max(0, height)
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return both / (areas - both)
+
+
+def hide_words(cfg, words, order, dice, noise):
+    """-> the words as they are read, {position of a hidden one: the true word}."""
+    candidates = [n for n, word in enumerate(words) if word not in (cfg.cls_id, cfg.sep_id)]
+    count = min(len(candidates), max(1, round(cfg.mlm_prob * len(candidates))))
+    candidates.sort(key=lambda n: -order[n])
+    read, hidden = list(words), {}
+    for m, n in enumerate(candidates[:count]):
+        hidden[n] = words[n]
+        if dice[m] < 0.8:
+            read[n] = cfg.mask_id
+        elif dice[m] < 0.9:
+            read[n] = noise[m]
+    return read, hidden
+
+
+def hide_regions(cfg, picture, dice):
+    """-> the picture as it is read, the hidden regions, those that are zero."""
+    boxes, hidden, zero = picture["boxes"], [], set()
+    for i in range(len(boxes)):
+        if dice[i] < cfg.region_prob:
+            hidden.append(i)
+        if dice[i] < cfg.region_prob * cfg.region_zero:
+            zero.add(i)
+    twins = set()
+    for i in zero:
+        twins |= {j for j in range(len(boxes)) if overlap(boxes[i], boxes[j]) > cfg.twin_iou}
+
+    features = picture["features"].clone()
+    features[sorted(zero | twins)] = 0
+    return {**picture, "features": features}, hidden, zero | twins
+
+
+def hand_in(monkeypatch, *tables):
+    """torch.rand gives these numbers instead of its own, by shape; randint the last table's."""
+    uniform, whole = list(tables[:-1]), tables[-1]
+
+    def rand(*shape, device=None):
+        shape = torch.empty(*shape).shape
+        at = next(n for n, table in enumerate(uniform) if table.shape == shape)
+        return uniform.pop(at)
+
+    def randint(low, high, shape, device=None):
+        assert whole.shape == shape
+        return low + whole % (high - low)
+    monkeypatch.setattr(torch, "rand", rand)
+    monkeypatch.setattr(torch, "randint", randint)
+
+
+IDS = torch.tensor([7, 7, 3, 9, 5, 7])                  # six pairs of four images
+# no number at its default, no two weights alike
+NUMBERS = dict(positions=14, pad_id=1, mask_id=6, first_word=9, mlm=0.7, moc=1.3, mrfr=0.4, itm=2.1,
+               mlm_prob=0.45, region_prob=0.6, region_zero=0.7, twin_iou=0.3, bce=0.7, ce=1.3,
+               triplet=0.4, margin=0.02, pool=5)
+
+
+def hand_batch():
+    """Six pairs, 9 tokens and 5 regions at most; the second region is a twin of the first."""
+    batch = make_batch(t=9, r=5, seed=2)
+    g = torch.Generator().manual_seed(3)
+    text, mask = batch["text"], batch["text_mask"].bool()
+    ordinary = mask & (text != 2) & (text != 3)
+    text = torch.where(ordinary, torch.randint(9, 40, text.shape, generator=g), text)
+    batch["text"] = text.masked_fill(~mask, 1)
+
+    # moved by half its width, it has an intersection over union of 1/3
+    box = batch["regions_box"]
+    moved = box[:, 0].clone()
+    moved[:, [0, 2]] += (box[:, 0, 2:3] - box[:, 0, 0:1]) / 2
+    box[:, 1] = moved * batch["regions_mask"][:, 1:2]
+    batch["regions_label"][:, 3] = -1                   # the detector does not say
+    return batch | {"image_id": IDS}
+
+
+def draws_of_pretraining():
+    """What torch.rand and randint are to give: which other pair; image or sentence; which words,
+    and what becomes of them; which regions; which random word."""
+    g = torch.Generator().manual_seed(0)
+    sizes = ((6, 6), (6,), (6, 9), (6, 4), (6, 5))
+    uniform = [torch.rand(size, generator=g) for size in sizes]
+    return *uniform, torch.randint(1000, (6, 4), generator=g)
+
+
+def pairs_by_hand(others, coin):
+    """The last three of six pairs get another image's sentence, or another image."""
+    pairs, kinds = [], []
+    for n in range(6):
+        image, sentence, kind = n, n, "matched"
+        if n >= 3:
+            allowed = [j for j in range(6) if IDS[j] != IDS[n]]
+            other = max(allowed, key=lambda j: others[n, j])
+            if coin[n] < 0.5:
+                image, kind = other, "image"
+            else:
+                sentence, kind = other, "sentence"
+        pairs.append((image, sentence))
+        kinds.append(kind)
+    return pairs, kinds
+
+
+def hidden_by_hand(w, cfg, batch, pairs, draws):
+    """What the transformer says of these pairs, words and regions hidden -> one dict a pair."""
+    _, _, order, word_dice, region_dice, whole = draws
+    noise = cfg.first_word + whole % (cfg.vocab_size - cfg.first_word)
+    found = []
+    for n, (image, sentence) in enumerate(pairs):
+        words, picture = sentence_of(batch, sentence), picture_of(batch, image)
+        read, hidden_words = hide_words(cfg, words, order[n], word_dice[n], noise[n].tolist())
+        seen, hidden_regions, zero = hide_regions(cfg, picture, region_dice[n])
+        tokens = read_pair(w, cfg, read, seen)
+        found.append({"tokens": tokens, "words": hidden_words, "regions": hidden_regions,
+                      "picture": picture, "zero": zero, "read": read,
+                      "at": lambda i, first=len(words), tokens=tokens: tokens[first + i]})
+    return found
+
+
+def assert_gradients(model, w):
+    """The model's gradients are those of the leaves w."""
+    for name, p in model.named_parameters():
+        assert p.grad.any(), f"{name} has no gradient"
+        torch.testing.assert_close(p.grad, w[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("global_feature", [False, True])
+def test_a_step_of_pretraining_by_hand(monkeypatch, global_feature):
+    model = make_model("pretrain", torch.float64, 0.4, global_feature=global_feature, **NUMBERS)
+    with torch.no_grad():
+        model.itm_head.bias -= 0.75                     # scores on both sides of 0
+    cfg, w, batch, draws = model.cfg, leaves(model), hand_batch(), draws_of_pretraining()
+    pairs, kinds = pairs_by_hand(*draws[:2])
+    read = hidden_by_hand(w, cfg, batch, pairs, draws)
+    assert set(kinds) == {"matched", "image", "sentence"}
+
+    # the masked losses, of the three matched pairs; what is true is from before the masking
+    mlm, moc, mrfr, fates = [], [], [], set()
+    for pair in read[:3]:
+        for n, word in pair["words"].items():
+            mlm.append(surprise(word_logits(w, pair["tokens"][n]), word))
+            now = pair["read"][n]
+            fates.add("mask" if now == cfg.mask_id else "same" if now == word else "another word")
+        picture = pair["picture"]
+        for i in pair["regions"]:
+            if picture["labels"][i] >= 0:
+                moc.append(surprise(linear(pair["at"](i), w, "moc_head"), picture["labels"][i]))
+            distance = linear(pair["at"](i), w, "mrfr_head") - picture["features"][i]
+            mrfr.append(distance.square().sum() / cfg.region_dim)
+            fates.add("zero" if i in pair["zero"] else "visible")
+        if pair["zero"] - set(pair["regions"]):
+            fates.add("twin")
+    assert fates == {"mask", "same", "another word", "zero", "visible", "twin"}
+    assert len(mrfr) > len(moc) > 1 and len(mlm) > 3
+
+    # matching, of all six
+    scores = [matching_score(w, pair["tokens"]) for pair in read]
+    itm = [binary(score, kind == "matched") for score, kind in zip(scores, kinds)]
+    right = [(score > 0) == (kind == "matched") for score, kind in zip(scores, kinds)]
+    want = {"mlm": mean(mlm), "moc": mean(moc), "mrfr": mean(mrfr), "itm": mean(itm)}
+    total = 0.7 * want["mlm"] + 1.3 * want["moc"] + 0.4 * want["mrfr"] + 2.1 * want["itm"]
+    want["itm_acc"] = sum(right) / 6
+    regions = sum(len(pair["picture"]["boxes"]) for pair in read)
+    want["zeroed"] = sum(len(pair["zero"]) for pair in read) / regions
+    total.backward()
+
+    hand_in(monkeypatch, *draws)
+    out = model.train()(batch)
+    out["loss"].backward()
+    assert {name: value.item() for name, value in out["logs"].items()} == pytest.approx(
+        {name: torch.as_tensor(value).item() for name, value in want.items()}, rel=1e-5)
+    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    assert_gradients(model, w)
+
+
+@pytest.mark.parametrize("negatives", ["both", "text", "image"])
+def test_a_step_of_fine_tuning_by_hand(monkeypatch, negatives):
+    model = make_model("retrieval", torch.float64, 0.4, negatives=negatives, **NUMBERS)
+    w, batch = leaves(model), hand_batch()
+    g = torch.Generator().manual_seed(1)
+    draws = [torch.rand(6, 6, generator=g), torch.rand(6, 6, generator=g)]
+    directions = ("text", "image") if negatives == "both" else (negatives,)
+
+    def score(image, sentence):
+        words, picture = sentence_of(batch, sentence), picture_of(batch, image)
+        return matching_score(w, read_pair(w, model.cfg, words, picture))
+
+    # four negatives of each pair in each direction; the image that three pairs show has but three
+    matched = [score(n, n) for n in range(6)]
+    bce, ce, triplet, first = [binary(s, True) for s in matched], [], [], []
+    for direction, noise in zip(directions, draws):
+        for n in range(6):
+            allowed = [j for j in range(6) if IDS[j] != IDS[n]]
+            drawn = sorted(allowed, key=lambda j: -noise[n, j])[:4]
+            assert len(drawn) == (3 if IDS[n] == 7 else 4)
+            if direction == "text":
+                others = [score(n, j) for j in drawn]
+            else:
+                others = [score(j, n) for j in drawn]
+            bce += [binary(s, False) for s in others]
+            ce.append(surprise(torch.stack([matched[n], *others]), 0))
+            triplet.append((0.02 - matched[n].sigmoid() + max(others).sigmoid()).clamp(min=0))
+            first.append(matched[n] > max(others))
+    assert any(triplet) and not all(triplet) and any(first) and not all(first)
+    want = {"bce": mean(bce), "ce": mean(ce), "triplet": mean(triplet), "first": mean(first)}
+    total = 0.7 * want["bce"] + 1.3 * want["ce"] + 0.4 * want["triplet"]
+    total.backward()
+
+    hand_in(monkeypatch, *draws, None)
+    out = model.train()(batch)
+    out["loss"].backward()
+    assert {name: value.item() for name, value in out["logs"].items()} == pytest.approx(
+        {name: torch.as_tensor(value).item() for name, value in want.items()}, rel=1e-5)
+    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    assert_gradients(model, w)
+
+
+def test_masked_predictions_by_hand(monkeypatch):
+    """What evaluation asks for: of matched pairs, all of them; the likeliest word and label at
+    each hidden place."""
+    model = make_model("pretrain", torch.float64, 0.4, **NUMBERS).eval()
+    w, batch, draws = leaves(model), hand_batch(), draws_of_pretraining()
+    want = {"mlm": [], "moc": []}
+    for pair in hidden_by_hand(w, model.cfg, batch, [(n, n) for n in range(6)], draws):
+        places = [(word_logits(w, pair["tokens"][n]), word) for n, word in pair["words"].items()]
+        want["mlm"].append(sorted((logits.argmax().item(), word) for logits, word in places))
+        labels, places = pair["picture"]["labels"], []
+        for i in pair["regions"]:
+            if labels[i] >= 0:
+                places.append((linear(pair["at"](i), w, "moc_head").argmax().item(), labels[i]))
+        want["moc"].append(sorted(places))
+
+    assert set(make_model(moc=0.0).masked_predictions(batch)) == {"mlm"}
+    hand_in(monkeypatch, *draws)
+    found = model.masked_predictions(batch)
+    assert set(found) == {"mlm", "moc"}
+    for name, (predicted, true) in found.items():
+        assert predicted.dtype == true.dtype == torch.long
+        for n in range(6):
+            live = true[n] != -100
+            got = sorted(zip(predicted[n][live].tolist(), true[n][live].tolist()))
+            assert got == want[name][n]
+    assert sum(map(len, want["mlm"])) > 10 and sum(map(len, want["moc"])) > 5
+
+
+class Factor(torch.nn.Module):
+    """Stands where a dropout stood: a number in training, nothing in evaluation."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x if self.training else x
+
+
+@torch.no_grad()
+def test_dropout_is_where_bert_has_it(monkeypatch):
+    """On the embeddings, on attention's probabilities, on what each part of a layer adds, at the
+    rate of the Config; on in training, off in evaluation."""
+    model = make_model("retrieval", torch.float64, 0.4, dropout=0.3, global_feature=True)
+    batch, w, drop = hand_batch(), leaves(model), {"probabilities": 1.3}
+    for n, (name, module) in enumerate(list(model.named_modules())):
+        if isinstance(module, torch.nn.Dropout):
+            assert module.p == 0.3
+            drop[name] = 1 + n / 10
+            model.set_submodule(name, Factor(drop[name]))
+    assert len(drop) == 5                               # words, regions, one a layer, probabilities
+
+    # attention's own: the factor is 1 + its rate
+    real = F.scaled_dot_product_attention
+
+    def attention(query, key, value, mask, dropout):
+        return real(query, key, value, mask) * (1 + dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for factors in (drop, {}):
+        got = model.train(bool(factors)).match(batch)
+        for n in range(6):
+            pair = sentence_of(batch, n), picture_of(batch, n)
+            want = matching_score(w, read_pair(w, model.cfg, *pair, factors))
+            assert got[n].item() == pytest.approx(want.item(), rel=1e-5, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Every setting matters
+
+def look_at_parameters(task, **changes):
+    model = ib.ImageBert(config(**changes), task)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def look_at_scores(task, **changes):
+    return make_model(task, spread=0.4, **changes).eval().match(make_batch()).tolist()
+
+
+def step(task, **changes):
+    """A training step, the same random numbers whatever is changed -> (model, what it returns)."""
+    model = make_model(task, spread=0.4, **changes).train()
+    torch.manual_seed(1)
+    out = model(make_batch())
+    out["loss"].backward()
+    return model, out
+
+
+def look_at_loss(task, **changes):
+    return step(task, **changes)[1]["loss"].item()
+
+
+def look_at_logs(task, **changes):
+    return {name: value.item() for name, value in step(task, **changes)[1]["logs"].items()}
+
+
+def look_at_gradients(task, **changes):
+    return [p.grad.tolist() for p in step(task, **changes)[0].parameters()]
+
+
+def hidden(name, task, **changes):
+    model, batch = make_model(task, **changes), make_batch(60)
+    batch["regions_box"][:, 1] = batch["regions_box"][:, 0] + 0.5 * batch["regions_mask"][:, 1:2]
+    torch.manual_seed(1)
+    return model.hide(batch)[0][name].tolist()
+
+
+def look_at_words_read(task, **changes):
+    return hidden("text", task, **changes)
+
+
+def look_at_regions_read(task, **changes):
+    return hidden("regions", task, **changes)
+
+
+def look_at_pairs_read(task, **changes):
+    """How many pairs go through the transformer, and which images and sentences they are."""
+    model, sizes = make_model(task, **changes), []
+    model.bert.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    torch.manual_seed(1)
+    model(make_batch())
+    return sizes
+
+
+def look_at_first_weights(task, **changes):
+    torch.manual_seed(0)
+    return ib.ImageBert(config(**changes), task).bert.embeddings.words.weight.std().item()
+
+
+def look_at_trained_words(task, **changes):
+    """Ids whose embedding learns from being read: not that of [PAD]."""
+    words = make_model(task, **changes).bert.embeddings
+    words(torch.arange(40)[:, None])[..., 0].sum().backward()
+    return words.words.weight.grad.any(-1).tolist()
+
+
+def look_at_saved_numbers(task, **changes):
+    """How many numbers forward keeps for backward."""
+    model, saved = make_model(task, **changes).train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()), lambda x: x):
+        model(make_batch())
+    return sum(saved)
+
+
+class FewRegions:
+    """Three regions, the same for every picture."""
+    dim, classes, global_dim, most, about, label_names = 6, 5, 0, 3, "a test", []
+
+    def __getitem__(self, n):
+        corner = 10.0 * np.arange(6, dtype=np.float32).reshape(3, 2)
+        return {"features": np.ones((3, 6), np.float16), "labels": np.arange(3),
+                "boxes": np.concatenate([corner, corner + 5], 1), "sizes": np.array([64, 64])}
+
+
+def look_at_batches(task, **changes):
+    """The shapes that train.py's batches have."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        folder, shapes = Path(folder), {}
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square"]
+        (folder / "vocab.txt").write_text("\n".join(words))
+        lines = [{"image": f"{n}.png", "image_id": n, "caption": "a red square"} for n in range(8)]
+        (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+        # a detector's file is another test's: here are regions without one
+        def with_regions(records, views, files=""):
+            found = records.subset([])
+            found.regions = FewRegions()
+            for record in records:
+                found.append({**record, "regions": 0})
+            return found
+
+        def forward(self, batch):
+            shapes.update({name: tuple(tensor.shape) for name, tensor in batch.items()})
+            raise SystemExit
+        patch.setattr(train.data, "with_regions", with_regions)
+        patch.setattr(ib.ImageBert, "forward", forward)
+        flags = dict(model="imagebert", task=task, data=folder / "pairs.jsonl", batch_size=4,
+                     vocab=folder / "vocab.txt", out=folder / "run", workers=0, device="cpu",
+                     evals="none", steps=1) | changes
+        argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            train.main(argv)
+    return shapes
+
+
+# Of each field of Config: the task, settings beside it, another value, what that changes, and what
+# it leaves as it is.
+SETTINGS = {
+    "width": ("pretrain", {}, 24, "parameters", ""),
+    "layers": ("retrieval", {}, 3, "parameters", ""),
+    "heads": ("retrieval", {}, 4, "scores", "parameters"),
+    "mlp_ratio": ("retrieval", {}, 3, "parameters", ""),
+    "act": ("retrieval", {}, "relu", "scores", "parameters"),
+    "dropout": ("retrieval", {}, 0.5, "loss", "scores"),
+    "max_text": ("retrieval", {}, 4, "batches", ""),
+    "max_regions": ("retrieval", {}, 2, "batches", ""),
+    "positions": ("retrieval", {}, 14, "parameters", ""),
+    "vocab_size": ("retrieval", {}, 44, "parameters", ""),
+    "pad_id": ("retrieval", {}, 7, "trained_words", "scores"),
+    "cls_id": ("pretrain", dict(mlm_prob=0.9), 39, "words_read", "regions_read"),
+    "sep_id": ("pretrain", dict(mlm_prob=0.9), 39, "words_read", "regions_read"),
+    "mask_id": ("pretrain", {}, 39, "words_read", "regions_read"),
+    "first_word": ("pretrain", {}, 30, "words_read", "regions_read"),
+    "region_dim": ("pretrain", {}, 9, "parameters", ""),
+    "region_classes": ("pretrain", {}, 9, "parameters", ""),
+    "global_feature": ("retrieval", {}, True, "parameters", ""),
+    "global_dim": ("retrieval", dict(global_feature=True), 9, "parameters", ""),
+    "mlm": ("pretrain", {}, 3.0, "loss", "logs"),
+    "moc": ("pretrain", dict(region_prob=0.7), 3.0, "loss", "logs"),
+    "mrfr": ("pretrain", dict(region_prob=0.7), 3.0, "loss", "logs"),
+    "itm": ("pretrain", {}, 3.0, "loss", "logs"),
+    "mlm_prob": ("pretrain", {}, 0.5, "words_read", "scores"),
+    "region_prob": ("pretrain", {}, 0.5, "regions_read", "words_read"),
+    "region_zero": ("pretrain", {}, 0.5, "regions_read", "words_read"),
+    "twin_iou": ("pretrain", {}, 0.99, "regions_read", "words_read"),
+    "bce": ("retrieval", dict(ce=1.0), 3.0, "loss", "logs"),
+    "ce": ("retrieval", dict(ce=1.0), 3.0, "loss", "logs"),
+    "triplet": ("retrieval", dict(triplet=1.0), 3.0, "loss", "logs"),
+    "margin": ("retrieval", dict(triplet=1.0), 0.9, "logs", "pairs_read"),
+    "pool": ("retrieval", {}, 5, "pairs_read", "scores"),
+    "negatives": ("retrieval", {}, "text", "pairs_read", "scores"),
+    "init_std": ("retrieval", {}, 0.5, "first_weights", "parameters"),
+    "checkpointing": ("pretrain", dict(dropout=0.3), True, "saved_numbers", "loss gradients"),
+}
+# what belongs to the data and stands in no command line
+DATA_FIELDS = {"vocab_size", "pad_id", "cls_id", "sep_id", "mask_id", "first_word", "region_dim",
+               "region_classes", "global_dim"}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ib.Config)])
+def test_every_setting_matters(name):
+    task, beside, value, changed, kept = SETTINGS[name]
+    assert value != getattr(config(**beside), name)
+    for part in changed.split() + kept.split():
+        look = globals()["look_at_" + part]
+        before, after = look(task, **beside), look(task, **beside | {name: value})
+        assert (before == after) == (part in kept.split()), part
+
+
+def test_what_settings_change_is_what_they_say():
+    """The numbers behind SETTINGS' words."""
+    assert set(SETTINGS) == {field.name for field in dataclasses.fields(ib.Config)}
+    fields = train.fields_of(ib.Config)
+    assert {field.name for field, comment, _ in fields if not train.is_flag(comment)} == DATA_FIELDS
+
+    batches = look_at_batches("pretrain", max_text=6, max_regions=2)
+    assert batches["text"] == (4, 6) and batches["regions"] == (4, 2, 6)
+    learnt = look_at_trained_words("retrieval", pad_id=7)
+    assert [n for n in range(40) if not learnt[n]] == [7]
+
+    # 6 pairs and their negatives: P - 1 a direction
+    assert look_at_pairs_read("retrieval", pool=5) == [6 + 2 * 6 * 4]
+    assert look_at_pairs_read("retrieval", pool=2, negatives="image") == [6 + 6]
+    assert look_at_first_weights("retrieval", init_std=0.1) == pytest.approx(0.1, rel=0.15)
+    shapes = look_at_parameters("pretrain", mlp_ratio=3)
+    assert shapes["bert.blocks.0.mlp.0.weight"] == (48, 16)
+    assert shapes["mrfr_head.weight"] == (6, 16) and shapes["moc_head.weight"] == (5, 16)
+    assert shapes["bert.embeddings.positions.weight"] == (12, 16)
+
+    # recomputing is for the layers: less than half of what is kept without
+    kept = [look_at_saved_numbers("pretrain", checkpointing=on) for on in (True, False)]
+    assert kept[0] < 0.5 * kept[1]
+
+
+def test_a_log_value_builds_no_graph():
+    """Logs are detached, and what only they need keeps nothing for backward."""
+    model, kept = make_model("retrieval").train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape), lambda x: x):
+        out = model(make_batch())
+    assert (2, 6, 3) not in kept                        # negatives, of which `first` takes the best
+    for logs in (out["logs"], make_model().train()(make_batch())["logs"]):
+        assert all(value.grad_fn is None and value.ndim == 0 for value in logs.values())
+
+
+def test_a_tie_is_not_a_first_place():
+    model = make_model("retrieval")
+    torch.nn.init.zeros_(model.itm_head.weight)
+    assert model(make_batch())["logs"]["first"] == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# The recipe is the paper's
+
+CONFIG = {
+    "width": (768, "5.1: 768 hidden units"),
+    "layers": (12, "5.1: 12-layer Transformer"),
+    "heads": (12, "5.1: 12 attention heads"),
+    "mlp_ratio": (4, "5.1: 3072 intermediate units"),
+    "act": ("gelu", "5.1: GELU"),
+    "dropout": (0.1, "5.1: dropout probability 0.1"),
+    "max_text": (44, "5.1: 144 tokens, 100 of them visual"),
+    "max_regions": (100, "5.1: 100 visual tokens"),
+    "positions": (512, "BERT-base, which 5.1 starts from"),
+    "vocab_size": (30522, "bert-base-uncased's vocab.txt"),
+    "pad_id": (0, "bert-base-uncased's vocab.txt"),
+    "cls_id": (101, "bert-base-uncased's vocab.txt"),
+    "sep_id": (102, "bert-base-uncased's vocab.txt"),
+    "mask_id": (103, "bert-base-uncased's vocab.txt"),
+    "first_word": (999, "bert-base-uncased's vocab.txt: the first line after [unused993]"),
+    "region_dim": (1024, "torchvision's Faster R-CNN; the paper does not say"),
+    "region_classes": (91, "torchvision's; the paper's detector has 1600: Deviation 11"),
+    "global_feature": (False, "4.1: in the ablation only"),
+    "global_dim": (2048, "ResNet-50's, one of Table 4's three networks"),
+    "mlm": (1.0, "4.3: the four tasks, without weights"),
+    "moc": (1.0, "4.3: the four tasks, without weights"),
+    "mrfr": (1.0, "4.3: the four tasks, without weights; of a mean over F: Deviation 3"),
+    "itm": (1.0, "4.3: the four tasks, without weights"),
+    "mlm_prob": (0.15, "4.3, task 1: 15%"),
+    "region_prob": (0.15, "4.3, task 2: 15%"),
+    "region_zero": (0.9, "4.3, task 2: zeroed 90%, kept 10%"),
+    "twin_iou": (0.4, "ours: Deviation 6"),
+    "bce": (1.0, "5.3, fine-tune loss: binary cross-entropy by itself is best"),
+    "ce": (0.0, "5.3, fine-tune loss"),
+    "triplet": (0.0, "5.3, fine-tune loss"),
+    "margin": (0.2, "not printed: Deviation 1"),
+    "pool": (4, "not printed: Deviation 8"),
+    "negatives": ("both", "4.4: negative sentences for each image, negative images for each text"),
+    "init_std": (0.02, "BERT"),
+    "checkpointing": (False, "ours: memory only"),
+}
+STAGE = {"optimizer": ("adam", "5.1: Adam"), "lr": (1e-4, "5.1: 1e-4"),
+         "schedule": ("constant", "none is printed: Deviation 9"), "epochs": (17, "5.1: 17 epochs"),
+         "batch_size": (48, "5.1: 48"), "epoch_of": ("images", "they have one caption each")}
+RECIPE = {
+    ("pretrain", 0): {**STAGE, "limit": (2_000_000, "5.1: only sampled 2M from LAIT"),
+                      "own_data": (True, "4.2: LAIT, then other data")},
+    ("pretrain", 1): STAGE,
+    ("retrieval", 0): {"optimizer": ("adam", "5.1: Adam"), "lr": (5e-5, "5.2: 5e-5"),
+                       "schedule": ("constant", "none is printed: Deviation 9"),
+                       "epochs": (130, "5.2: 130 epochs"), "batch_size": (24, "5.2: 24"),
+                       "epoch_of": ("images", "not printed: Deviation 10")},
+}
+# Deviation 9: nothing else is printed
+PLAIN = dict(weight_decay=0.0, warmup_steps=0.0, clip=0.0, accum=1, steps=0, beta2=0.999)
+
+
+def test_every_number_of_the_recipe_has_its_place_in_the_paper():
+    assert dataclasses.asdict(ib.Config()) == {name: value for name, (value, _) in CONFIG.items()}
+    assert ib.PRESETS["base"] == {}
+    stages = {}
+    for task, table in ib.RECIPE.items():
+        for n, row in enumerate(table if isinstance(table, list) else [table]):
+            stages[task, n] = row
+    assert set(stages) == set(RECIPE)
+    for key, row in stages.items():
+        assert row == {name: value for name, (value, _) in RECIPE[key].items()}, key
+
+
+@pytest.mark.parametrize("task,stage,lr,limit", [
+    ("pretrain", 0, 1e-4, 2_000_000), ("pretrain", 1, 1e-4, 0), ("retrieval", 0, 5e-5, 0)])
+def test_the_optimizer_is_plain_adam(task, stage, lr, limit):
+    """What reaches the optimizer with --preset base: one rate from the first step to the last,
+    for every parameter, no decay."""
+    loop, cfg = train.settings(ib, "base", task, {}, stage)
+    assert cfg == ib.Config() and loop.limit == limit
+    assert {name: getattr(loop, name) for name in PLAIN} == PLAIN
+    assert {train.learning_rate(n, 1000, loop) for n in (0, 1, 500, 999)} == {lr}
+
+    model = make_model(task)
+    optimizer = train.make_optimizer(model, loop)
+    assert type(optimizer) is torch.optim.Adam
+    trained = 0
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (lr, (0.9, 0.999), 0.0)
+        trained += len(group["params"])
+    assert trained == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("task", ib.TASKS)
+def test_norms_and_first_weights_are_berts(task):
+    """LayerNorm's epsilon; biases 0, weights of standard deviation init_std."""
+    model = ib.ImageBert(config(width=64, init_std=0.3), task)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert module.eps == 1e-12, name
+        if isinstance(module, torch.nn.Linear):
+            assert not module.bias.any(), name
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 2 and weight.numel() > 1000:
+            assert weight.std().item() == pytest.approx(0.3, rel=0.1), name
+
+
+def test_what_runs_around_the_model():
+    """Tasks, evaluations, foreign weights, and what a sample is: regions and a caption as they
+    are, without augmentation."""
+    assert ib.TASKS == ("pretrain", "retrieval") and ib.INITS == ("text",)
+    assert ib.BACKBONE == ("bert.", "regions.")
+    assert ib.EVALS == {"pretrain": ("retrieval", "masked"), "retrieval": ("retrieval",)}
+    assert ib.VIEWS == dict.fromkeys(ib.TASKS, dict(source="pairs", regions="regions",
+                                                    text="caption"))
+    assert train.count_stages(ib, "base", "pretrain", {"stage_data": ("a", "b")}) == 2
+    assert not list(make_model().buffers())             # no memory that --init would carry over
+
+
+def test_the_tables_name_flags_that_exist():
+    """The rows of Tables 3 and 4 above RECIPE. Table 3's CC is Table 4's, without MRFR."""
+    source = Path(ib.__file__).read_text()
+    notes = source[source.index("# Sections 5.1"):source.index("STAGE = ")]
+    known = {field.name for cls in (ib.Config, train.Loop) for field in dataclasses.fields(cls)}
+    flags = set(re.findall(r"--(\w+)", notes))
+    assert flags <= known | {"task", "init_text"}, flags - known
+    assert re.search(r"CC +--stage_data CC --limit 0 --mrfr 0\n", notes)
+    assert {"global_feature", "mrfr", "max_regions", "bce", "ce", "triplet"} <= flags
 
 
 # --------------------------------------------------------------------------------------------------
@@ -391,6 +1150,7 @@ FLAGS = [("pretrain", {}),
          ("pretrain", dict(itm=0.0)),
          ("pretrain", dict(moc=0.0)),
          ("retrieval", {}),
+         ("retrieval", dict(itm=0.0)),
          ("retrieval", dict(bce=0.0, ce=1.0)),
          ("retrieval", dict(bce=0.0, triplet=1.0, negatives="text")),
          ("retrieval", dict(ce=1.0, triplet=1.0, negatives="image", global_feature=True))]
@@ -409,7 +1169,8 @@ def test_every_parameter_learns(task, flags):
 @pytest.mark.parametrize("task,flags", FLAGS)
 def test_a_model_offers_what_it_can_do(task, flags):
     model, batch = make_model(task, **flags).eval(), make_batch()
-    want = set() if flags.get("itm") == 0 else {"match", "image_states", "text_states"}
+    unmatched = task == "pretrain" and flags.get("itm") == 0
+    want = set() if unmatched else {"match", "image_states", "text_states"}
     if task == "pretrain" and "mlm" not in flags:
         want.add("masked_predictions")
     assert model.offers == want
@@ -417,27 +1178,27 @@ def test_a_model_offers_what_it_can_do(task, flags):
         getattr(model, name)(batch)
 
 
-def test_checkpointing_changes_nothing():
-    a, b = make_model(), make_model(checkpointing=True)
-    grads = []
-    for model in (a, b):
-        torch.manual_seed(0)
-        model.train()(make_batch())["loss"].backward()
-        grads.append([p.grad for p in model.parameters()])
-    for x, y in zip(*grads):
-        torch.testing.assert_close(x, y)
+@pytest.mark.parametrize("task,n,changes,words", [
+    ("pretrain", 1, {}, "--itm needs 2 pairs .* not 1"),
+    ("retrieval", 1, dict(pool=2), "--pool 2 needs 2 pairs .* not 1"),
+    ("retrieval", 3, {}, "--pool 4 needs 4 pairs .* not 3")])
+def test_a_forward_pass_too_small_for_negatives_is_one_line(task, n, changes, words):
+    with pytest.raises(SystemExit, match=words) as caught:
+        make_model(task, **changes)(make_batch(n))
+    assert "\n" not in str(caught.value) and "--batch_size" in str(caught.value)
 
 
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("task", ib.TASKS)
-def test_small_batches(task, n):
-    """A batch of one has no negative, nor has a batch of one image: losses of 0, no NaN, nothing
-    called a mismatch."""
-    for ids in (torch.arange(n), torch.zeros(n, dtype=torch.long)):
-        out = make_model(task, ce=1.0, triplet=1.0)(make_batch(n) | {"image_id": ids})
-        assert math.isfinite(out["loss"].item())
-        if task == "retrieval" and ids.unique().numel() == 1:
-            assert out["logs"]["ce"] == 0 and out["logs"]["triplet"] == 0
+def test_the_smallest_batches():
+    """One pair without ITM; two with it; P pairs. A batch of one image only has no negative:
+    losses of 0, no NaN, nothing called a mismatch."""
+    assert make_model(itm=0.0)(make_batch(1))["loss"].item() > 0
+    assert "itm" in make_model()(make_batch(2))["logs"]
+    for ids in (torch.arange(4), torch.zeros(4, dtype=torch.long)):
+        batch = make_batch(4) | {"image_id": ids}
+        assert math.isfinite(make_model()(batch)["loss"].item())
+        logs = make_model("retrieval", ce=1.0, triplet=1.0, margin=2.0)(batch)["logs"]
+        assert all(math.isfinite(value) for value in logs.values())
+        assert (logs["ce"] > 0 and logs["triplet"] > 0) == bool(ids.any())
 
 
 @pytest.mark.parametrize("task", ib.TASKS)
@@ -449,35 +1210,6 @@ def test_half_precision(task):
     with torch.autocast("cpu", torch.bfloat16):
         got = model({**batch, "regions": batch["regions"].half()})["loss"]
     assert got.dtype == torch.float32 and got.item() == pytest.approx(want.item(), rel=0.03)
-
-
-def test_retrieval_losses_against_loops():
-    """loss_retrieval's pairs, one at a time through match()."""
-    model = make_model("retrieval", ce=1.0, triplet=1.0, pool=3).eval()
-    batch = make_batch() | {"image_id": torch.tensor([0, 1, 2, 2, 4, 5])}
-    torch.manual_seed(5)
-    logs = model(batch)["logs"]
-    torch.manual_seed(5)
-    draws = [ib.others(batch["image_id"], 2) for _ in range(2)]
-
-    def one(image, text):
-        pair = {}
-        for name, tensor in batch.items():
-            pair[name] = tensor[[image if name.startswith("regions") else text]]
-        return model.match(pair).item()
-
-    matched = [one(i, i) for i in range(6)]
-    binary, ce, triplet = [bce(s, 1.0) for s in matched], [], []
-    for direction, (index, found) in zip(("text", "image"), draws):
-        assert found.all()
-        for i in range(6):
-            s = [one(i, j) if direction == "text" else one(j, i) for j in index[i].tolist()]
-            binary += [bce(x, 0.0) for x in s]
-            ce.append(-math.log(math.exp(matched[i]) / sum(map(math.exp, [matched[i], *s]))))
-            triplet.append(max(0, 0.2 - sigmoid(matched[i]) + sigmoid(max(s))))
-    assert logs["bce"].item() == pytest.approx(sum(binary) / len(binary), rel=1e-4)
-    assert logs["ce"].item() == pytest.approx(sum(ce) / 12, rel=1e-4)
-    assert logs["triplet"].item() == pytest.approx(sum(triplet) / 12, rel=1e-4)
 
 
 @torch.no_grad()
@@ -524,30 +1256,6 @@ def test_the_last_layer_computes_only_what_is_read():
     assert shapes == [4, 13]                            # [CLS] and those asked for
 
 
-def test_masked_predictions():
-    model, batch = make_model().eval(), make_batch()
-    found = model.masked_predictions(batch)
-    assert set(found) == {"mlm", "moc"}
-    for predicted, true in found.values():
-        assert predicted.shape == true.shape and len(predicted) == 6
-        assert predicted.dtype == true.dtype == torch.long
-    assert set(make_model(moc=0.0).masked_predictions(batch)) == {"mlm"}
-
-
-def test_recipe_is_the_papers():
-    base = ib.Config()
-    assert base.max_text + base.max_regions == 144
-    sizes = (base.width, base.layers, base.heads, base.mlp_ratio * base.width)
-    assert sizes == (768, 12, 12, 3072)
-    for stage in (0, 1):
-        loop, cfg = train.settings(ib, "base", "pretrain", {}, stage)
-        got = (loop.optimizer, loop.lr, loop.batch_size, loop.epochs, loop.schedule)
-        assert got == ("adam", 1e-4, 48, 17, "constant")
-        assert loop.limit == (2_000_000, 0)[stage]
-    loop, _ = train.settings(ib, "base", "retrieval", {})
-    assert (loop.optimizer, loop.lr, loop.batch_size, loop.epochs) == ("adam", 5e-5, 24, 130)
-
-
 STATS = {"region_dim": 77, "region_classes": 91, "global_dim": 5}
 
 
@@ -555,6 +1263,18 @@ def test_setup_reads_the_regions_file():
     cfg = config(global_feature=True)
     ib.setup(cfg, "pretrain", STATS)
     assert (cfg.region_dim, cfg.region_classes, cfg.global_dim) == (77, 91, 5)
+
+
+@pytest.mark.parametrize("task,weights", [("pretrain", ("mlm", "moc", "mrfr", "itm")),
+                                          ("retrieval", ("bce", "ce", "triplet"))])
+def test_one_loss_is_enough(task, weights):
+    """The others at 0 are left out; only MOC needs regions with labels."""
+    for only in weights:
+        cfg = config(**dict.fromkeys(weights, 0.0) | {only: 1.0})
+        classes = 91 if only == "moc" else 0
+        ib.setup(cfg, task, STATS | {"region_classes": classes})
+        logs = ib.ImageBert(cfg, task)(make_batch(f=77))["logs"]
+        assert set(logs) & set(weights) == {only}
 
 
 @pytest.mark.parametrize("flag,task,changes,stats", [
@@ -608,6 +1328,10 @@ def test_foreign_names_are_of_the_whole_tower():
     assert set(needed) == {name for name in names if name.startswith("bert.")}
     assert set(extra) == {name for name in names if name.startswith("mlm_head.")}
     assert not ib.foreign_names(make_model("retrieval"), "text")[1]
+    layer = "encoder.layer.1.attention.self."
+    rows = [layer + "query.bias", layer + "key.bias", layer + "value.bias"]
+    assert needed["bert.blocks.1.attention.qkv.bias"] == rows
+    assert extra["mlm_head.bias"] == ["cls.predictions.bias"]
     for model, side, words in ((make_model(), "vision", "no vision tower"),
                                (make_model(act="relu"), "text", "gelu.*relu")):
         with pytest.raises(SystemExit, match=words) as caught:

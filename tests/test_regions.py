@@ -388,8 +388,8 @@ def test_extraction_goes_on_with_the_same_pictures_only(tmp_path, monkeypatch, c
 
 
 def test_pictures_of_a_tar(tmp_path, monkeypatch, capsys):
-    """--images takes tar shards; a picture in a tar is named by tar and byte, in the file and in
-    a warning, and found again there."""
+    """--images takes tar shards; a picture in a tar is named by tar and member, and found again
+    there; a warning names tar and byte."""
     stub_detector(monkeypatch)
     Image.new("RGB", (30, 20)).save(tmp_path / "1.jpg")
     (tmp_path / "2.jpg").write_text("no picture")
@@ -408,7 +408,7 @@ def test_pictures_of_a_tar(tmp_path, monkeypatch, capsys):
     assert re.search(r"pictures +1\n +unreadable, left out +1\n", printed)
     records = data.open_source("pairs", tar, "train")
     assert f"unreadable image {records[1]['image']}: no image format" in warned
-    assert list(next(data.Regions([out]).tables())) == [data.picture_name(records[0]["image"], "")]
+    assert list(next(data.Regions([out]).tables())) == ["0.tar/1.jpg"]
     attached = data.with_regions(records, REGIONS, out)
     assert len(attached) == 1 and attached[0]["regions"] == 0
     assert data.Views(attached, REGIONS, None, None, None)[0]["regions"].tolist() == [[30] * 4]
@@ -610,7 +610,9 @@ def test_the_command(tmp_path):
     assert re.search(r"regions +3\n", done.stdout) and "feature size" in done.stdout
     file = data.Regions([str(out)])
     np.testing.assert_array_equal(file[0]["features"], features)
-    assert (file.about, file.classes) == ("bottom-up-attention (a.tsv)", 0)
+    assert file.about == ("bottom-up-attention (a.tsv), without scores: regions in the file's "
+                          "order")
+    assert file.classes == 0
 
 
 @pytest.mark.parametrize("args, words", [
@@ -636,6 +638,90 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, args, words):
     with pytest.raises(SystemExit, match=words) as caught:
         regions.main([*args, "--out", "r.safetensors", "--device", "cpu"])
     assert "\n" not in str(caught.value) and not Path("r.safetensors").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Whose regions are whose
+
+def corpus(folder, seed, suffix="jpg"):
+    """A folder with 00000.tar as img2dataset writes it: two pictures of this seed, captions."""
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for key in ("000000000", "000000001"):
+            noise = np.random.default_rng([seed, int(key)]).integers(0, 256, (20, 30, 3), np.uint8)
+            Image.fromarray(noise).save(folder / f"{key}.{suffix}")
+            (folder / f"{key}.txt").write_text("a")
+            tar.add(folder / f"{key}.{suffix}", f"{key}.{suffix}")
+            tar.add(folder / f"{key}.txt", f"{key}.txt")
+    return str(folder)
+
+
+def extract(folder, out, monkeypatch):
+    stub_detector(monkeypatch)
+    regions.main(["--images", folder, "--out", str(out), "--device", "cpu"])
+    return str(out)
+
+
+def test_two_corpora_of_equal_tar_names_keep_apart(tmp_path, monkeypatch):
+    """LAIT and CC3M both have a 00000.tar with a 000000000.jpg in it."""
+    lait, cc = corpus(tmp_path / "lait", 1), corpus(tmp_path / "cc", 2)
+    file = extract(cc, tmp_path / "cc.safetensors", monkeypatch)
+    with pytest.raises(data.DataError, match="none of the 2 records' pictures is in it"):
+        data.with_regions(data.open_source("pairs", lait, "train"), REGIONS, file)
+    assert len(data.with_regions(data.open_source("pairs", cc, "train"), REGIONS, file)) == 2
+
+    # both together: each takes its own, and a corpus without regions is counted
+    both = data.open_source("pairs", f"{lait},{cc}", "train", f"{lait},{cc}")
+    attached = data.with_regions(both, REGIONS, file)
+    assert [r["image"].tar for r in attached] == [f"{cc}/00000.tar"] * 2
+    assert attached.notes["without_regions"] == 2
+
+    # a corpus that was moved is found by the end of its path and the size of its files
+    Path(cc).rename(tmp_path / "moved")
+    moved = data.open_source("pairs", str(tmp_path / "moved"), "train")
+    assert len(data.with_regions(moved, REGIONS, file)) == 2
+
+
+def test_a_picture_that_was_replaced_is_an_error(tmp_path, monkeypatch):
+    folder = corpus(tmp_path / "pictures", 3)
+    file = extract(f"{folder}", tmp_path / "r.safetensors", monkeypatch)
+    Path(folder, "00000.tar").unlink()
+    for n, path in enumerate(Path(folder).glob("*")):
+        path.unlink()
+    Path(folder).rmdir()
+    corpus(tmp_path / "pictures", 4)                                # the same names, other pictures
+    with pytest.raises(data.DataError, match="regions of another picture of this name"):
+        data.with_regions(data.open_source("pairs", folder, "train"), REGIONS, file)
+
+
+def test_image_ids_of_a_tsv_join_by_the_records_own_ids(tmp_path):
+    """Never by digits of a file's name; also for a second file, whose ids are moved here."""
+    out = str(tmp_path / "r.safetensors")
+    items = [found("7", 1, seed=7), found("9", 2, seed=9)]
+    regions.collect_regions(out, items, 2, lambda item: item, {**META, "root": ""}, quiet=True)
+    rows = {"a.jsonl": {"image": "9.jpg", "image_id": 7}, "b.jsonl": {"image": "7.jpg", "image_id": 9}}
+    for name, row in rows.items():
+        Image.new("RGB", (8, 8)).save(tmp_path / row["image"])
+        (tmp_path / name).write_text(f'{{"image": "{row["image"]}", "image_id": {row["image_id"]}, '
+                                     '"caption": "a"}\n')
+    spec = f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl"
+    records = data.with_regions(data.open_source("pairs", spec, "train"), REGIONS, out)
+    assert [Path(r["image"]).name for r in records] == ["9.jpg", "7.jpg"]
+    assert [r["regions"] for r in records] == [0, 1]
+
+    # records without ids of their own have none to join by
+    (tmp_path / "c.jsonl").write_text('{"image": "7.jpg", "caption": "a"}\n')
+    with pytest.raises(data.DataError, match="none of the 1 records' pictures is in it"):
+        data.with_regions(data.open_source("pairs", f"{tmp_path}/c.jsonl", "train"), REGIONS, out)
+
+
+def test_a_refused_tsv_leaves_nothing_behind(tmp_path):
+    row = ["12", "64", "48", "1", b64(np.eye(4, dtype="f4")[:1]), b64(np.ones((1, 5), "f4"))]
+    bad = [*row[:4], "no base64!", row[5]]
+    (tmp_path / "a.tsv").write_text("\t".join(row) + "\n" + "\t".join(bad) + "\n")
+    with pytest.raises(data.DataError, match="a.tsv line 2"):
+        regions.main(["--tsv", f"{tmp_path}/a.tsv", "--out", f"{tmp_path}/r", "--shard", "1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tsv"]
 
 
 # --------------------------------------------------------------------------------------------------

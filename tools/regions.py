@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import re
 import sys
 from pathlib import Path
@@ -210,6 +211,7 @@ def pack(found, metadata):
     out["names"] = [np.frombuffer(b"".join(names), np.uint8)]
     out["name_ends"] = [np.cumsum([len(name) for name in names], dtype=np.int64)]
     out["sizes"] = [np.array([f["size"] for f in found], np.int64).reshape(-1, 2)]
+    out["bytes"] = [np.array([f.get("bytes", 0) for f in found], np.int64)]     # 0: unknown
     if "global_feature" in metadata:
         out["globals"] = [np.array([f["globals"] for f in found], np.float16)]
     return out
@@ -353,7 +355,7 @@ def list_pictures(images, image_root):
     else:
         records = data.open_source("pairs", images, None, image_root)
         pictures = list(dict.fromkeys(record["image"] for record in records))
-        root = records.root
+        root = images if shards else records.root
     if not pictures:
         fail(f"--images {images}: no image files in it")
     return pictures, os.path.abspath(root)
@@ -385,9 +387,9 @@ def extract_regions(args):
         except data.BadImage as e:
             data.say(f"unreadable image {where}: {e}; left out")
             return None
-        place = os.path.abspath(where) if isinstance(where, str) else where
         found = detect(detector, pixels(picture, device))
-        found |= {"name": data.picture_name(place, root), "size": picture.size}
+        found |= {"name": os.path.relpath(data.picture_path(where), root), "size": picture.size,
+                  "bytes": data.picture_bytes(where)}
         if cnn:
             found["globals"] = global_feature(cnn, picture, device)
         return found
@@ -511,12 +513,19 @@ def convert_regions(args):
 
     # another file of the same name has another size
     files = ", ".join(map(os.path.basename, paths))
-    metadata = {"detector": f"bottom-up-attention ({files})", "root": "",
-                "label_names": json.dumps(names)}
+    about = f"bottom-up-attention ({files})"
+    if not labeled:
+        about += ", without scores: regions in the file's order"
+    metadata = {"detector": about, "root": "", "label_names": json.dumps(names)}
     source = ", ".join(f"{path}, {os.path.getsize(path)} bytes" for path in paths)
-    return collect_regions(args.out, tsv_lines(paths), None,
-                           lambda item: tsv_regions(item, len(names)), metadata, args.shard,
-                           source=source)
+    try:
+        return collect_regions(args.out, tsv_lines(paths), None,
+                               lambda item: tsv_regions(item, len(names)), metadata, args.shard,
+                               source=source)
+    except data.DataError:
+        # rows are quickly read again: a refused file leaves nothing behind
+        shutil.rmtree(f"{args.out}.parts", ignore_errors=True)
+        raise
 
 
 # --------------------------------------------------------------------------------------------------

@@ -285,12 +285,9 @@ def test_pictures_are_found_by_name(tmp_path):
     with pytest.raises(data.DataError, match="2 pictures"):
         get([b, c], "/moved/1.jpg")
 
-    # by COCO's number; in a tar by tar and byte
-    ids = file("ids", ["391895", "1000092795"], "")
-    places = "/f/COCO_val2014_000000391895.jpg", "/f/1000092795.jpg", "/f/7.jpg"
-    assert get([ids], *places) == [0, 1]
-    tar = file("tar", ["0.tar@512"], "/shards")
-    assert get([tar], data.TarMember("/anywhere/0.tar", 512, 99)) == [0]
+    # in a tar by its member's name
+    tar = file("tar", ["0.tar/x.jpg"], "/shards")
+    assert get([tar], data.TarMember("/anywhere/0.tar", 512, 99, "x.jpg")) == [0]
 
     # nobody named a regions file
     nothing = data.Records("pairs", "train", str(tmp_path))
@@ -579,7 +576,7 @@ def test_tsv_files_that_do_not_belong_together(tmp_path, monkeypatch):
     for shard in ("1", "1000"):
         with pytest.raises(data.DataError, match="features of 8 numbers and .* of 7 numbers"):
             convert("c", "--shard", shard)
-        shutil.rmtree(tmp_path / "c" / "o.parts")
+        assert not (tmp_path / "c" / "o.parts").exists()
 
     # the same name, another file: a stopped run does not go on with it
     plans = []
@@ -685,10 +682,7 @@ def test_two_corpora_of_equal_tar_names_keep_apart(tmp_path, monkeypatch):
 def test_a_picture_that_was_replaced_is_an_error(tmp_path, monkeypatch):
     folder = corpus(tmp_path / "pictures", 3)
     file = extract(f"{folder}", tmp_path / "r.safetensors", monkeypatch)
-    Path(folder, "00000.tar").unlink()
-    for n, path in enumerate(Path(folder).glob("*")):
-        path.unlink()
-    Path(folder).rmdir()
+    shutil.rmtree(folder)
     corpus(tmp_path / "pictures", 4)                                # the same names, other pictures
     with pytest.raises(data.DataError, match="regions of another picture of this name"):
         data.with_regions(data.open_source("pairs", folder, "train"), REGIONS, file)
@@ -699,7 +693,8 @@ def test_image_ids_of_a_tsv_join_by_the_records_own_ids(tmp_path):
     out = str(tmp_path / "r.safetensors")
     items = [found("7", 1, seed=7), found("9", 2, seed=9)]
     regions.collect_regions(out, items, 2, lambda item: item, {**META, "root": ""}, quiet=True)
-    rows = {"a.jsonl": {"image": "9.jpg", "image_id": 7}, "b.jsonl": {"image": "7.jpg", "image_id": 9}}
+    rows = {"a.jsonl": {"image": "9.jpg", "image_id": 7},
+            "b.jsonl": {"image": "7.jpg", "image_id": 9}}
     for name, row in rows.items():
         Image.new("RGB", (8, 8)).save(tmp_path / row["image"])
         (tmp_path / name).write_text(f'{{"image": "{row["image"]}", "image_id": {row["image_id"]}, '

@@ -1,11 +1,11 @@
 """data.py: every official format on small files written here, every bad input, streams, views,
 and the cuts in ../shared/data."""
+
 import importlib
 import io
 import json
 import pickle
 import random
-import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -17,14 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
-import data  # noqa: E402
+import data
+from models import cookie, mct
 
 read = data.open_source
 
-torch.set_num_threads(1)
-SHARED = HERE.parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = ("[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] a red blue circle square yes no what is it two "
          "##s , ? left of".split())
 PAIRS = dict(source="pairs", image="randaug", image_eval="resize", norm="half", text="caption")
@@ -93,6 +91,8 @@ def test_records_jsonl_json_and_single(tmp_path, world):
     assert r[-1]["image_id"] == 139
     assert r[0]["caption"] == ["a red circle", "a blue square"]
     assert r[0]["paraphrase"] == ["red circle", "blue square"]
+
+    # a list in one file, a single record
     rows = [{"image": "im/0.png", "caption": "one"},
             {"image": "im/1.png", "caption": ["two"], "split": "val"}]
     r = read("pairs", write(tmp_path / "l.json", rows), None)
@@ -100,8 +100,11 @@ def test_records_jsonl_json_and_single(tmp_path, world):
     assert r[0]["caption"] == ["one"]
     assert r.splits == ["val"]
     assert len(read("pairs", write(tmp_path / "one.json", rows[0]), "train")) == 1
+
     # no split: belongs to all
     assert len(read("pairs", lines(tmp_path / "really_jsonl.json", rows), "val")) == 2
+
+    # a limit draws by its seed
     assert [len(read("pairs", world, "train", limit=n)) for n in (7, 400)] == [7, 40]
     picked = []
     for seed in (1, 1, 2):
@@ -122,9 +125,11 @@ def test_karpathy(tmp_path):
     assert got["train"][1]["image_id"] == 1 and got["train"].splits == ["train", "val", "test"]
     assert got["test"][0]["caption"] == [f"caption 3 {k} ." for k in range(8)]
     spec = write(tmp_path / "d2.json", {"images": images[:1], "dataset": "x"})
+
     with refused("no split 'test'", "it has: train"):
         read("pairs", spec, "test", image_root=str(tmp_path / "root"))
     del images[0]["sentences"][1]["raw"]
+
     with refused("images[0]", "no key 'raw'"):
         read("pairs", write(tmp_path / "d3.json", {"images": images}), "train",
                          image_root=str(tmp_path / "root"))
@@ -141,6 +146,7 @@ def coco(tmp_path):
              {"image_id": 5, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 1, "area": 81},
              {"image_id": 5, "category_id": 18, "bbox": [5, 5, 1, 1], "iscrowd": 0, "area": 1}]
     boxes = [{**box, "id": n} for n, box in enumerate(boxes, 1)]
+
     categories = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}]
     home = tmp_path / "annotations"
     return (write(home / "captions_val2017.json", {"images": images, "annotations": captions}),
@@ -150,6 +156,7 @@ def coco(tmp_path):
 
 def test_coco_captions_and_instances(tmp_path):
     captions, instances = coco(tmp_path)
+
     # images found in ../val2017, as published
     r = read("pairs", captions, "test")
     assert [x["image_id"] for x in r] == [9, 5]
@@ -158,6 +165,7 @@ def test_coco_captions_and_instances(tmp_path):
     r = read("pairs", f"{captions},{instances}", "train", image_root=str(tmp_path / "val2017"),
                          need=("caption", "tags"))
     assert len(r) == 2 and r.label_names == ["person", "dog"] and r.notes["with_tags"] == 1
+
     # the crowd gives its tag, but no box
     assert r[1]["tags"] == ["person", "dog"]
     assert r[1]["boxes"] == [[1, 2, 4, 6], [5, 5, 6, 6]] and r[1]["labels"] == [1, 1]
@@ -166,10 +174,12 @@ def test_coco_captions_and_instances(tmp_path):
     assert len(r) == 2
     assert [label for label, crowd in zip(r[0]["labels"], r[0]["crowd"]) if not crowd] == [1, 1]
     assert "caption" not in r[0]
+
     with refused("no key 'caption'"):
         read("pairs", instances, "train", need=("caption",))
     bad = json.loads(Path(instances).read_text())
     bad["annotations"][0]["category_id"] = 77
+
     with refused("annotations[0]", "category_id 77"):
         read("pairs", write(tmp_path / "instances_bad.json", bad), "train",
                          image_root=str(tmp_path / "val2017"))
@@ -186,10 +196,12 @@ def test_tsv(tmp_path, capsys):
     (root / f"5_{zlib.crc32(urls[5].encode())}").write_bytes((root / "own.jpg").read_bytes())
     spec = write(tmp_path / "cc.tsv", "".join(f"caption {n}\t{u}\n" for n, u in enumerate(urls)))
     r = read("pairs", spec, "train", image_root=str(root))
+
     # two rows end in same.jpg: neither may take that file, row 3 has its numbered one
     assert [x["caption"][0][-1] for x in r] == ["0", "1", "3", "5"] and r.notes["missing"] == 2
     assert r[1]["image"].endswith("own.jpg") and r[2]["image"].endswith("000000003.jpg")
     assert "2 of 6 records left out" in capsys.readouterr().err
+
     with refused("cc2.tsv line 2", "no TAB"):
         read("pairs", write(tmp_path / "cc2.tsv", "a\tb\nc d\n"), "train", image_root=str(root))
 
@@ -213,6 +225,8 @@ def test_tar_shards(tmp_path, tok):
           [("000010000.jpg", jpg[1]), ("000010000.json", b'{"caption": "two"}'),
            ("000010001.jpg", jpg[2]), ("000010001.txt", b"  ")])
     shard(tmp_path / "cc" / "00002.tar", [("a/x.jpg", jpg[3]), ("a/x.txt", "caf\u00e9".encode())])
+
+    # a range of shards, or their folder; what has no picture or no words is left out
     for spec in (f"{tmp_path}/cc/{{00000..00002}}.tar", str(tmp_path / "cc")):
         r = read("pairs", spec, "train", need=("caption",))
         assert [x["caption"] for x in r] == [["a red circle"], ["two"], ["caf\u00e9"]]
@@ -224,6 +238,7 @@ def test_tar_shards(tmp_path, tok):
     assert ds[0, 1]["image"].shape == (3, 16, 16)
     broken = Path(shard(tmp_path / "b" / "0.tar", [("1.jpg", jpg[0] * 40)]))
     broken.write_bytes(broken.read_bytes()[:700])
+
     with refused("0.tar", "not a readable tar"):
         read("pairs", str(broken), "train")
     with refused("00000.tar", "no such file"):
@@ -249,6 +264,7 @@ def test_a_picture_in_a_tar_has_a_name(tmp_path, tok, capsys):
     assert f"unreadable image {named}; evaluated as a grey image" in capsys.readouterr().err
     assert data.main(["check", tar]) == 1
     assert named in capsys.readouterr().out
+
     with refused(named):
         data.open_picture(where)
 
@@ -265,6 +281,7 @@ def test_several_files_and_ids(tmp_path):
     r = read("pairs", f"{one},{two}", "train", image_root=both)
     assert [x["image_id"] for x in r][:2] == [7, 0] and len({x["image_id"] for x in r}) == 4
     assert r[2]["image"] == str(tmp_path / "r2" / "a.jpg")
+
     # the same pictures: the same ids
     r = read("pairs", f"{one},{two}", "train", image_root=str(tmp_path / "r1"))
     assert [x["image_id"] for x in r] == [7, 0, 7, 0]
@@ -272,11 +289,13 @@ def test_several_files_and_ids(tmp_path):
     rows = [{"image": f"{c}.jpg", "caption": "x"} for c in "abca"]
     r = read("pairs", lines(tmp_path / "3.jsonl", rows), "train", image_root=str(tmp_path / "r1"))
     assert [x["image_id"] for x in r] == [0, 1, 2, 0]
+
     # names instead of numbers
     names = [dict(row, image_id=i) for row, i in zip(rows, ("p", "q", "p", "p"))]
     r = read("pairs", lines(tmp_path / "4.jsonl", names), "train", image_root=str(tmp_path / "r1"))
     assert [x["image_id"] for x in r] == [0, 1, 0, 0]
     names[1]["image_id"] = 3
+
     with refused("5.jsonl line 2", "image_id"):
         read("pairs", lines(tmp_path / "5.jsonl", names), "train", image_root=str(tmp_path / "r1"))
     with refused("line 1", "'image_id' is -1"):
@@ -284,6 +303,26 @@ def test_several_files_and_ids(tmp_path):
                 image_root=str(tmp_path / "r1"))
     with refused("--image_root names 2 folders for 1"):
         read("pairs", one, "train", image_root=both)
+
+
+def test_questions_as_captions(tmp_path):
+    """VQA's and GQA's questions are texts of their pictures, where a task reads pairs."""
+    for name in ("COCO_train2014_000000000009.jpg", "2354786.jpg"):
+        picture(tmp_path / name)
+    vqa = {"data_subtype": "train2014",
+           "questions": [{"image_id": 9, "question": "what?", "question_id": 1},
+                         {"image_id": 9, "question": "who?", "question_id": 2}]}
+    gqa = {"05515938": {"imageId": "2354786", "question": "is it a dog?", "answer": "no"},
+           "05515939": {"imageId": "2354786", "question": "where?", "answer": "here"}}
+    files = f"{write(tmp_path / 'v.json', vqa)},{write(tmp_path / 'g.json', gqa)}"
+    r = read("pairs", files, "train", str(tmp_path))
+    assert [x["caption"] for x in r] == [["what?", "who?"], ["is it a dog?", "where?"]]
+    assert len({x["image_id"] for x in r}) == 2
+
+    del gqa["05515939"]["question"]
+
+    with refused("question 05515939: no key 'question'"):
+        read("pairs", write(tmp_path / "g.json", gqa), "train", str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,6 +346,7 @@ def vqa_files(tmp_path, **extra):
 
 def test_vqa(tmp_path, tok):
     questions, answers = vqa_files(tmp_path)
+
     # images/ beside the files is found
     r = read("vqa", f"{questions},{answers}", "train")
     assert [x["question_id"] for x in r] == [420, 421, 70]
@@ -318,6 +358,7 @@ def test_vqa(tmp_path, tok):
     views = dict(source="vqa", image="plain", text="question", answer="answer")
     ds = data.Views(r, views, tok, 16, 8)
     seen = Counter(tok.decode(ds[0, d]["answer"]) for d in range(400))
+
     # "two" -> "2", not in this vocabulary
     assert set(seen) == {"yes", "[UNK]"} and 0.62 < seen["yes"] / 400 < 0.78
     s = ds[0, 1]
@@ -331,16 +372,19 @@ def test_vqa(tmp_path, tok):
     del views["answer"]
     batch = next(data.iter_eval(r, views, tok, 16, 8, "sample"))
     assert len(batch["index"]) == 3
+
     with refused("needs the questions file"):
         read("vqa", answers, "train")
     with refused("no key 'answers'"):
         read("vqa", questions, "train", image_root=str(tmp_path / "images"), need=("answers",))
     whole = json.loads(Path(questions).read_text())
+
     with refused("questions[3]", "420 occurs twice"):
         twice = dict(whole, questions=whole["questions"] + whole["questions"][:1])
         read("vqa", write(tmp_path / "q2.json", twice), "test",
                          image_root=str(tmp_path / "images"))
     del whole["data_subtype"], whole["questions"][1:]
+
     with refused("questions[0]", "no key 'image'", "data_subtype"):
         read("vqa", write(tmp_path / "q3.json", whole), "test")
     with refused("neither 'questions' nor 'annotations'"):
@@ -360,12 +404,15 @@ def test_ve(tmp_path, tok):
     assert r[0]["image_id"] == r[1]["image_id"]
     assert r.label_names == ["entailment", "neutral", "contradiction"]
     assert data.stats(r)["num_labels"] == 3
+
+    # samples, and one text a row in evaluation
     views = dict(source="ve", image="plain", text="caption", label="label")
     ds = data.Views(r, views, tok, 16, 8)
     assert ds[1, 0]["label"] == 2 and tok.decode(ds[2, 0]["text"]) == "blue"
     assert data.flat_captions(r)[0] == ["it is red", "it is red", "blue"]
     assert data.flat_captions(r)[1].tolist() == [0, 0, 1]
     assert sum(len(b["index"]) for b in data.iter_eval(r, views, tok, 16, 8, "text")) == 3
+
     with refused("b.jsonl line 1", "gold_label 'maybe'"):
         read("ve", lines(tmp_path / "b.jsonl", [dict(rows[0], gold_label="maybe")]), "val")
     with refused("c.jsonl line 1", "no key 'sentence2'", "it has: Flickr30K_ID, gold_label"):
@@ -388,8 +435,10 @@ def test_nlvr2(tmp_path, tok):
                  label="label")
     ds = data.Views(r, views, tok, 16, 8)
     s = ds[0, 0]
+
     # left is image 0, right is image 1
     assert s["image"].max() == -1 and s["image2"].min() == 1
+
     with refused("line 1", "label 'yes'"):
         read("nlvr2", lines(tmp_path / "e.jsonl", [dict(rows[0], label="yes")]), "val")
 
@@ -405,17 +454,22 @@ def test_sts(tmp_path):
     row = "main-captions\tMSRvid\t2012test\t0000\t{}\t\"A man, with\tA man.\n"
     for part, scores in (("dev", "5.000"), ("test", "2.5"), ("train", "0")):
         write(tmp_path / "stsbenchmark" / f"sts-{part}.csv", row.format(scores))
+
+    # a year's folder
     r = read("sts", str(home), "test")
     rows = [(x["s1"], x["score"], x["dataset"], x["subset"]) for x in r]
     assert rows == [("a", 4.4, "STS12", "MSRvid"), ("e", 0.0, "STS12", "MSRvid"),
                     ("g", 1.0, "STS12", "OnWN")]
     assert r.notes == {"unscored": 2}
+
     # the train folders of STS12 are not test data
     r = read("sts", str(tmp_path), "test")
     assert [x["dataset"] for x in r] == ["STS12"] * 3 + ["STSB"] and r[3]["s1"] == '"A man, with'
     assert [x["score"] for x in read("sts", str(tmp_path), "val")] == [5.0]
+
     # a file named: whatever split
     assert len(read("sts", str(tmp_path / "stsbenchmark" / "sts-dev.csv"), "test")) == 1
+
     with refused("no split 'val'", "it has: test"):
         read("sts", str(home), "val")
     with refused("s.csv line 2", "7 columns", "found 2"):
@@ -428,6 +482,7 @@ def test_sts(tmp_path):
         (tmp_path / "void").mkdir()
         read("sts", str(tmp_path / "void"), "test")
     write(home / "STS.gs.OnWN.txt", "1\n")
+
     with refused("STS.input.OnWN.txt: 2 sentence pairs, but 1 scores"):
         read("sts", str(home), "test")
 
@@ -438,6 +493,7 @@ def test_hashing(tmp_path, tok):
     test = write(tmp_path / "lists" / "test.txt", "data/coco/val2014/a.jpg 0 1 1\nb.jpg 0 0 0 \n")
     write(tmp_path / "lists" / "database.txt", "b.jpg 1 0 0\n")
     root = str(tmp_path / "coco")
+
     # the authors' "data/coco/" is left off
     r = read("hashing", test, "test", image_root=root)
     assert r[0]["labels"] == [0, 1, 1]
@@ -446,6 +502,7 @@ def test_hashing(tmp_path, tok):
     ds = data.Views(r, dict(source="hashing", image="center", labels="labels"), None, 16, None)
     assert ds[0, 0]["labels"].tolist() == [0.0, 1.0, 1.0]
     assert len(read("hashing", str(tmp_path / "lists"), "database", image_root=root)) == 1
+
     with refused("no split 'train'", "database, test"):
         read("hashing", str(tmp_path / "lists"), "train", image_root=root)
     with refused("line 2", "3 labels expected, found 2"):
@@ -478,12 +535,16 @@ def test_clips(tmp_path):
     for n in range(4):
         (tmp_path / "features").mkdir(exist_ok=True)
         np.save(tmp_path / "features" / f"video{n}.npy", np.zeros((5, 8), np.float32))
+
+    # splits as the file has them
     r = read("clips", spec, "test", need=("caption",))
     assert [x["video_id"] for x in r] == ["video2", "video3"]
     assert r[0]["caption"] == ["c20", "c21", "c22"]
     assert r.protocol == "full"
     assert len(read("clips", spec, "val", image_root=str(tmp_path / "features"))) == 1
     assert np.load(r[0]["feature"]).shape == (5, 8) and len({x["image_id"] for x in r}) == 2
+
+    # the table of split 1k-A, with either separator
     for mark in ",;":
         rows = "key,vid_key,video_id,sentence\nret0,msr3,video3,a cat\n".replace(",", mark)
         table = write(tmp_path / "1ka.csv", rows)
@@ -492,11 +553,53 @@ def test_clips(tmp_path):
         assert [(x["video_id"], x["caption"]) for x in test] == [("video3", ["a cat"])]
         assert test.protocol == "1k-A"
         assert [x["video_id"] for x in train] == ["video0", "video1", "video2"]
+
+    # check opens the features
     assert data.main(["check", spec]) == 0
     (tmp_path / "features" / "video0.npy").write_bytes(b"xx")
     assert data.main(["check", spec]) == 1
+
     with refused("line 1", "video_id and sentence"):
         read("clips", f"{spec},{write(tmp_path / 'x.csv', 'a,b')}", "test")
+
+
+XML = ("<annotation><filename>{0}.jpg</filename>"
+       "<size><width>40</width><height>32</height><depth>3</depth></size>{1}</annotation>")
+OBJECT = ("<object><name>{}</name><difficult>{}</difficult>"
+          "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>")
+
+
+def test_voc(tmp_path):
+    devkit = tmp_path / "VOCdevkit"
+    objects = OBJECT.format("dog", 0, 1, 1, 10, 20) + OBJECT.format("car", 1, 5, 5, 5, 9)
+    for year, part, names in (("2007", "trainval", "1 2"), ("2012", "trainval", "3"),
+                              ("2007", "test", "4")):
+        home = devkit / f"VOC{year}"
+        write(home / "ImageSets" / "Main" / f"{part}.txt", "\n".join(names.split()) + "\n")
+        for n in names.split():
+            write(home / "Annotations" / f"{n}.xml", XML.format(n, objects))
+            picture(home / "JPEGImages" / f"{n}.jpg", size=(40, 32))
+
+    # both years' trainval; pixels count from 0 here, from 1 in the file
+    r = read("detection", str(devkit), "train")
+    assert len(r) == 3 and len(read("detection", str(tmp_path), "test")) == 1
+    assert r[0]["boxes"] == [[0, 0, 10, 20], [4, 4, 5, 9]] and r[0]["difficult"] == [0, 1]
+    assert len(r.label_names) == 20
+    assert [r.label_names[n] for n in r[0]["labels"]] == ["dog", "car"]
+
+    unicorn = XML.format(4, OBJECT.format("unicorn", 0, 1, 1, 3, 3))
+    write(devkit / "VOC2007" / "Annotations" / "4.xml", unicorn)
+
+    with refused("4.xml"):
+        read("detection", str(tmp_path), "test")
+
+
+def test_detection_of_instances(tmp_path, rectangles):
+    file, _ = rectangles(tmp_path)
+    r = read("detection", str(file), "train", str(tmp_path), need=("boxes", "segmentation"))
+    assert r.label_names == ["blue", "red"] and data.stats(r)["num_labels"] == 2
+    assert r[0]["crowd"] == [0, 1]
+    assert r[1]["boxes"] == [[5, 4, 19, 16]] and r[1]["labels"] == [1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -505,6 +608,7 @@ def test_clips(tmp_path):
 def test_bad_records(tmp_path, world, capsys):
     good = {"image": "im/0.png", "caption": "a"}
     bad = tmp_path / "bad.jsonl"
+
     with refused("--data missing.json: no such file"):
         read("pairs", "missing.json", "train")
     with refused("--data is empty"):
@@ -513,6 +617,8 @@ def test_bad_records(tmp_path, world, capsys):
         read("nope", world, "train")
     with refused("--image_root /nowhere: no such directory"):
         read("pairs", world, "train", image_root="/nowhere")
+
+    # a record, key by key
     for row, *parts in (
             ({"image": "im/0.png", "text": "a"}, "no key 'caption'", "it has: image"),
             ({"file": "im/0.png", "caption": "a"}, "no key 'image'", "it has: file, caption"),
@@ -526,6 +632,9 @@ def test_bad_records(tmp_path, world, capsys):
             (["im/0.png", "a"], "object", "list")):
         with refused("bad.jsonl line 2", *parts):
             read("pairs", lines(bad, [good, row]), "train", need=("caption",))
+
+
+    # a whole file
     with refused("record 1", "no key 'image'"):
         read("pairs", write(tmp_path / "bad.json", [good, {}]), "train")
     with refused("bad.jsonl line 2: not JSON"):
@@ -542,6 +651,7 @@ def test_bad_records(tmp_path, world, capsys):
     with refused("no split 'test'", "it has: train, val"):
         read("pairs", lines(bad, [dict(good, split="train"), dict(good, split="val")]), "test")
     bad.write_bytes(b'{"image": "\xff\xfe"}\n')
+
     with refused("not UTF-8"):
         read("pairs", str(bad), "train")
     with refused("none of the 2 image files is there", "no/0.png", "--image_root right?"):
@@ -572,10 +682,12 @@ def test_vocabulary(tmp_path, tok):
     assert (tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id) == (0, 2, 3, 4, 5)
     assert (tok.first_word, tok.vocab_size) == (6, len(WORDS))
     ids = tok.encode("A Red circles, [MASK] zebra?", 20)
+
     # [MASK] is plain text
     assert tok.tokens(ids) == "[CLS] a red circle ##s , [UNK] [UNK] [UNK] [UNK] ? [SEP]".split()
     assert tok.decode(ids) == "a red circles , [UNK] [UNK] [UNK] [UNK] ?" and tok.mask_id not in ids
     assert tok.encode("a red circle", 4) == [3, 6, 7, 4] and tok.encode("", 9) == [3, 4]
+
     with refused("vocab2.txt", "lacks [SEP], [MASK]"):
         data.get_tokenizer(write(tmp_path / "vocab2.txt", "[PAD]\n[UNK]\n[CLS]\na\n"))
     with refused("line 23", "'red' stands in line 8 already"):
@@ -612,6 +724,7 @@ def test_image_modes(tmp_path):
         assert image.mode == "RGB" and image.size == (8, 6)
         if mode in ("RGBA", "P", "CMYK"):
             assert max(abs(a - b) for a, b in zip(image.getpixel((3, 3)), (200, 100, 50))) < 40
+
     # 16 bit: scaled, not clipped to white
     Image.fromarray(np.full((6, 8), 40000, np.uint16)).save(tmp_path / "g.png")
     assert data.load_image(str(tmp_path / "g.png")).getpixel((0, 0)) == (156, 156, 156)
@@ -639,6 +752,7 @@ def test_bad_images(tmp_path, monkeypatch):
                          ("none.jpg", "No such file"), ("q.png", "."), ("t.jpg", "truncated")):
         with pytest.raises(data.BadImage, match=reason):
             data.load_image(str(tmp_path / name))
+
     # PIL warns of the first, refuses the second
     for limit in (1500, 700):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -648,6 +762,7 @@ def test_bad_images(tmp_path, monkeypatch):
 
 def test_image_views():
     wide = Image.new("RGB", (60, 30))
+
     # left half red, right half black
     wide.paste((255, 0, 0), (0, 0, 30, 30))
     for name, view in data.IMAGE_VIEWS.items():
@@ -657,6 +772,7 @@ def test_image_views():
         assert (view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes()
                 == view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes())
     left = [data.randaug(wide, 20, random.Random(d), (0.9, 1.0)) for d in range(200)]
+
     # randaug never mirrors
     assert all(im.getpixel((4, 10))[0] >= im.getpixel((15, 10))[0] for im in left)
     flips = [data.flip(wide, 20, random.Random(d), (0.9, 1.0)) for d in range(200)]
@@ -696,26 +812,38 @@ def test_samples(world, tok):
     assert s["image_id"].dtype == s["bad"].dtype == torch.int64
     assert s["text_mask"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
     assert s["text"][5:].tolist() == [0, 0, 0]
+
+    # pixels
     plain = data.Views(r, dict(PAIRS, image="plain"), tok, 16, 8)[4, 9]["image"]
+
     # norm "half": x / 127.5 - 1
     assert torch.allclose(plain[:, 3, 3], torch.tensor([24, 231, 7]) / 127.5 - 1, atol=1e-5)
     clip = data.Views(r, dict(PAIRS, image="plain", norm="clip"), tok, 16, 8)[4, 9]["image"]
     assert abs(clip[0, 0, 0] - (24 / 255 - 0.48145466) / 0.26862954) < 1e-5
+
+    # texts
     ds = data.Views(r, dict(PAIRS, image2="flip", text2="paraphrase", tags="tags"), tok, 16, 8)
     both = Counter()
     for d in range(60):
         s = ds[0, d]
         both[tok.decode(s["text"]), tok.decode(s["text2"]), int(s["text2_is_copy"])] += 1
+
     # always that caption's paraphrase
     assert set(both) == {("a red circle", "red circle", 0), ("a blue square", "blue square", 0)}
+
+    # tags
     assert ds.tag_names == ["red", "circle"]
     assert ds[0]["tags"].tolist() == [1, 0]
     assert ds[1]["tags"].tolist() == [0, -1]
     given = data.Views(r, dict(tags="tags"), tok, 16, 8, tag_names=["circle"])
     assert given[0]["tags"].tolist() == [0, -1] and given[1]["tags"].tolist() == [-1, -1]
+
+    # another view of the picture; --image_view in place of the task's own
     assert not torch.equal(s["image"], s["image2"])
     forced = data.Views(r, dict(PAIRS, image="randaug"), tok, 16, 8, image_view="plain")
     assert torch.equal(forced[4, 1]["image"], plain)
+
+    # evaluation draws nothing
     evaluation = data.Views(r, dict(PAIRS, text2="paraphrase"), tok, 16, 8, train=False)
     assert same(evaluation[4], evaluation[4, 77])
     assert tok.decode(evaluation[4]["text"]) == "a red circle"
@@ -725,6 +853,7 @@ def test_samples(world, tok):
                   dict(PAIRS, text="nope")):
         with refused("nope" if wrong["source"] == "pairs" else "'vqa'"):
             data.Views(r, wrong, tok, 16, 8)
+
     with refused("no view 'tags' for 'image'"):
         data.Views(r, dict(PAIRS, image_eval="tags"), tok, 16, 8, train=False)
     with refused("--max_text 2"):
@@ -784,6 +913,77 @@ def test_stats_of_pairs(world, asked, wanted):
     assert data.stats(read("pairs", world, "train"), views=asked) == wanted
 
 
+def test_tags_from_captions(tmp_path, rectangles):
+    """A word list makes tags of captions, whatever tags the records had."""
+    _, pairs = rectangles(tmp_path)
+    r = read("pairs", str(pairs), "train", str(tmp_path))
+    nouns = write(tmp_path / "nouns.txt", "Square\n\nred\ncircle\n")
+    made = data.caption_tags(r, nouns)
+    assert made[0]["tags"] == ["red", "square"] and made[1]["tags"] == ["square"]
+    assert data.tag_list(made) == ["square", "red"]
+
+    # picture 0 has no caption and is left out; the records themselves stay as they were
+    assert (len(made), made.notes["with_tags"], r[0]["tags"]) == (11, 11, ["red"])
+    for bad in ("missing.txt", write(tmp_path / "empty.txt", "\n")):
+        with refused(Path(bad).name):
+            data.caption_tags(r, tmp_path / bad)
+
+
+def test_optional_keys_of_a_record(tmp_path, rectangles, tok):
+    """Records without caption, tags or paraphrase are samples as all others."""
+    _, pairs = rectangles(tmp_path)
+    need = data.needs(mct.VIEWS["pretrain"])
+    r = read("pairs", str(pairs), "train", str(tmp_path), need=need)
+    assert r.notes["no_caption_left"] == 1
+
+    # record 0 has no caption, 1 has a paraphrase and a tag twice, 5 has no tags
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    del rows[0]["caption"], rows[5]["tags"]
+    rows[1] |= {"paraphrase": ["red square left"], "tags": ["red", "red", "a"]}
+    r = read("pairs", lines(pairs, rows), "train", str(tmp_path), need=need)
+    stats = data.stats(r, views=mct.VIEWS["pretrain"], tags=2)
+    assert stats["num_labels"] == 2 and stats["tag_width"] == 3 and "red" in stats["tags"]
+
+    # what is not there is marked so
+    views = data.Views(r, mct.VIEWS["pretrain"], tok, 32, 6, tag_names=stats["tags"])
+    first, second, sixth = views[0], views[1], views[5]
+    assert (first["text_valid"], second["text_valid"]) == (0, 1)
+    assert (second["text_key_is_copy"], sixth["text_key_is_copy"]) == (0, 1)
+    assert first["text_mask"].sum() == 2
+    assert not torch.equal(second["text"], second["text_key"])
+    assert torch.equal(sixth["text"], sixth["text_key"]) and (sixth["tags"] == -1).all()
+
+    # a tag counts once
+    tags = second["tags"].tolist()
+    known = sorted(t for t in tags if t >= 0)
+    assert known == [stats["tags"].index("red")] or len(set(tags)) == 3
+    assert torch.equal(views.tag_rows()[1], second["tags"])
+
+    # the key views and the tags are training's alone
+    shown = data.Views(r, mct.VIEWS["pretrain"], tok, 32, 6, train=False)
+    assert set(shown.keys) == {"image", "text"}
+
+
+def test_frames(tmp_path, tok):
+    """Of a clip longer than FRAMES, first and last frame stay; a shorter one is padded."""
+    clips = {"videos": [], "sentences": []}
+    for n, count in enumerate((3, 47)):
+        frames = np.random.default_rng(n).normal(size=(count, 18)).astype(np.float32)
+        (tmp_path / "features").mkdir(exist_ok=True)
+        np.save(tmp_path / "features" / f"v{n}.npy", frames)
+        clips["videos"].append({"video_id": f"v{n}", "split": "train"})
+        clips["sentences"].append({"video_id": f"v{n}", "caption": "a red circle"})
+    r = read("clips", write(tmp_path / "clips.json", clips), None)
+    views = data.Views(r, cookie.VIEWS["vtm"], tok, 32, 11, train=False)
+
+    short, long = views[0], views[1]
+    assert short["frames"].shape == long["frames"].shape == (data.FRAMES, 18)
+    assert short["frames_mask"].tolist() == [1] * 3 + [0] * (data.FRAMES - 3)
+    assert long["frames_mask"].sum() == data.FRAMES
+    assert torch.equal(long["frames"][0], torch.from_numpy(frames[0]))
+    assert torch.equal(long["frames"][-1], torch.from_numpy(frames[-1]))
+
+
 def test_missing_paraphrase_says_so(tmp_path, world, tok):
     row = {"image": "im/0.png", "caption": ["a red circle"]}
     r = read("pairs", lines(tmp_path / "n.jsonl", [row]), "train")
@@ -797,6 +997,8 @@ def test_randomness_is_local(world, tok):
     np.random.seed(1)
     torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+
+    # a sample does not hang on the global generators
     for name in data.IMAGE_VIEWS:
         ds = data.Views(r, dict(PAIRS, image=name), tok, 16, 8, seed=5)
         a = ds[3, 12]
@@ -805,11 +1007,15 @@ def test_randomness_is_local(world, tok):
         assert same(a, ds[3, 12])
         random.setstate(before[0])
         torch.set_rng_state(before[2])
+
+    # and leaves them as they were
     for workers in (0, 1):
         next(data.batches(ds, 4, seed=0, workers=workers))
     assert random.getstate() == before[0]
     assert (np.random.get_state()[1] == before[1]).all()
     assert torch.equal(torch.get_rng_state(), before[2])
+
+    # but on the draw, and on the seed
     ds = data.Views(r, PAIRS, tok, 16, 8, seed=5)
     assert not same(ds[3, 12], ds[3, 13])
     assert not same(ds[3, 12], data.Views(r, PAIRS, tok, 16, 8, seed=6)[3, 12])
@@ -828,20 +1034,51 @@ def test_stream(world, tok):
     whole = take(data.batches(ds, 6, seed=3), 15)
     assert all(b["image"].shape == (6, 3, 16, 16) and b["text"].shape == (6, 8) for b in whole)
     passes = [torch.cat([b["index"] for b in whole[k:k + 6]]).tolist() for k in (0, 6)]
+
     # a permutation each, 3 left over dropped
     assert all(len(set(p)) == 36 for p in passes) and passes[0] != passes[1]
+
     # resuming is arithmetic, workers or none
     for workers in (0, 1, 2):
         for t, b in enumerate(take(data.batches(ds, 6, seed=3, start=4, workers=workers), 5)):
             assert same(b, whole[4 + t])
     ranks = [take(data.batches(ds, 3, seed=3, rank=k, world=2), 15) for k in range(2)]
+
     # the ranks' shares make up the same batch
     for t in range(15):
         for key, value in whole[t].items():
             assert torch.equal(torch.cat([ranks[0][t][key], ranks[1][t][key]]), value)
     assert not same(next(data.batches(ds, 6, seed=4)), whole[0])
+
     with refused("39 records are fewer than one global batch (20 x 2 ranks)", "--batch_size"):
         data.batches(ds, 20, seed=0, world=2)
+
+
+def test_an_epoch_of_captions_goes_over_each_caption_once(tmp_path, tok):
+    """5, 1 and 2 captions: 8 samples a pass, each caption with its own picture; resuming and ranks
+    are arithmetic as for images."""
+    records = data.Records("pairs", "train")
+    for i, count in enumerate((5, 1, 2)):
+        picture(tmp_path / f"{i}.png")
+        captions = [" ".join(["red"] * (n + 1)) for n in range(count)]
+        records.append({"image": str(tmp_path / f"{i}.png"), "image_id": i, "caption": captions})
+    units = data.caption_units(records)
+    assert units.tolist() == [[0, n] for n in range(5)] + [[1, 0], [2, 0], [2, 1]]
+
+    views = data.Views(records, PAIRS, tok, 16, 8)
+
+    def passes(start, steps, **ranks):
+        stream = data.batches(views, 2, 3, start=start, units=units, **ranks)
+        batches = [next(stream) for _ in range(steps)]
+        return [(int(i), int(m.sum()) - 2) for b in batches
+                for i, m in zip(b["image_id"], b["text_mask"])]
+
+    wanted = sorted((i, n + 1) for i, n in units.tolist())
+    first, second = passes(0, 4), passes(4, 4)
+    assert sorted(first) == sorted(second) == wanted and first != second
+    assert passes(2, 6) == (first + second)[4:]
+    ranks = [passes(0, 2, rank=rank, world=2) for rank in (0, 1)]
+    assert ranks[0][:2] + ranks[1][:2] + ranks[0][2:] + ranks[1][2:] == first
 
 
 def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
@@ -858,13 +1095,16 @@ def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
         assert ds.bad == 4
         assert err.count("im/3.png") == err.count("im/17.png") == 1
         assert "stands in" in err
+
     # the same stand-ins
     assert all(same(a, b) for a, b in zip(*streams))
     stand_ins = [(i.item(), x.item()) for b in streams[0]
                  for i, x, bad in zip(b["index"], b["image_id"], b["bad"]) if bad]
+
     # a whole other record
     assert len(stand_ins) == 4 and all(i not in (3, 17) and x == 100 + i for i, x in stand_ins)
     capsys.readouterr()
+
     # evaluation keeps its place, as grey
     for b in data.iter_eval(r, PAIRS, tok, 16, 8, "image", batch_size=40):
         assert b["index"].tolist() == list(range(40))
@@ -878,9 +1118,11 @@ def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
     for n in range(39):
         write(tmp_path / "im" / f"{n}.png", "no picture")
     ds = data.Views(r, PAIRS, tok, 16, 8, seed=6)
+
     # it searches on until it finds a good one
     assert [int(ds[0, d]["index"]) for d in range(3)] == [39, 39, 39]
     write(tmp_path / "im" / "39.png", "no picture")
+
     # a worker's error is one line too
     for workers in (0, 1):
         with refused("unreadable images in a row"):
@@ -890,11 +1132,14 @@ def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
 def test_iter_eval(tmp_path, world, tok):
     rows = [{"image": f"im/{n}.png", "caption": [f"a red circle {k}" for k in range(c)]}
             for n, c in enumerate([5, 1, 7, 6, 5])]
+
     # a picture met before: one image, its caption too
     rows.append({"image": "im/1.png", "caption": "a blue square"})
     r = read("pairs", lines(tmp_path / "ragged.jsonl", rows), "test")
     texts, owner = data.flat_captions(r)
     assert len(texts) == 25 and owner.tolist() == [0] * 5 + [1] + [2] * 7 + [3] * 6 + [4] * 5 + [1]
+
+    # every place once, however many processes and workers there are
     for what, n in (("image", 5), ("text", 25), ("sample", 6)):
         for world_size, workers in ((1, 0), (3, 0), (1, 2), (7, 0)):
             got = {}
@@ -908,6 +1153,8 @@ def test_iter_eval(tmp_path, world, tok):
                         got[i] = {key: v[k] for key, v in b.items()}
             # and nothing missing
             assert sorted(got) == list(range(n))
+
+        # what is asked for, and no more
         assert ("image" in got[0]) == (what != "text") and ("text" in got[0]) == (what != "image")
         if what == "text":
             for i, text in enumerate(texts):
@@ -934,9 +1181,11 @@ def test_masks_by_hand():
     wanted = np.zeros((6, 7), bool)
     wanted[1:4, 2:5] = True
     assert (data.decode_mask(square, 6, 7) == wanted).all()
+
     # down the columns, outside first
     runs = {"size": [6, 7], "counts": [13, 3, 3, 3, 3, 3, 14]}
     assert data.encode_mask(wanted) == runs and (data.decode_mask(runs, 6, 7) == wanted).all()
+
     # as the reference packs them
     assert (data.decode_mask(runs | {"counts": "=33000;"}, 6, 7) == wanted).all()
     assert data.encode_mask(np.ones((2, 3), bool)) == {"size": [2, 3], "counts": [0, 6]}
@@ -958,10 +1207,14 @@ def test_masks_are_those_of_pycocotools():
         for _ in range(1 + trial % 2):
             points = (rng.random(2 * rng.integers(3, 9)) * 1.6 - 0.3) * max(height, width)
             polygons.append(points.round(0 if trial % 3 else 2).tolist())
+
+        # polygons to pixels
         packed = mask.merge(mask.frPyObjects(polygons, int(height), int(width)))
         wanted = mask.decode(packed).astype(bool)
         found = data.decode_mask(polygons, height, width)
         assert (found == wanted).all(), (polygons, height, width)
+
+        # run lengths to pixels, and back
         runs = data.encode_mask(wanted)
         for counts in (packed["counts"], packed["counts"].decode(), runs["counts"]):
             assert (data.decode_mask({"counts": counts}, height, width) == wanted).all()
@@ -980,12 +1233,15 @@ def test_a_picture_without_pixels_in_a_batch_of_detection(tmp_path, tok, view):
         outline = [x, y, x + w, y, x + w, y + h, x, y + h]
         a.update(image_id=9 if a["id"] == 3 else 5, iscrowd=0, segmentation=[outline])
     path = write(tmp_path / "annotations/instances_val2017.json", instances)
+
+    # first the one, then the other
     for n in (9, 5):
         picture(tmp_path / "val2017/000000000005.jpg")
         picture(tmp_path / "val2017/000000000009.jpg")
         truncated(tmp_path / "val2017" / f"{n:012d}.jpg")
         r = read("detection", path, "val")
         bad = [x["image_id"] for x in r].index(n)
+
         views = {"source": "detection", "image": view, "norm": "none"}
         batch, = data.iter_eval(r, views, tok, 16, 8)
         keys = ["boxes", "labels"] + ["masks"] * (view == "masks")
@@ -993,6 +1249,52 @@ def test_a_picture_without_pixels_in_a_batch_of_detection(tmp_path, tok, view):
         assert batch["image"][bad].unique().tolist() == [0.5]
         for key in keys:
             assert len(batch[key]) == 2 and len(batch[key][bad]) == 0 < len(batch[key][1 - bad])
+
+
+def objects_of(root, rectangles, view, **more):
+    """Samples of detection or segmentation from the pictures of one rectangle."""
+    file, _ = rectangles(root)
+    r = read("detection", str(file), "train", str(root), need=("boxes", "segmentation"))
+    return data.Views(r, mct.VIEWS[view], None, None, None, **more)
+
+
+def test_boxes_and_masks_are_flipped_with_the_picture(tmp_path, rectangles):
+    views, flips = objects_of(tmp_path, rectangles, "segmentation", seed=3), set()
+    for draw in range(8):
+        s = views[0, draw]
+        (image,), (boxes,), (labels,) = s["image"], s["boxes"], s["labels"]
+        masks = s["masks"][0]
+        assert image.shape == (3, 32, 40) and 0 <= image.min() and image.max() <= 1
+        assert labels.tolist() == [0], "crowds are no targets"
+
+        # the mask fills the box, and the bright pixels are in it
+        x0, y0, x1, y1 = boxes[0].int().tolist()
+        assert masks.shape == (1, 32, 40) and masks[0, y0:y1, x0:x1].all()
+        assert masks.sum() == 14 * 12
+        darker = image[2].flatten().sort().values[-14 * 12 - 1]
+        assert image[2, y0:y1, x0:x1].min() > 0.9 > darker
+        flips.add(x0)
+    assert flips == {4, 22}
+
+
+def test_batches_of_objects_are_lists(tmp_path, rectangles):
+    """As sizes differ."""
+    views = objects_of(tmp_path, rectangles, "segmentation", seed=3)
+    batch = next(data.batches(views, 4, seed=0))
+    assert isinstance(batch["image"], list) and len(batch["masks"]) == 4
+    assert batch["image_id"].shape == (4,)
+    assert data.move(batch, "cpu")["boxes"][3].shape == (1, 4)
+
+
+def test_unreadable_pictures_with_objects(tmp_path, rectangles):
+    """Grey in evaluation, replaced in training."""
+    training = objects_of(tmp_path, rectangles, "segmentation", seed=3)
+    (tmp_path / "im" / "3.png").write_bytes(b"no picture")
+    assert training[3, 0]["bad"] == 1 and training[3, 0]["index"] != 3
+    evaluation = data.Views(training.records, mct.VIEWS["detection"], None, None, None, train=False)
+    sample = evaluation[3]
+    assert sample["bad"] == 1 and (sample["image"][0] == 0.5).all()
+    assert sample["image"][0].shape == (3, 32, 40)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1012,6 +1314,7 @@ def test_check(tmp_path, world, capsys):
     assert "corrupt files 1" in out
     assert "im/3.png: " in out
     assert "im/9.png: missing" in out
+
     with refused("no such file"):
         data.main(["check", "nope.json"])
     with refused("it has: train"):
@@ -1045,6 +1348,7 @@ def test_real_flickr8k():
     train = read("pairs", spec, "train", image_root=root, need=("caption",))
     val = read("pairs", spec, "val", image_root=root, need=("caption",))
     assert (len(train), len(val), len(data.flat_captions(val)[0])) == (4500, 500, 2500)
+
     with refused("no split 'test'", "it has: train, val"):
         read("pairs", spec, "test")
     b = next(data.batches(data.Views(train, dict(PAIRS, norm="clip"), tok, 64, 30), 16, seed=0))
@@ -1065,19 +1369,21 @@ def test_real_coco_vqa_ve_nlvr2():
     r = read("detection", f"{home}/instances_val2017.json", "val")
     x1, y1, x2, y2 = np.array([b for x in r for b in x["boxes"]]).T
     assert (x2 > x1).all() and (y2 > y1).all()
+
     home = SHARED / "vqa"
     spec = (f"{home}/v2_OpenEnded_mscoco_train2014_questions.json,"
             f"{home}/v2_mscoco_train2014_annotations.json")
-    r = read("vqa", spec, "train",
-                         need=("answers",))
+    r = read("vqa", spec, "train", need=("answers",))
     assert len(r) == 82
     assert len({x["image_id"] for x in r}) == 50
     assert all(len(x["answers"]) == 10 for x in r)
     assert r.notes == {}
+
     root = str(SHARED / "flickr8k/images")
     sizes = [len(read("ve", str(SHARED / f"snli_ve/snli_ve_{s}.jsonl"), s, image_root=root))
              for s in ("dev", "test")]
     assert sizes == [2178, 2650]
+
     r = read("nlvr2", str(SHARED / "nlvr2/dev.json"), "val")
     assert len(r) == 8
     assert r.notes == {}
@@ -1085,9 +1391,28 @@ def test_real_coco_vqa_ve_nlvr2():
 
 
 @real
+def test_real_detection_data():
+    voc = read("detection", str(SHARED / "voc" / "VOCdevkit"), "train")
+    views = data.Views(voc, mct.VIEWS["detection"], None, None, None, train=False)
+    assert len(voc) == 10
+    assert sum(int(views[i]["bad"]) for i in range(10)) == 2        # truncated at the source
+
+    # crowds are no targets
+    instances = SHARED / "coco" / "annotations" / "instances_val2017.json"
+    coco = read("detection", str(instances), "val")
+    assert len(coco) == 80 and len(coco.label_names) == 80 and any(sum(r["crowd"]) for r in coco)
+    crowded = next(i for i, r in enumerate(coco) if sum(r["crowd"]))
+    views = data.Views(coco, mct.VIEWS["segmentation"], None, None, None, seed=1)
+    sample, record = views[crowded, 0], coco[crowded]
+    targets = len(record["boxes"]) - sum(record["crowd"])
+    assert len(sample["masks"][0]) == len(sample["boxes"][0]) == targets
+
+
+@real
 def test_real_text_lists_and_clips():
     sizes = {s: len(read("sts", str(SHARED / f"sts/{s}-en-test"), "test"))
              for s in ("STS12", "STS13", "STS14", "STS15")}
+
     # the published counts
     assert sizes == {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000}
     assert len(read("sts", str(SHARED / "sts"), "val")) == 1500
@@ -1108,29 +1433,3 @@ def test_real_text_lists_and_clips():
 def test_real_truncated_jpegs():
     bad = [p.name for p in sorted((SHARED / "voc").rglob("*.jpg")) if data.trouble_with(str(p))]
     assert bad == ["000001.jpg", "2007_000027.jpg"]
-
-
-def test_an_epoch_of_captions_goes_over_each_caption_once(tmp_path, tok):
-    """5, 1 and 2 captions: 8 samples a pass, each caption with its own picture; resuming and ranks
-    are arithmetic as for images."""
-    records = data.Records("pairs", "train")
-    for i, count in enumerate((5, 1, 2)):
-        picture(tmp_path / f"{i}.png")
-        captions = [" ".join(["red"] * (n + 1)) for n in range(count)]
-        records.append({"image": str(tmp_path / f"{i}.png"), "image_id": i, "caption": captions})
-    units = data.caption_units(records)
-    assert units.tolist() == [[0, n] for n in range(5)] + [[1, 0], [2, 0], [2, 1]]
-
-    views = data.Views(records, PAIRS, tok, 16, 8)
-
-    def passes(start, steps, **ranks):
-        stream = data.batches(views, 2, 3, start=start, units=units, **ranks)
-        batches = [next(stream) for _ in range(steps)]
-        return [(int(i), int(m.sum()) - 2) for b in batches
-                for i, m in zip(b["image_id"], b["text_mask"])]
-    wanted = sorted((i, n + 1) for i, n in units.tolist())
-    first, second = passes(0, 4), passes(4, 4)
-    assert sorted(first) == sorted(second) == wanted and first != second
-    assert passes(2, 6) == (first + second)[4:]
-    ranks = [passes(0, 2, rank=rank, world=2) for rank in (0, 1)]
-    assert ranks[0][:2] + ranks[1][:2] + ranks[0][2:] + ranks[1][2:] == first

@@ -8,7 +8,6 @@ import math
 import random
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,7 +23,6 @@ import eval as ev
 import train
 from tools import regions, weights
 
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def close(a, b, tol=1e-9):
@@ -306,6 +304,7 @@ def test_map_at(r):
     query, database = (torch.randint(0, 2, (n, 6), generator=g) * 2.0 - 1 for n in (5, 11))
     # 0 or 1, some rows without label
     ql, dl = (torch.randint(0, 4, (n, 3), generator=g) // 2 for n in (5, 11))
+
     within = whole = 0
     for q, labels in zip(query, ql):
         # ties: the database's order
@@ -315,6 +314,8 @@ def test_map_at(r):
             if (labels & dl[j]).any():
                 hits.append(place)
                 total += len(hits) / place
+
+        # over the hits among the first r, or over all relevant ones
         within += total / max(1, len(hits)) / 5
         whole += total / max(1, sum(bool((labels & d).any()) for d in dl)) / 5
     for mine, theirs in zip(ev.map_at(query, database, ql, dl, r, chunk=2), (within, whole)):
@@ -351,27 +352,6 @@ def test_wordpieces_become_words():
     assert [w for w, _ in words] == ["snowboarder"] and words[0][1].eq(2).all()
 
 
-def rectangles(root, n=12, size=(40, 32)):
-    """Pictures with one bright rectangle each -> the file of COCO instances for them."""
-    images, notes = [], []
-    for i in range(n):
-        x, y, w, h = 4 + i % 5, 3 + i % 7, 14, 12
-        picture = Image.new("RGB", size, (20, 20, 20))
-        picture.paste((250, 30, 30) if i % 2 else (30, 30, 250), (x, y, x + w, y + h))
-        (root / "im").mkdir(parents=True, exist_ok=True)
-        picture.save(root / "im" / f"{i}.png")
-        images.append({"id": i, "file_name": f"im/{i}.png", "height": size[1], "width": size[0]})
-        notes.append({"id": i + 1, "image_id": i, "category_id": 3 + 4 * (i % 2), "iscrowd": 0,
-                      "bbox": [x, y, w, h], "area": w * h,
-                      "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
-    crowd = {"size": [size[1], size[0]], "counts": [0, 32, size[0] * size[1] - 32]}
-    notes.append({"id": 99, "image_id": 0, "category_id": 3, "iscrowd": 1, "bbox": [0, 0, 1, 32],
-                  "area": 32, "segmentation": crowd})
-    categories = [{"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]
-    instances = {"images": images, "annotations": notes, "categories": categories}
-    return write(root / "instances.json", instances)
-
-
 def test_voc_ap_by_hand():
     def box(x):
         return [x, 0.0, x + 10, 10]
@@ -392,9 +372,10 @@ def test_voc_ap_by_hand():
     assert ev.voc_ap([], truth, 0.5) == 0
 
 
-def truth_found(tmp_path):
-    """Records, and detections that are their first objects, as detections() gives them."""
-    file = rectangles(tmp_path)
+@pytest.fixture
+def truth_found(tmp_path, rectangles):
+    """Records, detections that are their first objects, as detections() gives them, and none."""
+    file, _ = rectangles(tmp_path)
     records, found = data.open_source("detection", str(file), "train", str(tmp_path)), {}
     for i, r in enumerate(records):
         boxes = np.array(r["boxes"])
@@ -407,8 +388,8 @@ def truth_found(tmp_path):
     return records, found, {i: empty for i in found}
 
 
-def test_ap_of_the_truth_is_100(tmp_path):
-    records, found, empty = truth_found(tmp_path)
+def test_ap_of_the_truth_is_100(truth_found):
+    records, found, empty = truth_found
     for key in ("iou", "mask_iou"):
         scores = ev.voc_scores(found, records, 2, key)
         assert all(abs(v - 100) < 1e-6 for v in scores.values()), scores
@@ -416,8 +397,8 @@ def test_ap_of_the_truth_is_100(tmp_path):
 
 
 @pytest.mark.needs("pycocotools")
-def test_ap_of_the_truth_is_100_by_pycocotools(tmp_path):
-    records, found, empty = truth_found(tmp_path)
+def test_ap_of_the_truth_is_100_by_pycocotools(truth_found):
+    records, found, empty = truth_found
     for kind in ("bbox", "segm"):
         scores = ev.coco_scores(found, records, kind)
         assert all(abs(v - 100) < 1e-6 for v in scores.values()), scores
@@ -480,11 +461,14 @@ def test_probe_fits_features_of_any_scale():
     scaled = 5 + z * torch.tensor([0.01, 0.1, 1, 0.02, 0.5, 0.05])
     x = torch.cat([scaled, torch.zeros(400, 1)], 1)
     x[300:, 6] = 1e-6
+
     x, y = {"train": x[:300], "test": x[300:]}, {"train": y[:300], "test": y[300:]}
     train, test, lr = ev.fit_probe(x, y, 4)
     assert min(train, test) > 90 and lr in (3.0, 1.0, 0.3, 0.1, 0.03)
     raw_train, raw_test, lr = ev.fit_probe(x, y, 4, 30.0)
     assert raw_train < 75 and lr == 30
+
+    # features that say nothing
     for blind in (torch.zeros(400, 3), torch.full((400, 3), 7.0)):
         halves = {"train": blind[:300], "test": blind[300:]}
         train, test, _ = ev.fit_probe(halves, y, 4)
@@ -1073,6 +1057,7 @@ def test_ensemble_is_the_mean_similarity(letters, two_runs):
     alone = ev.main([a, "--task", "retrieval"])["retrieval"]
     there = weights.find_run(b) / "config.json"
     info = json.loads(there.read_text())
+
     # Whatever b was trained on: one gallery.
     loop = {**info["loop"], "data": "another.json"}
     there.write_text(json.dumps({**info, "loop": loop}))
@@ -1080,6 +1065,7 @@ def test_ensemble_is_the_mean_similarity(letters, two_runs):
     assert "mean similarity of 2 runs" in [r["scores"] for r in both["rows"]]
     assert len(both["protocol"]["ensemble"]) == 2
 
+    # The same by hand.
     sims = []
     for path in (a, b):
         model, of_run = weights.load_run(path)
@@ -1090,6 +1076,7 @@ def test_ensemble_is_the_mean_similarity(letters, two_runs):
             image = torch.cat([model.encode_image(b) for b in one.batches(records, "image")])
             text = torch.cat([model.encode_text(b) for b in one.batches(records, "text")])
         sims.append(image @ text.T)
+
     owner = torch.arange(12).repeat_interleave(2)
     assert both["metrics"] == ev.recall(sum(sims) / 2, owner)
     assert not torch.equal(sims[0].argsort(), sims[1].argsort())
@@ -1118,7 +1105,7 @@ def test_speed_of_two_dual_encoders(letters, two_runs):
     assert all(float(r["seconds"]) > 0 for r in timed["rows"])
 
 
-def test_sts_of_a_trained(letters, two_runs):
+def test_sts_of_a_run(letters, two_runs):
     a, _ = two_runs
     with pytest.raises(SystemExit, match="name files with --data"):
         ev.main([a, "--task", "sts"])
@@ -1152,18 +1139,16 @@ def test_speed_of_a_model_that_scores_pairs(letters, tmp_path):
         close(ev.score_pairs(one, images, texts), model.match(pairs), 1e-4)
 
 
-def test_growth(letters, tmp_path, monkeypatch):
+@pytest.mark.parametrize("power", [1, 2])
+def test_growth(two_runs, power, monkeypatch):
     """Of seconds that grow with n and with n^2, after a first call that is not counted."""
-    trained(letters, tmp_path / "a", "--data", letters / "pairs.jsonl", "--evals", "none",
-            "--steps", 0)
-    for power in (1, 2):
-        seconds = iter([0.5 * n ** power for n in (2, 4, 12)])
-        monkeypatch.setattr(ev, "timed", lambda fn, device, repeats: next(seconds))
-        result = ev.main([str(tmp_path / "a"), "--task", "speed", "--sizes", "2,12,4"])["speed"]
-        assert [r["growth"] for r in result["rows"]] == [None] + [f"{power:.2f}"] * 2
-        assert [r["pictures"] for r in result["rows"]] == [2, 4, 12]
-        assert [r["captions"] for r in result["rows"]] == [4, 8, 24]
-        close(list(result["metrics"].values())[0], float(power), 1e-6)
+    seconds = iter([0.5 * n ** power for n in (2, 4, 12)])
+    monkeypatch.setattr(ev, "timed", lambda fn, device, repeats: next(seconds))
+    result = ev.main([two_runs[0], "--task", "speed", "--sizes", "2,12,4"])["speed"]
+    assert [r["growth"] for r in result["rows"]] == [None] + [f"{power:.2f}"] * 2
+    assert [r["pictures"] for r in result["rows"]] == [2, 4, 12]
+    assert [r["captions"] for r in result["rows"]] == [4, 8, 24]
+    close(list(result["metrics"].values())[0], float(power), 1e-6)
 
 
 def test_evaluation_of_clips(letters, tmp_path):

@@ -1,10 +1,10 @@
 r"""train.py: one loop for every model and every task.
 
-    python train.py --model codis             # tiny, on the built-in shapes
+    python train.py --model codis            # tiny, on the built-in shapes
     torchrun --nproc_per_node 8 train.py --model codis --preset base \
         --data coco.json,cc3m.tsv --image_root images --vocab vocab.txt
     python train.py --model codis --task vqa --init out/codis-pretrain
-    python train.py --model codis --help      # every flag, with its default here
+    python train.py --model codis --help     # every flag, with its default here
 
 A setting's value, from weak to strong: the default below, RECIPE[task] (the
 paper's), PRESETS[preset], the command line. Everything random follows from

@@ -779,7 +779,7 @@ def test_an_exported_resnet_is_torchvisions(tmp_path):
     """A net of resnet50's shape with one block a stage; it lacks fc alone."""
     model, image = shaken(make("mct")), torch.randn(2, 3, 64, 64)
     lines = weights.export(write_run(model, tmp_path / "run"), tmp_path / "out")
-    assert any("torchvision.models.resnet50()" in line for line in lines)
+    assert any("none of its ResNets has these depths" in line for line in lines)
     state = torch.load(tmp_path / "out" / "vision.pth", weights_only=True)
     theirs = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1]).eval()
     missing, unexpected = theirs.load_state_dict(state, strict=False)
@@ -791,6 +791,15 @@ def test_an_exported_resnet_is_torchvisions(tmp_path):
     print(f"mct: image tower - torchvision's ResNet: {difference:.1e} of the largest feature")
     assert difference < 1e-5
     comes_back(model, "vision", tmp_path / "out" / "vision.pth")
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("resnet50", "resnet50"), ("resnet101", "resnet101"),
+    ("resnext101_32x8d", "resnext101_32x8d"), ("resnet18", None)])
+def test_an_exported_resnet_is_named(name, wanted):
+    with torch.device("meta"):
+        state = getattr(torchvision.models, name)().state_dict()
+    assert weights.RESNETS.get(weights.resnet_depths(state)) == wanted
 
 
 def test_export_says_which_tower_has_no_counterpart(tmp_path):

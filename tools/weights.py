@@ -374,7 +374,7 @@ def account(module, model, side, state, where):
     try:
         needed, extra = module.foreign_names(model, side)
     except SystemExit as e:                             # a side without a tower or a counterpart
-        raise Stop(f"{where}: {e}") from None
+        raise Stop(f"{where}: {reason(e, side)}") from None
 
     # the tower must be there; of what may be filled, each layer or head is whole or not there
     taken = dict(needed)
@@ -406,6 +406,11 @@ def account(module, model, side, state, where):
     resized = check_shapes(model, taken, state, where)
     return taken, (f"{where}: matched {len(used)} of {len(state)} tensors, which fill {len(taken)} "
                    f"here; missing 0; unexpected {len(left)}: {short(left)}{resized}")
+
+
+def reason(error, side):
+    """A model's words about a side without a counterpart, without the side."""
+    return str(error).removeprefix(f"--init_{side}: ").removeprefix(f"{side}: ")
 
 
 def check_shapes(model, taken, state, where):
@@ -523,7 +528,7 @@ def export(run, out):
         try:
             needed, extra = module.foreign_names(model, side)
         except SystemExit as e:                         # a tower without a counterpart elsewhere
-            lines.append(f"{side}: not written, {e}")
+            lines.append(f"{side}: not written, {reason(e, side)}")
             continue
         written, mine, state = True, model.state_dict(), {}
         counters = {ours: theirs for ours, theirs in extra.items()
@@ -538,12 +543,30 @@ def export(run, out):
     return lines
 
 
+# blocks of each stage, and whether the 3x3 convolution of a block is grouped
+RESNETS = {((3, 4, 6, 3), False): "resnet50", ((3, 4, 23, 3), False): "resnet101",
+           ((3, 4, 23, 3), True): "resnext101_32x8d"}
+
+
+def resnet_depths(state):
+    """-> a key of RESNETS, or another one for a ResNet that torchvision does not have."""
+    blocks = [{name.split(".")[1] for name in state if name.startswith(f"layer{n}.")}
+              for n in (1, 2, 3, 4)]
+    if "layer1.0.conv3.weight" not in state or len(state["conv1.weight"]) != 64:
+        return None                                     # no bottlenecks, or another stem
+    middle = state["layer1.0.conv2.weight"]
+    return tuple(len(stage) for stage in blocks), middle.shape[0] != middle.shape[1]
+
+
 def write_tower(state, about, out, side):
     """One tower under foreign names -> its files, and the lines that load them."""
     folder = out / side
     if "conv1.weight" in state:
         torch.save(state, f"{folder}.pth")
-        return [f"{folder}.pth: net = torchvision.models.resnet50(); net.fc = torch.nn.Identity(); "
+        net = RESNETS.get(resnet_depths(state))
+        if net is None:
+            return [f"{folder}.pth: torchvision's names; none of its ResNets has these depths"]
+        return [f"{folder}.pth: net = torchvision.models.{net}(); net.fc = torch.nn.Identity(); "
                 f"net.load_state_dict(torch.load('{folder}.pth'), strict=False)"]
     if about.get("hidden_act") != "gelu":
         raise Stop(f"the {side} tower has {about.get('hidden_act')}: published towers have gelu")

@@ -42,7 +42,7 @@ def small(**over):
 
 # numbers that no default has, for steps by hand; the queue's pointer stands before its end
 ODD = dict(pad_id=1, momentum=0.9, temp=0.11, distill=0.35, mlm_prob=0.6, mlm_distill=0.3,
-           ot_eps=0.3, ot_iters=9, ot_inner=2, first_word=8, queue_chunk=5, max_answer=6)
+           ot_eps=0.3, ot_iters=3, ot_inner=2, first_word=8, queue_chunk=5, max_answer=6)
 IDS_BY_HAND = [3, 5, 3, 20, 21]         # two captions of image 3; images 3 and 5 are in the queue
 
 
@@ -90,7 +90,7 @@ def make_model(cfg=None, task="pretrain", fill=True, **over):
     model = Codis(cfg, task, LABELS.get(task, 0)).train()
     with torch.no_grad():
         for p in model.parameters():  # larger than at birth, else all embeddings are alike
-            p.mul_(3.0 if p.ndim > 1 else 1.0).add_(torch.randn_like(p) * 0.02)
+            p.mul_(8.0 if p.ndim > 1 else 1.0).add_(torch.randn_like(p) * 0.02)
         if fill and hasattr(model, "queue_ids"):
             for p in model.parameters():
                 p.add_(0 if p.requires_grad else torch.randn_like(p) * 0.02)
@@ -1262,6 +1262,36 @@ def test_codis_equations_in_bfloat16():
     close(code, eq2(z, keys, plan.tolist(), temp), 1e-4)
 
 
+def test_codis_full_precision_sees_tensors_passed_by_name():
+    z, c, plan = units(5, 16).bfloat16(), units(7, 16).bfloat16(), torch.rand(5, 7)
+    expected = codis.codebook_loss(z, c, plan, torch.tensor(0.02))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = codis.codebook_loss(z=z, codebook=c, plan=plan, temp=torch.tensor(0.02))
+    assert torch.equal(found, expected)
+
+
+def test_codis_contrast_has_no_second_derivative():
+    """It would be wrong without a word: backward's own products are not in a graph."""
+    z, z_m, ids, temp, distill, blocks = contrast_case("plain")
+    weights = torch.rand(len(z), requires_grad=True)
+    rows = align_loss(z.requires_grad_(), z_m, ids, blocks, temp, distill)
+    first, = torch.autograd.grad((rows * weights).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_codis_logs_build_no_graph():
+    def watched(*tensors):
+        assert not any(x.requires_grad for x in tensors)
+        return torch.tensor(3.0)
+
+    with mock.patch.object(codis, "codebook_perplexity", watched):
+        model = make_model()
+        out = model(make_batch(model.cfg))
+    assert out["logs"]["codebook_ppl"] == 3 and out["logs"]["temp"] == model.temp
+    assert not any(x.requires_grad for x in out["logs"].values())
+
+
 def test_codis_codebook_in_bfloat16():
     """Plan, Eq. 1 and Eq. 2 under autocast equal float64."""
     model = make_model()
@@ -1419,8 +1449,7 @@ def assigned(draws, sim, ids):
 
 
 def test_codis_text_assignment_by_hand():
-    """A step by hand. The last text's image has no other image beside it in no batch but this: a
-    row of one's own image does not count."""
+    """A step by hand, with two texts of one image; and a batch of one image, where no row counts."""
     model = make_model(task="assign", **ODD)
     batch = make_batch(model.cfg, "assign", b=6, ids=[3, 5, 3, 20, 21, 5])
     with recorded() as draws, mock.patch.object(model.vision, "forward",
@@ -1620,6 +1649,332 @@ def test_codis_gradcam_by_hand(layers, block, default):
         close(found["sentence"][i], mean(words[:-1]).detach())      # [CLS] and words, not [SEP]
         assert (found["word"][i, len(ids):] == 0).all()
     assert live >= 4
+
+
+# --------------------------------------------------------------------------------------------------
+# Dropout, settings, recipe
+
+@contextlib.contextmanager
+def fixed_dropout(p, drop, drop_attention):
+    """Dropout of rate p multiplies by a number instead, in training and nowhere else."""
+    attend = F.scaled_dot_product_attention
+
+    def dropout(x, rate=0.5, training=True, inplace=False):
+        assert rate in (0.0, p)
+        return x * drop if training and rate else x
+
+    def attention(query, key, value, mask=None, rate=0.0):
+        assert rate in (0.0, p)
+        return attend(query, key, value, mask) * (drop_attention if rate else 1.0)
+
+    with mock.patch.multiple(F, dropout=dropout, scaled_dot_product_attention=attention):
+        yield
+
+
+def test_codis_dropout_is_where_bert_has_it():
+    """Behind the embeddings, on attention probabilities, behind each part of a layer of text and
+    fusion encoder. Not in the image encoder, not in teachers, not in evaluation."""
+    model = make_model(**ODD, dropout=0.2)
+    batch = make_batch(model.cfg, b=5, ids=IDS_BY_HAND)
+    with fixed_dropout(0.2, 1.3, 0.8):
+        for training, factors in ((True, (1.3, 0.8)), (False, (1.0, 1.0))):
+            model.train(training)
+            with recorded() as draws:
+                out = model(batch)
+            reference, _ = eq9(model, batch, draws, Paper(model, *factors))
+            same_losses(out, reference, model)
+
+        # the answer decoder has it too
+        model = make_model(task="vqa", **ODD, dropout=0.2)
+        batch, paper = make_batch(model.cfg, "vqa", b=2), Paper(model, 1.3, 0.8)
+        nll = [-paper.answer_logp(answer[:6], question) for answer, question in
+               zip(without_padding(batch, "answer"), questions_by_hand(paper, batch))]
+        weight = batch["answer_weight"].double()
+        close(model(batch)["loss"], (torch.stack(nll) * weight).sum() / weight.sum().clamp(min=1))
+
+
+ALIGN = {"i2t", "t2i", "i2i", "t2t"}
+CODE = {"ot", "tp", "ip"}
+ALL = ALIGN | CODE | {"itm", "mlm"}
+# Each setting of Config with another legal value, and what that changes:
+#   a pattern     the names, or shapes, of these weights and queues and of no others
+#   a set         with the same weights and dice, these losses of a step and no others
+#   "start"       the spread of these weights at the start (or their value, of a single number)
+#   "memory"      what a step keeps for backward or computes at once, and nothing else
+#   a word        see test_codis_every_setting_matters
+SETTINGS = {
+    "image_size": (48, r"vision(_m)?\.pos_embed"),
+    "patch": (8, r"vision(_m)?\.(pos_embed|patch_embed\.weight)"),
+    "stem": ("conv", r"vision(_m)?\.patch_embed\."),
+    "vision_width": (36, r"vision|fusion(_m)?\.blocks\.\d\.cross\.key_value\.weight"),
+    "vision_layers": (2, r"vision(_m)?\.blocks\.1\."),
+    "vision_heads": (4, ALL - {"t2t"}),
+    "width": (40, r"text|fusion|mlm_head|itm_head"),
+    "text_layers": (2, r"text(_m)?\.blocks\.1\."),
+    "fusion_layers": (3, r"fusion(_m)?\.blocks\.2\."),
+    "heads": (8, ALL - {"i2i"}),
+    "mlp_ratio": (3, r".*\.blocks\.\d\.mlp\."),
+    "act": ("relu", ALL),
+    "dropout": (0.2, {"mlm", "itm", "t2i", "t2t", "tp"}),
+    "embed_dim": (12, r".*_proj|codebook|queue_(image|text)"),
+    "max_text": (7, "sentence"),
+    "positions": (12, r"text(_m)?\.embeddings\.positions"),
+    "vocab_size": (61, r"text(_m)?\.embeddings\.words|mlm_head(_m)?\.bias"),
+    "pad_id": (30, "padding"),
+    "cls_id": (40, {"mlm"}),
+    "sep_id": (40, {"mlm"}),
+    "mask_id": (5, {"mlm"}),
+    "first_word": (50, {"mlm"}),
+    "queue_size": (16, r"queue_(image|text|ids)"),
+    "momentum": (0.7, ALL - {"itm"}),
+    "temp": (0.2, "start", "log_temp"),
+    "distill": (0.8, ALIGN),
+    "batch_keys": (False, ALIGN),
+    "intra": (False, "i2i t2t"),
+    "codebook": (False, r"codebook"),
+    "codewords": (12, r"codebook"),
+    "codebook_target": ("same", {"tp", "ip"}),
+    "codebook_features": ("student", CODE),
+    "ot_eps": (1.0, CODE),
+    "ot_iters": (6, CODE),
+    "ot_inner": (1, CODE),
+    "mlm_prob": (0.3, {"mlm"}),
+    "mlm_mask_only": (True, {"mlm"}),
+    "mlm_distill": (0.7, {"mlm"}),
+    "max_answer": (4, {"answer"}),
+    "queue_chunk": (3, "memory"),
+    "init_std": (0.2, "start", "fusion.blocks.0.mlp.0.weight"),
+    "pos_std": (0.2, "start", "vision.pos_embed"),
+    "checkpointing": (True, "memory"),
+}
+
+
+def step_of(cfg, state, task="pretrain"):
+    """Losses and gradients with these weights, after a step that moved teachers and ramps."""
+    model = Codis(cfg, task).train()
+    model.load_state_dict(state)
+    model.after_step(1, 4, epoch_steps=2)
+    torch.manual_seed(1)
+    batch = make_batch(small(**ODD), task, b=5, ids=IDS_BY_HAND)
+    with mock.patch.object(codis, "hard_negatives", nearest_stranger):
+        torch.manual_seed(4)
+        out = model(batch)
+    return out["logs"], gradients(out["loss"], model)
+
+
+def memory_of(cfg, state):
+    """Bytes that a step keeps for backward; the most keys that are scored at once."""
+    kept, widest, scores = [], [], QueueContrast.scores
+
+    def pack(x):
+        kept.append(x.numel() * x.element_size())
+        return x
+
+    def counted(*args):
+        for part in scores(*args):
+            widest.append(part[1].shape[1])
+            yield part
+
+    with mock.patch.object(QueueContrast, "scores", counted), \
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        step_of(cfg, state)
+    return sum(kept), max(widest)
+
+
+def first_text(cfg, folder):
+    """The words of a caption as data.py would hand them to a model of this Config."""
+    from PIL import Image
+
+    import data
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijkl"]
+    (folder / "vocab.txt").write_text("\n".join(vocab))
+    Image.new("RGB", (40, 40)).save(folder / "a.png")
+    record = {"image": "a.png", "caption": "a b c d e f g h i j k l"}
+    (folder / "pairs.json").write_text(json.dumps([record]))
+    tokenizer = data.get_tokenizer(str(folder / "vocab.txt"))
+    records = data.open_source("pairs", str(folder / "pairs.json"), None)
+    samples = data.Views(records, codis.VIEWS["pretrain"], tokenizer, cfg.image_size, cfg.max_text)
+    return samples[0]["text"]
+
+
+def test_codis_the_table_of_settings_is_complete():
+    assert list(SETTINGS) == [field.name for field in dataclasses.fields(Config)]
+
+
+@pytest.mark.parametrize("field", SETTINGS)
+def test_codis_every_setting_matters(field, tmp_path):
+    value, kind, *weight = SETTINGS[field]
+    task = "vqa" if kind == {"answer"} else "pretrain"
+    cfg = small(**ODD, dropout=0.1 if field == "checkpointing" else 0.0)
+    other = dataclasses.replace(cfg, **{field: value})
+    assert getattr(cfg, field) != value
+    torch.manual_seed(0)
+    state = make_model(cfg, task).state_dict()
+
+    if isinstance(kind, set):
+        (a, grads), (b, other_grads) = step_of(cfg, state, task), step_of(other, state, task)
+        changed = {name for name in a if (a[name] - b[name]).abs() > 3e-6}
+        assert changed - {"codebook_ppl", "temp"} == kind
+    elif kind == "memory":
+        (a, grads), (b, other_grads) = step_of(cfg, state), step_of(other, state)
+        for name in a:
+            close(a[name], b[name], 1e-6)
+        same_gradients(grads, other_grads, 1e-5)
+        (kept, widest), (other_kept, other_widest) = memory_of(cfg, state), memory_of(other, state)
+        if field == "checkpointing":
+            assert other_kept < 0.85 * kept and other_widest == widest
+        else:
+            assert other_kept == kept and (widest, other_widest) == (5, 3)
+    elif kind == "start":
+        start = Codis(other).state_dict()[weight[0]]
+        spread = start.exp() if start.ndim == 0 else start.std()
+        assert 0.85 * value < spread < 1.15 * value
+    elif kind == "sentence":
+        for c in (cfg, other):
+            text = first_text(c, tmp_path)
+            assert len(text) == c.max_text and text[-1] == 3        # [SEP] closes what was cut
+        with pytest.raises(SystemExit, match="--max_text 15.*--positions 14"):
+            dataclasses.replace(cfg, max_text=15)
+    elif kind == "padding":
+        # the embedding of [PAD] takes no gradient from being read, that of any other word does
+        for c, live in ((cfg, True), (other, False)):
+            model = Codis(c)
+            text = torch.full((1, 4), value)
+            grad, = torch.autograd.grad(model.text(text, torch.ones_like(text)).square().sum(),
+                                        model.text.embeddings.words.weight)
+            assert (grad[value].abs().max() > 0) == live
+    elif kind == "i2i t2t":
+        a, b = step_of(cfg, state)[0], step_of(other, state)[0]
+        assert set(a) - set(b) == {"i2i", "t2t"}
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    else:
+        a, b = ({name: x.shape for name, x in Codis(c).state_dict().items()} for c in (cfg, other))
+        changed = {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
+        assert changed and all(re.match(kind, name) for name in changed), changed
+
+
+def test_codis_checkpointing_draws_the_same_masks():
+    """Dropout and masked words with recomputed blocks: the same losses and gradients."""
+    for task in ("pretrain", "nlvr2"):
+        results = []
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            model = make_model(checkpointing=checkpointing, dropout=0.3, task=task)
+            out = model(make_batch(model.cfg, task))
+            results.append((out["loss"], gradients(out["loss"], model)))
+        close(results[0][0], results[1][0], 1e-6)
+        same_gradients(results[0][1], results[1][1], 1e-5)
+
+
+# Every number of Config and RECIPE at the paper's size, and where it comes from. "section" and
+# "table" are the paper's; [A] is ALBEF's code and configurations.
+SIZES = {
+    "image_size": (256, "section 4.2.1: 256 x 256"),
+    "patch": (16, "section 4.2.1: ViT-B/16"),
+    "stem": ("patch", "section 4.2.1: ViT-B/16"),
+    "vision_width": (768, "section 4.2.1: ViT-B/16"),
+    "vision_layers": (12, "section 4.2.1: ViT-B/16"),
+    "vision_heads": (12, "section 4.2.1: ViT-B/16"),
+    "width": (768, "section 4.2.1: BERT base"),
+    "text_layers": (6, "[A]"),
+    "fusion_layers": (6, "[A]"),
+    "heads": (12, "section 4.2.1: BERT base"),
+    "mlp_ratio": (4, "section 4.2.1: ViT-B/16, BERT base"),
+    "act": ("gelu", "section 4.2.1: ViT-B/16, BERT base"),
+    "dropout": (0.1, "section 4.2.1: BERT base"),
+    "embed_dim": (256, "section 3.2: R^256"),
+    "max_text": (25, "[A]"),
+    "positions": (512, "section 4.2.1: BERT base"),
+    "vocab_size": (30522, "bert-base-uncased, of which 123.7M parameters (section 4.2.1)"),
+    "pad_id": (0, "bert-base-uncased"),
+    "cls_id": (101, "bert-base-uncased"),
+    "sep_id": (102, "bert-base-uncased"),
+    "mask_id": (103, "bert-base-uncased"),
+    "first_word": (999, "bert-base-uncased: '!', behind the unused words"),
+    "queue_size": (65536, "section 4.2.1"),
+    "momentum": (0.995, "section 4.2.1"),
+    "temp": (0.07, "[A]"),
+    "distill": (0.4, "[A]"),
+    "batch_keys": (True, "[A]"),
+    "intra": (True, "Table 4, last row"),
+    "codebook": (True, "Table 4, last row"),
+    "codewords": (4000, "section 4.2.1"),
+    "codebook_target": ("cross", "Figure 3"),
+    "codebook_features": ("teacher", "Table 4, last row"),
+    "ot_eps": (0.5, "graph optimal transport, of the paper's second author"),
+    "ot_iters": (50, "graph optimal transport"),
+    "ot_inner": (1, "graph optimal transport"),
+    "mlm_prob": (0.15, "section 3.3.2"),
+    "mlm_mask_only": (False, "section 3.3.2: as BERT"),
+    "mlm_distill": (0.0, "Algorithm 1"),
+    "max_answer": (10, "ours: longer than the 3,192 answers"),
+    "queue_chunk": (8192, "memory only"),
+    "init_std": (0.02, "BERT base"),
+    "pos_std": (0.02, "ViT-B/16"),
+    "checkpointing": (False, "memory only"),
+}
+FINETUNED = {
+    "optimizer": ("adamw", "[A]"), "schedule": ("cosine", "[A]"), "beta2": (0.999, "[A]"),
+    "weight_decay": (0.02, "[A]"), "clip": (0.0, "[A]"), "accum": (1, "[A]"),
+    "image_size": (384, "section 4.2.1"), "crop_scale": ((0.5, 1.0), "[A]"),
+    "lr": (2e-5, "[A]"), "min_lr": (1e-6, "[A]"), "batch_size": (256, "[A]: 8 x 32")}
+RECIPES = {
+    ("pretrain", 0): {
+        "optimizer": ("adamw", "section 4.2.1"), "schedule": ("cosine", "section 4.2.1"),
+        "beta2": (0.999, "[A]"), "weight_decay": (0.02, "section 4.2.1"), "clip": (0.0, "[A]"),
+        "accum": (1, "[A]"), "lr": (1e-4, "section 4.2.1"), "min_lr": (1e-5, "section 4.2.1"),
+        "warmup_lr": (1e-5, "section 4.2.1"), "warmup_steps": (1000, "section 4.2.1"),
+        "epochs": (30, "section 4.2.1"), "batch_size": (512, "section 4.2.1"),
+        "crop_scale": ((0.2, 1.0), "[A]"), "rerank_k": (128, "[A]")},
+    ("retrieval", 0): {**FINETUNED, "lr": (1e-5, "[A]"), "epochs": (10, "[A]: Flickr30K"),
+                       "max_text": (30, "[A]"), "rerank_k": (128, "[A]: Flickr30K"),
+                       "warmup_steps": (0, "[A]: from 1e-5 to 1e-5")},
+    ("vqa", 0): {**FINETUNED, "epochs": (8, "[A]"), "warmup_lr": (1e-5, "[A]"),
+                 "warmup_steps": (400, "[A]: warmup_epochs 4, of 100 steps")},
+    ("ve", 0): {**FINETUNED, "epochs": (5, "[A]"), "warmup_lr": (1e-5, "[A]"),
+                "warmup_steps": (100, "[A]: warmup_epochs 1, of 100 steps")},
+    ("nlvr2", 0): {**FINETUNED, "task": ("assign", "[A]"), "epochs": (1, "[A]"),
+                   "image_size": (256, "[A]"), "batch_size": (512, "[A]: 8 x 64"),
+                   "min_lr": (1e-5, "[A]"), "crop_scale": ((0.2, 1.0), "[A]"),
+                   "warmup_lr": (1e-5, "[A]"), "warmup_steps": (100, "[A]")},
+    ("nlvr2", 1): {**FINETUNED, "epochs": (10, "[A]"), "batch_size": (128, "[A]: 8 x 16"),
+                   "warmup_lr": (1e-5, "[A]"), "warmup_steps": (100, "[A]")},
+}
+
+
+@pytest.mark.parametrize("task, stage", RECIPES)
+def test_codis_the_recipe_is_the_papers(task, stage):
+    """What `--preset base` trains with: each number has a row above, each row is what is used."""
+    rows, recipe = RECIPES[task, stage], codis.RECIPE[task]
+    recipe = recipe[stage] if isinstance(recipe, list) else recipe
+    assert recipe.keys() <= rows.keys()
+    assert codis.PRESETS["base"] == {}
+    loop, cfg = train.settings(codis, "base", task, {}, stage)
+    for name, (value, source) in {**SIZES, **rows}.items():
+        found = recipe[name] if name == "task" else getattr(loop, name, getattr(cfg, name, None))
+        assert found == value and source, name
+
+
+def test_codis_every_number_of_the_recipe_has_a_row():
+    assert list(SIZES) == [field.name for field in dataclasses.fields(Config)]
+    stages = {(task, n) for task, rows in codis.RECIPE.items()
+              for n in range(len(rows) if isinstance(rows, list) else 1)}
+    assert stages == set(RECIPES) and set(codis.TASKS) == {task for task, _ in stages}
+
+
+def test_codis_views_are_the_papers():
+    """RandAugment (section 4.2.1) in training, a plain resize in evaluation, CLIP's norm [A]."""
+    image = dict(image="randaug", image_eval="resize", norm="clip")
+    pairs = dict(source="pairs", text="caption", **image)
+    assert codis.VIEWS == {
+        "pretrain": pairs, "retrieval": pairs,
+        "vqa": dict(source="vqa", text="question", answer="answer", **image),
+        "ve": dict(source="ve", text="caption", label="label", **image),
+        "nlvr2": dict(source="nlvr2", text="caption", label="label", image2="randaug",
+                      image2_eval="resize", **image),
+        "assign": dict(source="pairs", text="caption", image="randaug", norm="clip")}
+    assert codis.EVALS == {"pretrain": ("retrieval",), "retrieval": ("retrieval",), "assign": (),
+                           "vqa": ("vqa",), "ve": ("ve",), "nlvr2": ("nlvr2",)}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1425,7 +1425,7 @@ def test_codis_classes_by_hand(task):
     first, layers 1, 3, ... at the second."""
     model = make_model(task=task, **ODD)
     batch, paper = make_batch(model.cfg, task, b=5), Paper(model)
-    batch["label"] = torch.tensor([1, 0, 1, 1, 0]) + (task == "ve")     # no class as often as another
+    batch["label"] = torch.tensor([1, 0, 1, 1, 0]) + (task == "ve") 
     out, rows = model(batch), []
     for i, ids in enumerate(without_padding(batch)):
         images = [paper.image(batch[key][i]) for key in ("image", "image2") if key in batch]
@@ -1449,7 +1449,7 @@ def assigned(draws, sim, ids):
 
 
 def test_codis_text_assignment_by_hand():
-    """A step by hand, with two texts of one image; and a batch of one image, where no row counts."""
+    """A step by hand, with two texts of one image. In a batch of one image no row counts."""
     model = make_model(task="assign", **ODD)
     batch = make_batch(model.cfg, "assign", b=6, ids=[3, 5, 3, 20, 21, 5])
     with recorded() as draws, mock.patch.object(model.vision, "forward",

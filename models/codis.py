@@ -61,7 +61,9 @@ Deviations from the paper
         take no weight decay. With `codebook_features="student"` the plans come from the students
         without gradient: L_ot then moves C alone, as it does with the teachers'.
     12. The paper does not say how BERT is divided: six layers of text, six of fusion, are ALBEF's,
-        and so are captions of 25 tokens (30 when fine-tuned for retrieval).
+        and so are captions of 25 tokens (30 when fine-tuned for retrieval). Nor does it say whether
+        an epoch of pre-training goes over 4.0M images or 5.1M pairs: over images, and a caption of
+        each is drawn, as ALBEF's data set does.
     13. Fine-tuning for retrieval uses the alignment (Eq. 5) and ITM losses, as ALBEF; the paper
         does not say. VQA, VE and NLVR2 use no teachers (in ALBEF they do). The answer decoder
         shares the text encoder's embeddings. Text assignment compares images by their [CLS] tokens,
@@ -162,7 +164,7 @@ PRESETS = {
 }
 
 # Values without a mark are the paper's, section 4.2.1. [A]: ALBEF's, which the paper follows
-# without printing them.
+# without printing them. [?]: a choice, where paper and ALBEF leave it open.
 # Data: COCO, Visual Genome (its captions), Conceptual Captions and SBU, 4.0M images with 5.1M
 # captions (section 4.1).
 # Table 1, zero-shot, has two protocols:
@@ -183,17 +185,20 @@ FINETUNE = dict(optimizer="adamw", schedule="cosine", weight_decay=0.02, image_s
 RECIPE = {
     "pretrain": dict(optimizer="adamw", lr=1e-4, min_lr=1e-5, warmup_lr=1e-5, warmup_steps=1000,
                      schedule="cosine", weight_decay=0.02, epochs=30, batch_size=512,
-                     rerank_k=128),             # rerank_k [A]: 128 Flickr30K, 256 COCO
-    "retrieval": dict(FINETUNE, lr=1e-5, epochs=10, max_text=30,
+                     epoch_of="images",         # [?], Deviation 12
+                     rerank_k=128),             # [A]: 128 Flickr30K, 256 COCO
+    "retrieval": dict(FINETUNE, lr=1e-5, epochs=10, epoch_of="captions", max_text=30,
                       rerank_k=128),            # [A]: 10 epochs on Flickr30K, 5 on COCO
+    # the others: a record has one text, so that both meanings of an epoch are the same.
     # [A]. The warm-up is what ALBEF's code does: its configuration says `warmup_epochs` 4 (VQA) and
     # 1 (VE, NLVR2), of which each is 100 steps. VQA's numbers on the test server need train, val
     # and Visual Genome's questions as --data
     "vqa": dict(FINETUNE, epochs=8, warmup_lr=1e-5, warmup_steps=400),
     "ve": dict(FINETUNE, epochs=5, warmup_lr=1e-5, warmup_steps=100),
     # [A]: stage 1 is text assignment on the pre-training data (--stage_data), at its size and crops
-    "nlvr2": [dict(FINETUNE, task="assign", epochs=1, batch_size=512, image_size=256, min_lr=1e-5,
-                   crop_scale=(0.2, 1.0), warmup_lr=1e-5, warmup_steps=100),
+    "nlvr2": [dict(FINETUNE, task="assign", epochs=1, epoch_of="images", batch_size=512,
+                   image_size=256, crop_scale=(0.2, 1.0), min_lr=1e-5, warmup_lr=1e-5,
+                   warmup_steps=100),
               dict(FINETUNE, epochs=10, batch_size=128, warmup_lr=1e-5, warmup_steps=100)],
 }
 

@@ -81,6 +81,7 @@ import functools
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -94,7 +95,7 @@ from torch.utils.checkpoint import checkpoint
 class Config:
     image_size: int = 256           # pixels a side
     patch: int = 16                 # pixels a side of a patch
-    stem: str = "patch"             # "patch": one projection (ViT); "conv": three convolutions
+    stem: Literal["patch", "conv"] = "patch"    # one projection (ViT), or three convolutions
     vision_width: int = 768         # D of the image encoder
     vision_layers: int = 12         # blocks of the image encoder
     vision_heads: int = 12          # attention heads of the image encoder
@@ -103,7 +104,7 @@ class Config:
     fusion_layers: int = 6          # BERT's last layers: with cross-attention to the image
     heads: int = 12                 # attention heads of text and fusion encoder
     mlp_ratio: int = 4              # hidden width of a feed-forward block over D
-    act: str = "gelu"               # "gelu" or "relu"
+    act: Literal["gelu", "relu"] = "gelu"       # the activation
     dropout: float = 0.1            # in the text and fusion encoders, as BERT
     embed_dim: int = 256            # d, of embeddings and codewords
     max_text: int = 25              # tokens of a caption, [CLS] and [SEP] included
@@ -122,8 +123,8 @@ class Config:
     intra: bool = True              # image-image and text-text alignment in Eq. 5
     codebook: bool = True           # the codebook losses, Eq. 3
     codewords: int = 4000           # K
-    codebook_target: str = "cross"  # whose plan guides whom: "cross" or "same"
-    codebook_features: str = "teacher"  # whose features are transported: "teacher" or "student"
+    codebook_target: Literal["cross", "same"] = "cross"     # whose plan guides a modality
+    codebook_features: Literal["teacher", "student"] = "teacher"    # whose features are transported
     ot_eps: float = 0.5             # epsilon of Algorithm 2
     ot_iters: int = 50              # outer iterations of Algorithm 2
     ot_inner: int = 1               # inner iterations of Algorithm 2

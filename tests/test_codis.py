@@ -1853,6 +1853,12 @@ def test_codis_every_setting_matters(field, tmp_path):
         assert changed and all(re.match(kind, name) for name in changed), changed
 
 
+@pytest.mark.parametrize("field", ["stem", "act", "codebook_target", "codebook_features"])
+def test_codis_words_that_are_no_choice_are_refused(field):
+    with pytest.raises(SystemExit, match=f"--{field}.*nonsense"):
+        train.parse(["--model", "codis", f"--{field}", "nonsense"])
+
+
 def test_codis_checkpointing_draws_the_same_masks():
     """Dropout and masked words with recomputed blocks: the same losses and gradients."""
     for task in ("pretrain", "nlvr2"):

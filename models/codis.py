@@ -141,9 +141,6 @@ class Config:
         if self.image_size % self.patch:
             raise SystemExit(f"--image_size {self.image_size}: not a multiple of "
                              f"--patch {self.patch}")
-        if self.max_text > self.positions:
-            raise SystemExit(f"--max_text {self.max_text}: the text encoder has "
-                             f"--positions {self.positions}")
 
 
 # minutes on two CPU cores

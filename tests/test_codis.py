@@ -1833,8 +1833,6 @@ def test_codis_every_setting_matters(field, tmp_path):
         for c in (cfg, other):
             text = first_text(c, tmp_path)
             assert len(text) == c.max_text and text[-1] == 3        # [SEP] closes what was cut
-        with pytest.raises(SystemExit, match="--max_text 15.*--positions 14"):
-            dataclasses.replace(cfg, max_text=15)
     elif kind == "padding":
         # the embedding of [PAD] takes no gradient from being read, that of any other word does
         for c, live in ((cfg, True), (other, False)):

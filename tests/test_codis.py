@@ -1133,6 +1133,8 @@ def test_codis_evaluation_leaves_the_memory_alone():
 
 
 def test_codis_after_step():
+    model = Codis(small())
+    close(model.codebook.norm(dim=-1), torch.ones(10), 1e-6)        # unit codewords from the start
     model = make_model(fill=False)
     with torch.no_grad():
         model.codebook.mul_(torch.rand(10, 1) * 5 + 0.1)

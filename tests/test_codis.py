@@ -2,11 +2,16 @@
 
 The references below go pair by pair and letter by letter through equations 1-9 and Algorithms 1
 and 2, read as the file's Deviations say. They are float64 tensors, so that autograd gives the
-reference of every gradient as well.
+reference of every gradient as well. The towers are written a second time too (class Paper), from
+the names of the weights alone, so that a whole step of every task can be done by hand.
 """
 
+import contextlib
+import dataclasses
 import itertools
+import json
 import math
+import re
 from unittest import mock
 
 import pytest
@@ -14,9 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import train
 from models import codis
 from models.codis import (Codis, Config, QueueContrast, align_loss, attention_mask, enqueue_,
                           hard_negatives, ipot, mask_tokens)
+from tools import weights
 
 LABELS = {"ve": 3, "nlvr2": 2}  # num_labels of the tasks that classify
 
@@ -31,6 +38,12 @@ def small(**over):
                  embed_dim=16, max_text=11, positions=14, vocab_size=57, pad_id=0, cls_id=2,
                  sep_id=3, mask_id=4, first_word=6, queue_size=21, codewords=10, ot_iters=20)
     return Config(**{**sizes, **over})
+
+
+# numbers that no default has, for steps by hand; the queue's pointer stands before its end
+ODD = dict(pad_id=1, momentum=0.9, temp=0.11, distill=0.35, mlm_prob=0.6, mlm_distill=0.3,
+           ot_eps=0.3, ot_iters=3, ot_inner=2, first_word=8, queue_chunk=5, max_answer=6)
+IDS_BY_HAND = [3, 5, 3, 20, 21]         # two captions of image 3; images 3 and 5 are in the queue
 
 
 def sentences(cfg, b):
@@ -72,17 +85,19 @@ def make_batch(cfg, task="pretrain", b=4, ids=None):
 
 def make_model(cfg=None, task="pretrain", fill=True, **over):
     """A model in training mode whose teachers and queues (ids 0..9 and -1) are not those of step 0,
-    and whose ramp stands at 0.3."""
+    and whose ramps stand at 0.6 and 0.3."""
     cfg = cfg or small(**over)
     model = Codis(cfg, task, LABELS.get(task, 0)).train()
     with torch.no_grad():
         for p in model.parameters():  # larger than at birth, else all embeddings are alike
-            p.mul_(3.0 if p.ndim > 1 else 1.0).add_(torch.randn_like(p) * 0.02)
+            p.mul_(8.0 if p.ndim > 1 else 1.0).add_(torch.randn_like(p) * 0.02)
         if fill and hasattr(model, "queue_ids"):
             for p in model.parameters():
                 p.add_(0 if p.requires_grad else torch.randn_like(p) * 0.02)
             model.queue_ids.copy_(torch.arange(cfg.queue_size) % 11 - 1)
             model.distill.fill_(0.3)
+            model.ramp.fill_(0.6)
+            model.ptr.fill_(cfg.queue_size - 2)
             if hasattr(model, "codebook"):
                 model.codebook.copy_(F.normalize(model.codebook, dim=-1))
     return model
@@ -118,7 +133,7 @@ def softmax(scores):
 
 
 def similarities(z, keys, temp):
-    return [sum(a * b for a, b in zip(z, k)) / temp for k in keys]
+    return [(z * k).sum() / temp for k in keys]
 
 
 def cross_entropy(scores, t):
@@ -153,7 +168,7 @@ def algorithm2(cost, eps, iters, inner=1):
 
 def cosine_cost(z, c):
     """D_ij = 1 - cos(z_i, c_j) of unit vectors: a list of lists of 0-d tensors."""
-    return [[1 - sum(a * b for a, b in zip(z_i, c_j)) for c_j in c] for z_i in z]
+    return [[1 - (z_i * c_j).sum() for c_j in c] for z_i in z]
 
 
 def plan_of(z, c, cfg):
@@ -199,6 +214,308 @@ def picked(logits, labels):
                  if label != -100])
 
 
+# --------------------------------------------------------------------------------------------------
+# The model a second time
+
+class Paper:
+    """The model from its weights alone, in float64: one picture, sentence, query and head a time.
+
+    Sentences are lists of ids without padding. `drop` and `drop_attention` are factors, which stand
+    where BERT has dropout: nowhere in image encoders and teachers.
+    """
+
+    def __init__(self, model, drop=1.0, drop_attention=1.0):
+        self.cfg, self.drop, self.drop_attention = model.cfg, drop, drop_attention
+        self.weights, self.maps = {}, {}
+        for name, x in model.state_dict(keep_vars=True).items():
+            self.weights[name] = x.double() if x.is_floating_point() else x
+
+    def linear(self, name, x):
+        return x @ self.weights[name + ".weight"].T + self.weights[name + ".bias"]
+
+    def norm(self, name, x, eps):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        return x * self.weights[name + ".weight"] + self.weights[name + ".bias"]
+
+    def act(self, x):
+        if self.cfg.act == "relu":
+            return x * (x > 0)
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+    def factor(self, name, value):
+        return 1.0 if name.startswith("vision") or "_m." in name else value
+
+    def attend(self, name, x, context=None, causal=False):
+        """x (S, D) looks at itself, or at a context (L, C) -> (S, D). maps[name]: probabilities."""
+        if context is None:
+            query, key, value = self.linear(name + ".qkv", x).chunk(3, -1)
+        else:
+            query = self.linear(name + ".query", x)
+            key, value = self.linear(name + ".key_value", context).chunk(2, -1)
+        heads = self.cfg.vision_heads if name.startswith("vision") else self.cfg.heads
+        size, rows, self.maps[name] = query.shape[1] // heads, [], []
+        for s in range(len(query)):
+            seen, parts = s + 1 if causal else len(key), []
+            for h in range(heads):
+                own = slice(h * size, (h + 1) * size)
+                scores = key[:seen, own] @ query[s, own] / math.sqrt(size)
+                p = (scores - scores.detach().max()).exp()
+                p = p / p.sum()
+                self.maps[name].append(p)
+                parts.append(p @ value[:seen, own])
+            rows.append(torch.cat(parts))
+        rows = torch.stack(rows) * self.factor(name, self.drop_attention)
+        return self.linear(name + ".out", rows)
+
+    def image(self, pixels, m=""):
+        """(3, H, W) -> (P+1, D), the class token first."""
+        cfg, size, stem = self.cfg, self.cfg.patch, f"vision{m}.patch_embed"
+        pixels = pixels.double()
+        if cfg.stem == "patch":
+            corners = itertools.product(range(0, cfg.image_size, size), repeat=2)
+            patches = [pixels[:, i:i + size, j:j + size].flatten() for i, j in corners]
+            kernel = self.weights[stem + ".weight"].flatten(1)
+            x = torch.stack(patches) @ kernel.T + self.weights[stem + ".bias"]
+        else:
+            x = pixels[None]
+            for layer, stride, padding in ((0, size // 4, 0), (2, 2, 1), (4, 2, 1)):
+                kernel, bias = (self.weights[f"{stem}.{layer}.{kind}"]
+                                for kind in ("weight", "bias"))
+                x = F.conv2d(x if layer == 0 else self.act(x), kernel, bias, stride, padding)
+            x = x[0].flatten(1).T
+        x = torch.cat([self.weights[f"vision{m}.cls_token"][0], x])
+        x = x + self.weights[f"vision{m}.pos_embed"][0]
+        for n in range(cfg.vision_layers):
+            name = f"vision{m}.blocks.{n}"
+            x = x + self.attend(name + ".attention", self.norm(name + ".attention_norm", x, 1e-6))
+            hidden = self.act(self.linear(name + ".mlp.0", self.norm(name + ".mlp_norm", x, 1e-6)))
+            x = x + self.linear(name + ".mlp.2", hidden)
+        return self.norm(f"vision{m}.norm", x, 1e-6)
+
+    def layer(self, name, x, context=None, causal=False):
+        """A layer of BERT's: each part is added, then the sum is normalised."""
+        drop = self.factor(name, self.drop)
+        change = self.attend(name + ".attention", x, causal=causal)
+        x = self.norm(name + ".attention_norm", x + drop * change, 1e-12)
+        if context is not None:
+            change = self.attend(name + ".cross", x, context)
+            x = self.norm(name + ".cross_norm", x + drop * change, 1e-12)
+        change = self.linear(name + ".mlp.2", self.act(self.linear(name + ".mlp.0", x)))
+        return self.norm(name + ".mlp_norm", x + drop * change, 1e-12)
+
+    def words(self, ids, m=""):
+        """BERT's input: word + position + segment -> (T, D)."""
+        name = f"text{m}.embeddings"
+        words, positions, segments = (self.weights[f"{name}.{part}.weight"]
+                                      for part in ("words", "positions", "segments"))
+        x = torch.stack([words[i] + positions[n] + segments[0] for n, i in enumerate(ids)])
+        return self.norm(name + ".norm", x, 1e-12) * self.factor(name + ".", self.drop)
+
+    def text(self, ids, m=""):
+        x = self.words(ids, m)
+        for n in range(self.cfg.text_layers):
+            x = self.layer(f"text{m}.blocks.{n}", x)
+        return x
+
+    def fuse(self, text, *images, m=""):
+        """Tokens of a sentence -> (T, D). Of two images layers 0, 2, ... look at the first."""
+        for n in range(self.cfg.fusion_layers * len(images)):
+            text = self.layer(f"fusion{m}.blocks.{n}", text, images[n % len(images)])
+        return text
+
+    def word_logits(self, x, m=""):
+        """BERT's prediction of words (..., D) -> (..., V), with the embeddings' weights."""
+        x = self.act(self.linear(f"mlm_head{m}.transform.0", x))
+        x = self.norm(f"mlm_head{m}.transform.2", x, 1e-12)
+        words = self.weights[f"text{m}.embeddings.words.weight"]
+        return x @ words.T + self.weights[f"mlm_head{m}.bias"]
+
+    def emb(self, side, tokens, m=""):
+        """[CLS], projected, at unit length."""
+        z = self.linear(f"{side}_proj{m}", tokens[0])
+        return z / z.square().sum().sqrt()
+
+    def classes(self, fused):
+        """The two-layer head of VE and NLVR2 on [CLS]."""
+        hidden = self.linear("cls_head.0", fused[0])
+        return self.linear("cls_head.2", hidden * (hidden > 0))
+
+    def answer_logits(self, answer, question):
+        """The decoder on the first tokens of an answer (L,) -> (L, V). question: fused (T, D)."""
+        x = self.words(answer)
+        for n in range(self.cfg.fusion_layers):
+            x = self.layer(f"decoder.blocks.{n}", x, question, causal=True)
+        return self.word_logits(x)
+
+    def answer_logp(self, answer, question):
+        """log p(answer | question), token by token."""
+        logits = self.answer_logits(answer[:-1], question)
+        return sum(log_softmax(list(row))[word] for row, word in zip(logits, answer[1:]))
+
+
+def without_padding(batch, key="text"):
+    """[ids of each sentence]"""
+    return [[int(i) for i, real in zip(*row) if real] for row in zip(batch[key],
+                                                                     batch[key + "_mask"])]
+
+
+def embed(paper, batch):
+    """Tokens of images and of sentences; embeddings (B, d) of students and teachers."""
+    texts = without_padding(batch)
+    image, text = [paper.image(x) for x in batch["image"]], [paper.text(ids) for ids in texts]
+    z_v = torch.stack([paper.emb("vision", x) for x in image])
+    z_t = torch.stack([paper.emb("text", x) for x in text])
+    m_v = torch.stack([paper.emb("vision", paper.image(x, "_m"), "_m") for x in batch["image"]])
+    m_t = torch.stack([paper.emb("text", paper.text(ids, "_m"), "_m") for ids in texts])
+    return image, text, z_v, z_t, m_v.detach(), m_t.detach()
+
+
+@contextlib.contextmanager
+def recorded():
+    """-> {function: [what it drew, call by call]}, for references that need the same dice."""
+    draws = {name: [] for name in ("rand", "randint", "randperm", "exponential_")}
+
+    def keep(owner, name):
+        draw = getattr(owner, name)
+
+        def run(*args, **kwargs):
+            drawn = draw(*args, **kwargs)
+            draws[name].append(drawn.clone())
+            return drawn
+        return mock.patch.object(owner, name, run)
+
+    with contextlib.ExitStack() as stack:
+        for name in draws:
+            stack.enter_context(keep(torch.Tensor if name.endswith("_") else torch, name))
+        yield draws
+
+
+def drawn_stranger(sim, ids, noise):
+    """For each row of sim (B, B) a column of another image, drawn with probability softmax(sim).
+
+    p_j / E_j is the largest with probability p_j, where E_j are exponential. None: there is none.
+    """
+    found = []
+    for i, row in enumerate(sim.tolist()):
+        others = [j for j in range(len(row)) if ids[j] != ids[i]]
+        race = {j: math.exp(row[j] - max(row)) / noise[i][j] for j in others}
+        found.append(max(race, key=race.get, default=None))
+    return found
+
+
+def masked_by_hand(cfg, ids, order, dice, noise):
+    """Section 3.3.2 for one sentence -> its ids with masked words, {position: the true word}.
+
+    The words with the highest numbers in `order` are chosen; dice and noise: theirs, in that order.
+    """
+    places = [n for n, i in enumerate(ids) if i not in (cfg.cls_id, cfg.sep_id)]
+    count = min(len(places), max(1, round(cfg.mlm_prob * len(places))))
+    places = sorted(places, key=lambda n: -order[n])[:count]
+    ids, truth = list(ids), {n: ids[n] for n in places}
+    for n, number, word in zip(places, dice, noise):
+        if cfg.mlm_mask_only or number < 0.8:
+            ids[n] = cfg.mask_id
+        elif number < 0.9:
+            ids[n] = word
+    return ids, truth
+
+
+def itm_by_hand(paper, batch, draws, image, text, z_v, z_t):
+    """Eq. 7: the pairs, each image with a text of another image, each text with another image."""
+    ids, temp = batch["image_id"].tolist(), paper.weights["log_temp"].exp()
+    sim = (z_v @ z_t.T / temp).detach()
+    images = drawn_stranger(sim.T, ids, draws["exponential_"][0].tolist())
+    texts = drawn_stranger(sim, ids, draws["exponential_"][1].tolist())
+    pairs = [(i, i, 1) for i in range(len(ids))]
+    pairs += [(i, j, 0) for i, j in enumerate(texts) if j is not None]
+    pairs += [(i, j, 0) for j, i in enumerate(images) if i is not None]
+    assert all(ids[i] != ids[j] for i, j, label in pairs if not label)
+    logits = [paper.linear("itm_head", paper.fuse(text[j], image[i])[0]) for i, j, _ in pairs]
+    return picked(torch.stack(logits), [label for _, _, label in pairs])
+
+
+def mlm_by_hand(model, paper, batch, draws, image):
+    """Eq. 8, and the teacher's share of it."""
+    cfg, hard, soft_rows = paper.cfg, [], []
+    rows = zip(without_padding(batch), *(draws["rand"][n].tolist() for n in (0, 1)),
+               draws["randint"][0].tolist() if draws["randint"] else itertools.repeat([0] * 99))
+    for i, (ids, order, dice, noise) in enumerate(rows):
+        masked, truth = masked_by_hand(cfg, ids, order, dice, noise)
+        logits = paper.word_logits(paper.fuse(paper.text(masked), image[i]))
+        hard += [-log_softmax(list(logits[n]))[word] for n, word in truth.items()]
+        if cfg.mlm_distill:
+            x = paper.fuse(paper.text(masked, "_m"), paper.image(batch["image"][i], "_m"), m="_m")
+            teacher = paper.word_logits(x, "_m").detach()
+            soft_rows += [cross_entropy(list(logits[n]), softmax(list(teacher[n]))) for n in truth]
+    assert len(hard) > len(image)                       # more than one word a sentence
+    if not cfg.mlm_distill:
+        return mean(hard)
+    a = float(model.ramp) * cfg.mlm_distill
+    return (1 - a) * mean(hard) + a * mean(soft_rows)
+
+
+def directions(model, z_v, z_t, m_v, m_t):
+    """Eq. 5's four directions: (name, student, its teacher, the batch's keys, the queue)."""
+    image, text = model.queue_image, model.queue_text
+    yield "i2t", z_v, m_v, m_t, text
+    yield "t2i", z_t, m_t, m_v, image
+    yield "i2i", z_v, m_v, m_v, image
+    yield "t2t", z_t, m_t, m_t, text
+
+
+def eq5_by_hand(model, batch, z_v, z_t, m_v, m_t):
+    """{direction: Eq. 5}, with the keys of batch and queue."""
+    cfg, ids, losses = model.cfg, batch["image_id"], {}
+    for name, z, m, own, queue in directions(model, z_v, z_t, m_v, m_t):
+        keys, key_ids = queue.double(), model.queue_ids
+        if cfg.batch_keys:
+            keys, key_ids = torch.cat([own, keys]), torch.cat([ids, key_ids])
+        if cfg.intra or name in ("i2t", "t2i"):
+            temp = model.log_temp.double().exp()
+            losses[name] = mean(eq5(z, m, ids, keys, key_ids, temp, model.distill))
+    return losses
+
+
+def eq3_by_hand(model, paper, z_v, z_t, m_v, m_t):
+    """The codebook's losses {"ot", "tp", "ip"}."""
+    cfg, c, temp = model.cfg, paper.weights["codebook"], paper.weights["log_temp"].exp()
+    f_v, f_t = m_v, m_t
+    if cfg.codebook_features == "student":
+        f_v, f_t = z_v.detach(), z_t.detach()
+    T_v, T_t = plan_of(f_v, c, cfg), plan_of(f_t, c, cfg)
+    guide_t, guide_v = (T_v, T_t) if cfg.codebook_target == "cross" else (T_t, T_v)
+    return {"ot": eq1(T_v, cosine_cost(f_v, c)) + eq1(T_t, cosine_cost(f_t, c)),
+            "tp": eq2(z_t, c, guide_t, temp), "ip": eq2(z_v, c, guide_v, temp)}
+
+
+def eq9(model, batch, draws, paper=None):
+    """Every term of Eq. 9 by the equations -> {name: 0-d}, the teachers' keys (image, text)."""
+    paper = paper or Paper(model)
+    image, text, *z = embed(paper, batch)
+    losses = {"itm": itm_by_hand(paper, batch, draws, image, text, *z[:2]),
+              "mlm": mlm_by_hand(model, paper, batch, draws, image)}
+    losses |= eq5_by_hand(model, batch, *z)
+    if model.cfg.codebook:
+        losses |= eq3_by_hand(model, paper, *z)
+    return losses, z[2:]
+
+
+def gradients(loss, model):
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, trained.values(), retain_graph=True)))
+
+
+def same_losses(out, reference, model, tol=2e-5):
+    """Each loss, what is optimized, and the gradient of every parameter."""
+    for name in reference:
+        close(out["logs"][name], reference[name], tol)
+    assert set(out["logs"]) - set(reference) <= {"temp", "codebook_ppl"}
+    total = sum(reference.values())
+    close(out["loss"], total)
+    same_gradients(gradients(out["loss"], model), gradients(total, model))
+
+
 def nearest_stranger(sim, ids):
     """In place of hard_negatives(): the most similar column of another image, without dice."""
     best = sim.float().masked_fill(ids[:, None] == ids, -math.inf).argmax(1)
@@ -218,83 +535,6 @@ no_dice = mock.patch.multiple(codis, hard_negatives=nearest_stranger, mask_token
 def fuse(model, tokens, mask, image_tokens):
     """(B, T, D) sentences, each with its own image -> (B, T, D)."""
     return model.fusion(tokens, attention_mask(mask), model.fusion.contexts(image_tokens))
-
-
-def fusion_losses(model, batch, image_tokens, text_tokens, image_emb, text_emb):
-    """Eq. 7 and 8 with one plain fusion per pair: {"itm", "mlm"}."""
-    cfg, mask, ids = model.cfg, batch["text_mask"], batch["image_id"].tolist()
-    b = len(ids)
-
-    def fused(tokens, i, j):  # image i, sentence j -> (T, D)
-        return fuse(model, tokens[j:j + 1], mask[j:j + 1], image_tokens[i:i + 1])[0]
-
-    pairs, labels = [(i, i) for i in range(b)], [1] * b
-    sim = (image_emb @ text_emb.T).tolist()
-    for i in range(b):
-        others = [j for j in range(b) if ids[j] != ids[i]]
-        if others:
-            text = max(others, key=lambda j: sim[i][j])
-            image = max(others, key=lambda j: sim[j][i])
-            pairs += [(i, text), (image, i)]
-            labels += [0, 0]
-    logits = torch.stack([model.itm_head(fused(text_tokens, i, j)[0]) for i, j in pairs]).double()
-
-    text = batch["text"]
-    maskable = torch.tensor([[bool(m) and int(t) not in (cfg.cls_id, cfg.sep_id)
-                              for t, m in zip(*row)] for row in zip(text, mask)])
-    masked, positions, words = same_mask(text, maskable, cfg.mask_id, cfg.first_word,
-                                         cfg.vocab_size, cfg.mlm_prob, cfg.mlm_mask_only)
-    tokens = model.text(masked, mask)
-    table = model.text.embeddings.words.weight
-    found = [(model.mlm_head(fused(tokens, i, i)[p], table), int(w))
-             for i in range(b) for p, w in zip(positions[i], words[i]) if w != -100]
-    return {"itm": picked(logits, labels),
-            "mlm": picked(torch.stack([x for x, _ in found]).double(), [w for _, w in found])}
-
-
-def embed(model, batch):
-    """Tokens of image and text, then float64 embeddings of students and teachers, image first."""
-    image_tokens, image_emb = model.encode("vision", batch["image"])
-    text_tokens, text_emb = model.encode("text", batch["text"], batch["text_mask"])
-    with torch.no_grad():
-        image_m = model.encode("vision", batch["image"], teacher=True)[1]
-        text_m = model.encode("text", batch["text"], batch["text_mask"], teacher=True)[1]
-    return image_tokens, text_tokens, *doubles(image_emb, text_emb, image_m, text_m)
-
-
-def directions(model, z_v, z_t, m_v, m_t):
-    """Eq. 5's four directions: (name, student, its teacher, the batch's keys, the queue)."""
-    image, text = model.queue_image, model.queue_text
-    yield "i2t", z_v, m_v, m_t, text
-    yield "t2i", z_t, m_t, m_v, image
-    yield "i2i", z_v, m_v, m_v, image
-    yield "t2t", z_t, m_t, m_t, text
-
-
-def eq9(model, batch):
-    """Every term of Eq. 9, by the equations: {name: 0-d}."""
-    cfg, ids, temp = model.cfg, batch["image_id"], model.temp.double()
-    image_tokens, text_tokens, z_v, z_t, m_v, m_t = embed(model, batch)
-    losses = fusion_losses(model, batch, image_tokens, text_tokens, z_v, z_t)
-    for name, z, m, own, queue in directions(model, z_v, z_t, m_v, m_t):
-        if cfg.intra or name in ("i2t", "t2i"):
-            keys, key_ids = torch.cat([own, queue.double()]), torch.cat([ids, model.queue_ids])
-            losses[name] = mean(eq5(z, m, ids, keys, key_ids, temp, model.distill))
-    if cfg.codebook:
-        c = model.codebook.double()
-        f_v, f_t = m_v, m_t
-        if cfg.codebook_features == "student":
-            f_v, f_t = z_v.detach(), z_t.detach()
-        T_v, T_t = plan_of(f_v, c, cfg), plan_of(f_t, c, cfg)
-        losses["ot"] = eq1(T_v, cosine_cost(f_v, c)) + eq1(T_t, cosine_cost(f_t, c))
-        guide_t, guide_v = (T_v, T_t) if cfg.codebook_target == "cross" else (T_t, T_v)
-        losses["tp"], losses["ip"] = eq2(z_t, c, guide_t, temp), eq2(z_v, c, guide_v, temp)
-    return losses
-
-
-def gradients(loss, model):
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(trained, torch.autograd.grad(loss, trained.values(), retain_graph=True)))
 
 
 def same_gradients(a, b, tol=2e-4):
@@ -477,34 +717,73 @@ def test_codis_eq8():
     assert codis.mlm_loss(logits, torch.full((4, 3), -100)).isfinite()
 
 
+def same_memory(model, batch, out, keys, step=3, **length):
+    """One step of training by hand: what goes into the queues, what the teachers become."""
+    cfg, size = model.cfg, model.cfg.queue_size
+    rings = {name: getattr(model, "queue_" + name).tolist() for name in ("image", "text", "ids")}
+    start, teachers = int(model.ptr), {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            teachers[name] = p.clone()
+
+    # Algorithm 1: backward, update_queue, SGD, ema. The queues run over their end
+    out["loss"].backward()
+    model.after_backward(out)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.optim.SGD(trained, 0.1).step()
+    model.after_step(step, 10, **length)
+
+    new = {"image": keys[0].tolist(), "text": keys[1].tolist(), "ids": batch["image_id"].tolist()}
+    for i in range(len(batch["image"])):
+        for name in rings:
+            rings[name][(start + i) % size] = new[name][i]
+    for name in rings:
+        close(getattr(model, "queue_" + name), rings[name])
+    assert start + len(batch["image"]) > size
+    assert model.ptr == (start + len(batch["image"])) % size
+
+    # Eq. 6, of every parameter that has a teacher
+    students = dict(model.named_parameters())
+    parts = {name.split(".")[0].removesuffix("_m") for name in teachers}
+    expected = {"vision", "text", "vision_proj", "text_proj"}
+    assert parts == expected | ({"fusion", "mlm_head"} if hasattr(model, "fusion_m") else set())
+    assert len(teachers) == sum(name.split(".")[0] in parts for name in students)
+    a = cfg.momentum
+    for name, old in teachers.items():
+        close(students[name], a * old + (1 - a) * students[name.replace("_m.", ".", 1)], 1e-6)
+
+    ramp = min(1, step / length.get("epoch_steps", 10))
+    close([model.ramp, model.distill], [ramp, cfg.distill * ramp], 1e-6)
+    if hasattr(model, "codebook"):
+        close(model.codebook.norm(dim=-1), torch.ones(cfg.codewords), 1e-5)
+
+
 @pytest.mark.parametrize("over", [
     dict(),
-    dict(codebook_target="same", codebook_features="student", fusion_layers=1),
-    dict(intra=False, mlm_mask_only=True),
-    dict(codebook=False, fusion_layers=3, queue_chunk=5, stem="conv", act="relu")])
+    dict(codebook_target="same", codebook_features="student", fusion_layers=1, batch_keys=False),
+    dict(intra=False, mlm_mask_only=True, mlm_distill=0.0),
+    dict(codebook=False, fusion_layers=3, vision_layers=2, text_layers=2, stem="conv",
+         act="relu")])
 def test_codis_eq9(over):
-    """A whole step with two captions of one image: each loss, the gradient of every parameter."""
-    model = make_model(**over)
-    batch = make_batch(model.cfg, b=5, ids=[3, 5, 3, 20, 21])
-    with no_dice:
+    """A step of pre-training by hand, with two captions of one image: each loss, the gradient of
+    every parameter, the queues, the teachers."""
+    model = make_model(**{**ODD, **over})
+    batch = make_batch(model.cfg, b=5, ids=IDS_BY_HAND)
+    with recorded() as draws:
         out = model(batch)
-        reference = eq9(model, batch)
-    for name in reference:
-        close(out["logs"][name], reference[name], 2e-5)
-    assert set(out["logs"]) - set(reference) <= {"temp", "codebook_ppl"}
-    total = sum(reference.values())
-    close(out["loss"], total)
-    same_gradients(gradients(out["loss"], model), gradients(total, model))
+    reference, keys = eq9(model, batch, draws)
+    same_losses(out, reference, model)
+    same_memory(model, batch, out, keys, epoch_steps=4)
 
 
 # --------------------------------------------------------------------------------------------------
 # Algorithms 1, 2
 
-def algorithm1(model, batch):
+def algorithm1(model, batch, draws):
     """Algorithm 1 line by line, with the readings of Eq. 1 for L_ot, of a softmaxed queue target
     and of N * T for a plan in H."""
-    temp, n = model.temp.double(), len(batch["image"])
-    image_tokens, text_tokens, img_s, txt_s, img_t, txt_t = embed(model, batch)
+    temp, n, paper = model.temp.double(), len(batch["image"]), Paper(model)
+    image, text, img_s, txt_s, img_t, txt_t = embed(paper, batch)
     C, Qv, Qt = doubles(model.codebook, model.queue_image, model.queue_text)
 
     def H(s, t):
@@ -523,34 +802,26 @@ def algorithm1(model, batch):
         L_code = L_code + H(scores(z, C), [[t / sum(row) for t in row] for row in T])
     L_cross = H_queue(img_s, img_t, Qt) + H_queue(txt_s, txt_t, Qv)
     L_unimo = H_queue(img_s, img_t, Qv) + H_queue(txt_s, txt_t, Qt)
-    L_pretrain = sum(fusion_losses(model, batch, image_tokens, text_tokens, img_s, txt_s).values())
+    L_pretrain = itm_by_hand(paper, batch, draws, image, text, img_s, txt_s)
+    L_pretrain = L_pretrain + mlm_by_hand(model, paper, batch, draws, image)
     # a plan far from its marginals would test nothing
     assert all(abs(sum(row) * n - 1) < 0.5 for row in Tg)
-    return L_code + L_cross + L_unimo + L_pretrain
+    return L_code + L_cross + L_unimo + L_pretrain, (img_t, txt_t)
 
 
 def test_codis_alg1():
     """Loss, gradients, queues and teachers of one step in the printed form: same modality, teacher
     targets, queue only."""
-    model = make_model(codebook_target="same", distill=1.0, batch_keys=False, momentum=0.9)
+    model = make_model(codebook_target="same", distill=1.0, batch_keys=False, momentum=0.9,
+                       mlm_prob=0.5)
     model.distill.fill_(1.0)
     batch = make_batch(model.cfg)
-    with no_dice:
-        out, reference = model(batch), algorithm1(model, batch)
+    with recorded() as draws:
+        out = model(batch)
+    reference, keys = algorithm1(model, batch, draws)
     close(out["loss"], reference)
     same_gradients(gradients(out["loss"], model), gradients(reference, model))
-
-    image_m, text_m = embed(model, batch)[4:]
-    teachers = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    out["loss"].backward()
-    model.after_backward(out)                                              # update_queue
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
-    model.after_step(1, 10)                                                # ema
-    close(model.queue_image[:4], image_m)
-    close(model.queue_text[:4], text_m)
-    students = dict(model.named_parameters())
-    for name, old in teachers.items():
-        close(students[name], 0.9 * old + 0.1 * students[name.replace("_m.", ".", 1)], 1e-6)
+    same_memory(model, batch, out, keys)
 
 
 def soft(T):
@@ -616,7 +887,16 @@ def test_codis_hard_negatives_never_the_same_image():
             assert (ids[index] != ids).all()
 
 
-@pytest.mark.parametrize("ids", [[5], [5, 5, 5], [5, 5, 6]])
+@pytest.mark.parametrize("task", ["pretrain", "retrieval", "assign"])
+def test_codis_a_batch_of_one_is_refused(task):
+    """It can have no negatives, now or later. (A batch of one image is chance, and counts.)"""
+    model = make_model(task=task)
+    with pytest.raises(SystemExit, match="--batch_size") as error:
+        model(make_batch(model.cfg, task, b=1))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ids", [[5, 5], [5, 5, 5], [5, 5, 6]])
 def test_codis_hard_negatives_without_candidates(ids):
     index, ok = hard_negatives(torch.randn(len(ids), len(ids)) * 100, torch.tensor(ids))
     assert ((0 <= index) & (index < len(ids))).all()
@@ -755,7 +1035,8 @@ def test_codis_memory_over_seven_steps():
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
     for step in range(7):
         batch = make_batch(model.cfg, ids=[4 * step + i for i in range(4)])
-        image_m, text_m = embed(model, batch)[4:]
+        with torch.no_grad():
+            image_m, text_m = embed(Paper(model), batch)[4:]
         before = model.queue_image.clone()
         out = model(batch)
         assert torch.equal(model.queue_image, before)               # the step reads the old queue
@@ -852,6 +1133,8 @@ def test_codis_evaluation_leaves_the_memory_alone():
 
 
 def test_codis_after_step():
+    model = Codis(small())
+    close(model.codebook.norm(dim=-1), torch.ones(10), 1e-6)        # unit codewords from the start
     model = make_model(fill=False)
     with torch.no_grad():
         model.codebook.mul_(torch.rand(10, 1) * 5 + 0.1)
@@ -901,18 +1184,6 @@ def test_codis_pairs_equal_four_fusions(layers, mlm):
         ours, reference = ours + (words ** 2).sum(), reference + (expected ** 2).sum()
     for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(reference, leaves)):
         close(a, b, 1e-4)
-
-
-def test_codis_checkpointing_changes_nothing():
-    results = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = make_model(checkpointing=checkpointing)
-        with no_dice:
-            out = model(make_batch(model.cfg))
-        results.append((out["loss"], gradients(out["loss"], model)))
-    close(results[0][0], results[1][0], 1e-6)
-    same_gradients(results[0][1], results[1][1], 1e-5)
 
 
 def test_codis_other_image_sizes():
@@ -993,6 +1264,36 @@ def test_codis_equations_in_bfloat16():
     close(code, eq2(z, keys, plan.tolist(), temp), 1e-4)
 
 
+def test_codis_full_precision_sees_tensors_passed_by_name():
+    z, c, plan = units(5, 16).bfloat16(), units(7, 16).bfloat16(), torch.rand(5, 7)
+    expected = codis.codebook_loss(z, c, plan, torch.tensor(0.02))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = codis.codebook_loss(z=z, codebook=c, plan=plan, temp=torch.tensor(0.02))
+    assert torch.equal(found, expected)
+
+
+def test_codis_contrast_has_no_second_derivative():
+    """It would be wrong without a word: backward's own products are not in a graph."""
+    z, z_m, ids, temp, distill, blocks = contrast_case("plain")
+    weights = torch.rand(len(z), requires_grad=True)
+    rows = align_loss(z.requires_grad_(), z_m, ids, blocks, temp, distill)
+    first, = torch.autograd.grad((rows * weights).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_codis_logs_build_no_graph():
+    def watched(*tensors):
+        assert not any(x.requires_grad for x in tensors)
+        return torch.tensor(3.0)
+
+    with mock.patch.object(codis, "codebook_perplexity", watched):
+        model = make_model()
+        out = model(make_batch(model.cfg))
+    assert out["logs"]["codebook_ppl"] == 3 and out["logs"]["temp"] == model.temp
+    assert not any(x.requires_grad for x in out["logs"].values())
+
+
 def test_codis_codebook_in_bfloat16():
     """Plan, Eq. 1 and Eq. 2 under autocast equal float64."""
     model = make_model()
@@ -1027,36 +1328,6 @@ def test_codis_step_in_bfloat16(temp):
 # --------------------------------------------------------------------------------------------------
 # Parameters
 
-@pytest.mark.parametrize("distill", [0.4, 0.0])
-def test_codis_mlm_distillation(distill):
-    """ALBEF's option: (1 - a) * Eq. 8 + a * cross-entropy against the momentum fusion encoder,
-    a = mlm_distill after the ramp."""
-    model = make_model(mlm_distill=0.25, distill=distill)
-    model.after_step(10, 10)
-    batch = make_batch(model.cfg)
-    with no_dice:
-        out = model(batch)
-        model.cfg.mlm_distill = 0.0
-        plain = model(batch)["logs"]["mlm"]
-        model.cfg.mlm_distill = 0.25
-    mask, text = batch["text_mask"], batch["text"]
-    maskable = (mask == 1) & (text != model.cfg.cls_id) & (text != model.cfg.sep_id)
-    masked, positions, labels = same_mask(text, maskable, 4, 6, 57, 0.15, False)
-    rows = []
-    for m in ("_m", ""):
-        part = {name: getattr(model, name + m) for name in ("vision", "text", "fusion", "mlm_head")}
-        contexts = part["fusion"].contexts(part["vision"](batch["image"]))
-        x = part["fusion"](part["text"](masked, mask), attention_mask(mask), contexts)
-        rows.append([part["mlm_head"](x[i, p], part["text"].embeddings.words.weight).double()
-                     for i in range(4) for p, label in zip(positions[i], labels[i])
-                     if label != -100])
-    teacher = mean([cross_entropy(list(student), softmax(list(teacher)))
-                    for teacher, student in zip(*rows)])
-    close(out["logs"]["mlm"], 0.75 * plain + 0.25 * teacher, 2e-5)
-    out["loss"].backward()
-    assert all((p.grad is None) != p.requires_grad for p in model.parameters())
-
-
 def joined_parts(name, tensor):
     """The rows of queries, keys and values, where they are one matrix: {part: tensor}."""
     kind = name.rsplit(".", 1)[1] if "." in name else name
@@ -1085,6 +1356,14 @@ def test_codis_every_parameter_learns(task):
     groups = model.param_groups(mock.Mock(lr=1e-3, weight_decay=0.02))
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+    # weight decay: of matrices, not of biases, norms, the temperature and the codebook
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim < 2 or name == "codebook"
+            assert decay[id(p)] == (0.0 if plain else 0.02), name
+    assert all(group["lr"] == 1e-3 for group in groups)
 
 
 def test_codis_no_patch_is_drowned_at_the_start():
@@ -1129,86 +1408,586 @@ def test_codis_offers_what_its_task_can(task):
 # Fine-tuning
 
 def test_codis_retrieval_is_eq5_and_eq7():
-    model = make_model(task="retrieval")
-    batch = make_batch(model.cfg, b=5, ids=[3, 5, 3, 20, 21])
-    image_tokens, text_tokens, z_v, z_t, m_v, m_t = embed(model, batch)
-    with no_dice:
+    """A step by hand: losses, gradients, queues and teachers, with two captions of one image."""
+    model = make_model(task="retrieval", **ODD)
+    batch = make_batch(model.cfg, b=5, ids=IDS_BY_HAND)
+    with recorded() as draws:
         out = model(batch)
-
-    # Eq. 7 over the pairs, then each image with a text of another, each text with another image
-    ids = batch["image_id"]
-    images = nearest_stranger(z_t @ z_v.T, ids)[0].tolist()
-    texts = nearest_stranger(z_v @ z_t.T, ids)[0].tolist()
-    pairs = [(i, i) for i in range(5)] + list(enumerate(texts)) + list(zip(images, range(5)))
-    logits = [model.itm_head(fuse(model, text_tokens[j:j + 1], batch["text_mask"][j:j + 1],
-                                  image_tokens[i:i + 1])[0, 0]) for i, j in pairs]
-    losses = {"itm": picked(torch.stack(logits).double(), [1] * 5 + [0] * 10)}
-
-    # Eq. 5
-    for name, z, m, own, queue in directions(model, z_v, z_t, m_v, m_t):
-        keys, key_ids = torch.cat([own, queue.double()]), torch.cat([ids, model.queue_ids])
-        losses[name] = mean(eq5(z, m, ids, keys, key_ids, model.temp.double(), model.distill))
-    for name in losses:
-        close(out["logs"][name], losses[name], 2e-5)
-    close(out["loss"], sum(losses.values()))
+    paper = Paper(model)
+    image, text, *z = embed(paper, batch)
+    losses = {"itm": itm_by_hand(paper, batch, draws, image, text, *z[:2])}
+    losses |= eq5_by_hand(model, batch, *z)
+    same_losses(out, losses, model)
+    same_memory(model, batch, out, z[2:])
 
 
-def test_codis_answers():
-    """VQA: the loss is the answers' -log likelihood, token by token; ranking by brute force;
-    no token sees what follows it."""
+@pytest.mark.parametrize("task", ["ve", "nlvr2"])
+def test_codis_classes_by_hand(task):
+    """A step by hand: cross-entropy on the fused [CLS]; of two images layers 0, 2, ... look at the
+    first, layers 1, 3, ... at the second."""
+    model = make_model(task=task, **ODD)
+    batch, paper = make_batch(model.cfg, task, b=5), Paper(model)
+    batch["label"] = torch.tensor([1, 0, 1, 1, 0]) + (task == "ve") 
+    out, rows = model(batch), []
+    for i, ids in enumerate(without_padding(batch)):
+        images = [paper.image(batch[key][i]) for key in ("image", "image2") if key in batch]
+        rows.append(paper.classes(paper.fuse(paper.text(ids), *images)))
+    close(model.predict(batch), torch.stack(rows), 2e-5)
+    same_losses(out, {"ce": picked(torch.stack(rows), batch["label"])}, model)
+    assert "keys" not in out and not model.students
+
+
+def assigned(draws, sim, ids):
+    """ALBEF's text assignment: (first image, second image, label) of each text.
+
+    A third of the texts belongs to the first image, a third to the second, a third to none.
+    """
+    one, two = (drawn_stranger(sim, ids, noise.tolist()) for noise in draws["exponential_"])
+    order, rows = draws["randperm"][0].tolist(), []
+    for i in range(len(ids)):
+        label = order[i] % 3
+        rows.append(((i, two[i]), (one[i], i), (one[i], two[i]))[label] + (label,))
+    return rows
+
+
+def test_codis_text_assignment_by_hand():
+    """A step by hand, with two texts of one image. In a batch of one image no row counts."""
+    model = make_model(task="assign", **ODD)
+    batch = make_batch(model.cfg, "assign", b=6, ids=[3, 5, 3, 20, 21, 5])
+    with recorded() as draws, mock.patch.object(model.vision, "forward",
+                                                wraps=model.vision.forward) as encoded:
+        out = model(batch)
+    assert encoded.call_count == 1                      # each picture is encoded once
+
+    paper, ids = Paper(model), batch["image_id"].tolist()
+    image = [paper.image(x) for x in batch["image"]]
+    cls = F.normalize(torch.stack([x[0] for x in image]), dim=-1).detach()
+    rows = assigned(draws, cls @ cls.T / 0.07, ids)
+    assert sorted(label for *_, label in rows) == [0, 0, 1, 1, 2, 2]
+    for i, (first, second, label) in enumerate(rows):
+        assert [first == i, second == i] == [label == 0, label == 1]
+        others = [j for j in (first, second) if j != i]
+        assert all(ids[j] != ids[i] for j in others) and len(others) == (2 if label == 2 else 1)
+    logits = [paper.classes(paper.fuse(paper.text(text), image[first], image[second]))
+              for text, (first, second, _) in zip(without_padding(batch), rows)]
+    same_losses(out, {"assign": picked(torch.stack(logits), [label for *_, label in rows])}, model)
+
+    # no other image in the batch: nothing is asked, and nothing breaks
+    alone = model(make_batch(model.cfg, "assign", b=3, ids=[4, 4, 4]))["loss"]
+    assert alone == 0 and alone.requires_grad
+
+
+def questions_by_hand(paper, batch):
+    """The fused questions, as the decoder reads them: [(T, D), ...]"""
+    return [paper.fuse(paper.text(ids), paper.image(image))
+            for ids, image in zip(without_padding(batch), batch["image"])]
+
+
+def test_codis_answers_by_hand():
+    """A step of VQA by hand: weighted -log likelihood of the answers' first `max_answer` tokens."""
+    model = make_model(task="vqa", **ODD)
+    batch, paper = make_batch(model.cfg, "vqa", b=5), Paper(model)
+    batch["answer_weight"] = torch.tensor([1.0, 0.3, 0.0, 1.7, 0.6])    # one has no answer
+    out, answers = model(batch), without_padding(batch, "answer")
+    assert max(map(len, answers)) > model.cfg.max_answer == 6
+    nll = [-paper.answer_logp(answer[:6], question)
+           for answer, question in zip(answers, questions_by_hand(paper, batch))]
+    loss = sum(w * x for w, x in zip(batch["answer_weight"].tolist(), nll)) / 3.6
+    same_losses(out, {"answer": loss}, model)
+    nothing = model({**batch, "answer_weight": torch.zeros(5)})["loss"]
+    assert nothing == 0 and nothing.requires_grad
+
+
+def answer_list(candidates):
+    """Lists of ids -> ids and mask (A, L), padding of zeros."""
+    ids = torch.zeros(len(candidates), max(map(len, candidates)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, answer in enumerate(candidates):
+        ids[row, :len(answer)], mask[row, :len(answer)] = torch.tensor(answer), 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("at_once", [4, 128])
+def test_codis_answers_are_ranked(at_once):
+    """The k of the likeliest first token, of them the likeliest answer; a few at a time."""
+    model = make_model(task="vqa").eval()
+    batch, paper = make_batch(model.cfg, "vqa"), Paper(model)
+    candidates = [[2, 9, 3], [2, 9, 11, 3], [2, 30, 3], [2, 31, 8, 40, 3], [2, 12, 3],
+                  [2, 30, 31, 3]]
+    ids, mask = answer_list(candidates)
+    with torch.no_grad():
+        questions = questions_by_hand(paper, batch)
+        scores = [[float(paper.answer_logp(a, q)) for a in candidates] for q in questions]
+        first = [[float(paper.answer_logp(a[:2], q)) for a in candidates] for q in questions]
+    for k in (1, 3, 6, 50):
+        with mock.patch.object(codis, "ANSWERS_AT_ONCE", at_once), torch.no_grad(), \
+                mock.patch.object(model, "decode", wraps=model.decode) as decode:
+            found = model.rank_answers(batch, ids, mask, k).tolist()
+        assert max(len(call.args[0]) for call in decode.call_args_list) <= max(at_once, 4)
+        for i, answer in enumerate(found):
+            # of equal first tokens either may be on the list
+            cut = sorted(first[i], reverse=True)[min(k, 6) - 1] - 1e-6
+            listed = [a for a in range(6) if first[i][a] >= cut]
+            assert answer in listed
+            if len(listed) == min(k, 6):
+                assert answer == max(listed, key=lambda a: scores[i][a])
+
+
+def test_codis_answers_are_ranked_in_little_memory():
+    """With the paper's 64 questions, 128 answers, 30,522 words no tensor takes more than 0.3 GB
+    (all answers at once: 9 GB, several times)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+            out = fn(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if torch.is_tensor(x):
+                    self.size = max(self.size, x.numel() * x.element_size())
+            return out
+
+    cfg = Config(image_size=64, vision_layers=1, text_layers=1, fusion_layers=1)
+    with torch.device("meta"):
+        model = Codis(cfg, "vqa").eval()
+        batch = {"image": torch.empty(64, 3, 64, 64),
+                 "text": torch.zeros(64, 25, dtype=torch.long),
+                 "text_mask": torch.ones(64, 25, dtype=torch.long)}
+        answers = torch.zeros(3192, 10, dtype=torch.long)
+        with torch.no_grad(), Largest() as largest:
+            assert model.rank_answers(batch, answers, torch.ones_like(answers), 128).shape == (64,)
+    assert 1e8 < largest.size < 3e8
+
+
+def test_codis_decoder_starts_from_the_fusion_layers():
+    """Each of its layers, where the image is as wide as the question; else all but the keys and
+    values. A decoder that a run has stays."""
+    for width, shared in ((32, True), (24, False)):
+        before = make_model(vision_width=width, vision_heads=4)
+        model = make_model(vision_width=width, vision_heads=4, task="vqa")
+        adapted = model.adapt(before.state_dict())
+        for name, tensor in before.state_dict().items():
+            if name.startswith("fusion.blocks."):
+                copy = name.replace("fusion.", "decoder.", 1)
+                assert (copy in adapted) == (shared or "cross.key_value.weight" not in name), name
+                assert copy not in adapted or torch.equal(adapted[copy], tensor)
+    kept = model.adapt(model.state_dict())
+    assert all(torch.equal(x, kept[name]) for name, x in model.state_dict().items())
+
+
+def test_codis_vqa_is_blind_to_padding():
+    """Neither what stands behind a question nor behind an answer is seen."""
     model = make_model(task="vqa").eval()
     batch = make_batch(model.cfg, "vqa")
-    batch["answer_weight"] = torch.tensor([1.0, 1.0, 0.0, 1.0])     # one question has no answer
-
-    def likelihood(i, answer):  # log p(answer | image i, question i), one forward pass per token
-        one = {k: v[i:i + 1] for k, v in batch.items()}
-        contexts, mask = model.question_contexts(one)
-        total = 0
-        for n in range(1, len(answer)):
-            logits = model.decode(torch.tensor([answer[:n]]), contexts, mask)[0, -1]
-            total = total + log_softmax(list(logits.double()))[answer[n]]
-        return total
-
+    other = dict(batch)
+    for key in ("text", "answer"):
+        other[key] = torch.where(batch[key + "_mask"] == 1, batch[key], 9)
+        assert not torch.equal(other[key], batch[key])
     with torch.no_grad():
-        answers = [row[mask == 1].tolist()[:model.cfg.max_answer]
-                   for row, mask in zip(batch["answer"], batch["answer_mask"])]
-        close(model(batch)["loss"], mean([-likelihood(i, answers[i]) for i in (0, 1, 3)]))
-        candidates = [[2, 9, 3], [2, 9, 11, 3], [2, 30, 3], [2, 31, 8, 40, 3], [2, 12, 3],
-                      [2, 30, 31, 3]]
-        ids, mask = torch.zeros(6, 5, dtype=torch.long), torch.zeros(6, 5, dtype=torch.long)
-        for row, answer in enumerate(candidates):
-            ids[row, :len(answer)], mask[row, :len(answer)] = torch.tensor(answer), 1
-        scores = [[float(likelihood(i, answer)) for answer in candidates] for i in range(4)]
-        first = [[float(likelihood(i, answer[:2])) for answer in candidates] for i in range(4)]
-        for k in (1, 3, 6, 50):
-            found = model.rank_answers(batch, ids, mask, k).tolist()
-            for i, answer in enumerate(found):
-                # of equal first tokens either may be on the list
-                cut = sorted(first[i], reverse=True)[min(k, 6) - 1] - 1e-6
-                assert first[i][answer] >= cut
-                assert k < 6 or answer == max(range(6), key=lambda a: scores[i][a])
+        close(model(batch)["loss"], model(other)["loss"], 1e-6)
 
 
-def test_codis_two_images_alternate():
-    """NLVR2: layers 0, 2, ... look at the first image, layers 1, 3, ... at the second; two such
-    layers make keys and values with the same weights."""
+def test_codis_two_images_share_keys_and_values():
+    """NLVR2: two layers in a row make keys and values of their images with the same weights."""
     model = make_model(task="nlvr2").eval()
     batch, layers = make_batch(model.cfg, "nlvr2"), model.fusion.blocks
     assert len(layers) == 2 * model.cfg.fusion_layers
+    for n, layer in enumerate(layers):
+        shared, own = layers[n - n % 2].cross, layer.cross
+        assert own.key_value.weight is shared.key_value.weight
+        assert own.key_value.bias is shared.key_value.bias
+        assert n % 2 == 0 or own.query.weight is not shared.query.weight
+        assert n < 2 or own.key_value.weight is not layers[n - 2].cross.key_value.weight
     with torch.no_grad():
-        x, mask = model.text(batch["text"], batch["text_mask"]), attention_mask(batch["text_mask"])
-        images = [model.vision(batch["image"]), model.vision(batch["image2"])]
-        for n, layer in enumerate(layers):
-            shared, own = layers[n - n % 2].cross, layer.cross
-            assert own.key_value.weight is shared.key_value.weight
-            assert own.key_value.bias is shared.key_value.bias
-            assert n % 2 == 0 or own.query.weight is not shared.query.weight
-            assert n < 2 or own.key_value.weight is not layers[n - 2].cross.key_value.weight
-            x = layer(x, mask, layer.cross.context(images[n % 2]))
-        close(model.predict(batch), model.cls_head(x[:, 0]))
         swapped = model.predict({**batch, "image": batch["image2"], "image2": batch["image"]})
-    assert (swapped - model.predict(batch)).abs().max() > 1e-4
+        assert (swapped - model.predict(batch)).abs().max() > 1e-4
 
+
+# --------------------------------------------------------------------------------------------------
+# What evaluation asks for
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_codis_evaluation_by_hand(task):
+    """Embeddings are the students', of unit length; a match is its logit minus that of "not"."""
+    model = make_model(task=task).eval()
+    batch, paper = make_batch(model.cfg), Paper(model)
+    with torch.no_grad():
+        image, text, z_v, z_t, m_v, m_t = embed(paper, batch)
+        logits = [paper.linear("itm_head", paper.fuse(t, i)[0]) for t, i in zip(text, image)]
+        close(model.encode_image(batch), z_v)
+        close(model.encode_text(batch), z_t)
+        states = {**model.image_states(batch), **model.text_states(batch)}
+        for match in (model.match(batch), model.match(states)):
+            close(match, [x[1] - x[0] for x in logits], 1e-4)
+    close(states["image_emb"], z_v)
+    close(states["text_emb"], z_t)
+    close(z_v.norm(dim=-1), torch.ones(4))
+    assert min((z_v - m_v).abs().max(), (z_t - m_t).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("layers, block, default", [(1, 0, True), (2, 0, True), (3, 1, True),
+                                                    (4, 2, True), (5, 2, True), (3, 0, False)])
+def test_codis_gradcam_by_hand(layers, block, default):
+    """Attention times the positive part of the gradient of the "matched" logit, mean over heads."""
+    model = make_model(fusion_layers=layers, task="retrieval").eval()
+    batch, paper, heads = make_batch(model.cfg), Paper(model), model.cfg.heads
+    found = model.gradcam(batch) if default else model.gradcam(batch, block)
+    assert found["word"].shape == (4, model.cfg.max_text, 2, 2)
+    assert found["sentence"].shape == (4, 2, 2)
+    live = 0
+    for i, ids in enumerate(without_padding(batch)):
+        fused = paper.fuse(paper.text(ids), paper.image(batch["image"][i]))
+        maps = paper.maps[f"fusion.blocks.{block}.cross"]
+        grads = torch.autograd.grad(paper.linear("itm_head", fused[0])[1], maps, allow_unused=True)
+        weighted = []
+        for p, grad in zip(maps, grads):
+            grad = torch.zeros_like(p) if grad is None else grad
+            weighted.append((p * grad * (grad > 0))[1:])            # without the class token
+        words = [mean(weighted[n * heads:(n + 1) * heads]).view(2, 2) for n in range(len(ids))]
+        live += sum(x.max() > 0 for x in words)
+        for n in range(len(ids)):
+            close(found["word"][i, n], words[n].detach())
+        close(found["sentence"][i], mean(words[:-1]).detach())      # [CLS] and words, not [SEP]
+        assert (found["word"][i, len(ids):] == 0).all()
+    assert live >= 4
+
+
+# --------------------------------------------------------------------------------------------------
+# Dropout, settings, recipe
+
+@contextlib.contextmanager
+def fixed_dropout(p, drop, drop_attention):
+    """Dropout of rate p multiplies by a number instead, in training and nowhere else."""
+    attend = F.scaled_dot_product_attention
+
+    def dropout(x, rate=0.5, training=True, inplace=False):
+        assert rate in (0.0, p)
+        return x * drop if training and rate else x
+
+    def attention(query, key, value, mask=None, rate=0.0):
+        assert rate in (0.0, p)
+        return attend(query, key, value, mask) * (drop_attention if rate else 1.0)
+
+    with mock.patch.multiple(F, dropout=dropout, scaled_dot_product_attention=attention):
+        yield
+
+
+def test_codis_dropout_is_where_bert_has_it():
+    """Behind the embeddings, on attention probabilities, behind each part of a layer of text and
+    fusion encoder. Not in the image encoder, not in teachers, not in evaluation."""
+    model = make_model(**ODD, dropout=0.2)
+    batch = make_batch(model.cfg, b=5, ids=IDS_BY_HAND)
+    with fixed_dropout(0.2, 1.3, 0.8):
+        for training, factors in ((True, (1.3, 0.8)), (False, (1.0, 1.0))):
+            model.train(training)
+            with recorded() as draws:
+                out = model(batch)
+            reference, _ = eq9(model, batch, draws, Paper(model, *factors))
+            same_losses(out, reference, model)
+
+        # the answer decoder has it too
+        model = make_model(task="vqa", **ODD, dropout=0.2)
+        batch, paper = make_batch(model.cfg, "vqa", b=2), Paper(model, 1.3, 0.8)
+        nll = [-paper.answer_logp(answer[:6], question) for answer, question in
+               zip(without_padding(batch, "answer"), questions_by_hand(paper, batch))]
+        weight = batch["answer_weight"].double()
+        close(model(batch)["loss"], (torch.stack(nll) * weight).sum() / weight.sum().clamp(min=1))
+
+
+ALIGN = {"i2t", "t2i", "i2i", "t2t"}
+CODE = {"ot", "tp", "ip"}
+ALL = ALIGN | CODE | {"itm", "mlm"}
+# Each setting of Config with another legal value, and what that changes:
+#   a pattern     the names, or shapes, of these weights and queues and of no others
+#   a set         with the same weights and dice, these losses of a step and no others
+#   "start"       the spread of these weights at the start (or their value, of a single number)
+#   "memory"      what a step keeps for backward or computes at once, and nothing else
+#   a word        see test_codis_every_setting_matters
+SETTINGS = {
+    "image_size": (48, r"vision(_m)?\.pos_embed"),
+    "patch": (8, r"vision(_m)?\.(pos_embed|patch_embed\.weight)"),
+    "stem": ("conv", r"vision(_m)?\.patch_embed\."),
+    "vision_width": (36, r"vision|fusion(_m)?\.blocks\.\d\.cross\.key_value\.weight"),
+    "vision_layers": (2, r"vision(_m)?\.blocks\.1\."),
+    "vision_heads": (4, ALL - {"t2t"}),
+    "width": (40, r"text|fusion|mlm_head|itm_head"),
+    "text_layers": (2, r"text(_m)?\.blocks\.1\."),
+    "fusion_layers": (3, r"fusion(_m)?\.blocks\.2\."),
+    "heads": (8, ALL - {"i2i"}),
+    "mlp_ratio": (3, r".*\.blocks\.\d\.mlp\."),
+    "act": ("relu", ALL),
+    "dropout": (0.2, {"mlm", "itm", "t2i", "t2t", "tp"}),
+    "embed_dim": (12, r".*_proj|codebook|queue_(image|text)"),
+    "max_text": (7, "sentence"),
+    "positions": (12, r"text(_m)?\.embeddings\.positions"),
+    "vocab_size": (61, r"text(_m)?\.embeddings\.words|mlm_head(_m)?\.bias"),
+    "pad_id": (30, "padding"),
+    "cls_id": (40, {"mlm"}),
+    "sep_id": (40, {"mlm"}),
+    "mask_id": (5, {"mlm"}),
+    "first_word": (50, {"mlm"}),
+    "queue_size": (16, r"queue_(image|text|ids)"),
+    "momentum": (0.7, ALL - {"itm"}),
+    "temp": (0.2, "start", "log_temp"),
+    "distill": (0.8, ALIGN),
+    "batch_keys": (False, ALIGN),
+    "intra": (False, "i2i t2t"),
+    "codebook": (False, r"codebook"),
+    "codewords": (12, r"codebook"),
+    "codebook_target": ("same", {"tp", "ip"}),
+    "codebook_features": ("student", CODE),
+    "ot_eps": (1.0, CODE),
+    "ot_iters": (6, CODE),
+    "ot_inner": (1, CODE),
+    "mlm_prob": (0.3, {"mlm"}),
+    "mlm_mask_only": (True, {"mlm"}),
+    "mlm_distill": (0.7, {"mlm"}),
+    "max_answer": (4, {"answer"}),
+    "queue_chunk": (3, "memory"),
+    "init_std": (0.2, "start", "fusion.blocks.0.mlp.0.weight"),
+    "pos_std": (0.2, "start", "vision.pos_embed"),
+    "checkpointing": (True, "memory"),
+}
+
+
+def step_of(cfg, state, task="pretrain"):
+    """Losses and gradients with these weights, after a step that moved teachers and ramps."""
+    model = Codis(cfg, task).train()
+    model.load_state_dict(state)
+    model.after_step(1, 4, epoch_steps=2)
+    torch.manual_seed(1)
+    batch = make_batch(small(**ODD), task, b=5, ids=IDS_BY_HAND)
+    with mock.patch.object(codis, "hard_negatives", nearest_stranger):
+        torch.manual_seed(4)
+        out = model(batch)
+    return out["logs"], gradients(out["loss"], model)
+
+
+def memory_of(cfg, state):
+    """Bytes that a step keeps for backward; the most keys that are scored at once."""
+    kept, widest, scores = [], [], QueueContrast.scores
+
+    def pack(x):
+        kept.append(x.numel() * x.element_size())
+        return x
+
+    def counted(*args):
+        for part in scores(*args):
+            widest.append(part[1].shape[1])
+            yield part
+
+    with mock.patch.object(QueueContrast, "scores", counted), \
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        step_of(cfg, state)
+    return sum(kept), max(widest)
+
+
+def first_text(cfg, folder):
+    """The words of a caption as data.py would hand them to a model of this Config."""
+    from PIL import Image
+
+    import data
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijkl"]
+    (folder / "vocab.txt").write_text("\n".join(vocab))
+    Image.new("RGB", (40, 40)).save(folder / "a.png")
+    record = {"image": "a.png", "caption": "a b c d e f g h i j k l"}
+    (folder / "pairs.json").write_text(json.dumps([record]))
+    tokenizer = data.get_tokenizer(str(folder / "vocab.txt"))
+    records = data.open_source("pairs", str(folder / "pairs.json"), None)
+    samples = data.Views(records, codis.VIEWS["pretrain"], tokenizer, cfg.image_size, cfg.max_text)
+    return samples[0]["text"]
+
+
+def test_codis_the_table_of_settings_is_complete():
+    assert list(SETTINGS) == [field.name for field in dataclasses.fields(Config)]
+
+
+@pytest.mark.parametrize("field", SETTINGS)
+def test_codis_every_setting_matters(field, tmp_path):
+    value, kind, *weight = SETTINGS[field]
+    task = "vqa" if kind == {"answer"} else "pretrain"
+    cfg = small(**ODD, dropout=0.1 if field == "checkpointing" else 0.0)
+    other = dataclasses.replace(cfg, **{field: value})
+    assert getattr(cfg, field) != value
+    torch.manual_seed(0)
+    state = make_model(cfg, task).state_dict()
+
+    if isinstance(kind, set):
+        (a, grads), (b, other_grads) = step_of(cfg, state, task), step_of(other, state, task)
+        changed = {name for name in a if (a[name] - b[name]).abs() > 3e-6}
+        assert changed - {"codebook_ppl", "temp"} == kind
+    elif kind == "memory":
+        (a, grads), (b, other_grads) = step_of(cfg, state), step_of(other, state)
+        for name in a:
+            close(a[name], b[name], 1e-6)
+        same_gradients(grads, other_grads, 1e-5)
+        (kept, widest), (other_kept, other_widest) = memory_of(cfg, state), memory_of(other, state)
+        if field == "checkpointing":
+            assert other_kept < 0.85 * kept and other_widest == widest
+        else:
+            assert other_kept == kept and (widest, other_widest) == (5, 3)
+    elif kind == "start":
+        start = Codis(other).state_dict()[weight[0]]
+        spread = start.exp() if start.ndim == 0 else start.std()
+        assert 0.85 * value < spread < 1.15 * value
+    elif kind == "sentence":
+        for c in (cfg, other):
+            text = first_text(c, tmp_path)
+            assert len(text) == c.max_text and text[-1] == 3        # [SEP] closes what was cut
+    elif kind == "padding":
+        # the embedding of [PAD] takes no gradient from being read, that of any other word does
+        for c, live in ((cfg, True), (other, False)):
+            model = Codis(c)
+            text = torch.full((1, 4), value)
+            grad, = torch.autograd.grad(model.text(text, torch.ones_like(text)).square().sum(),
+                                        model.text.embeddings.words.weight)
+            assert (grad[value].abs().max() > 0) == live
+    elif kind == "i2i t2t":
+        a, b = step_of(cfg, state)[0], step_of(other, state)[0]
+        assert set(a) - set(b) == {"i2i", "t2t"}
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    else:
+        a, b = ({name: x.shape for name, x in Codis(c).state_dict().items()} for c in (cfg, other))
+        changed = {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
+        assert changed and all(re.match(kind, name) for name in changed), changed
+
+
+@pytest.mark.parametrize("field", ["stem", "act", "codebook_target", "codebook_features"])
+def test_codis_words_that_are_no_choice_are_refused(field):
+    with pytest.raises(SystemExit, match=f"--{field}.*nonsense"):
+        train.parse(["--model", "codis", f"--{field}", "nonsense"])
+
+
+def test_codis_checkpointing_draws_the_same_masks():
+    """Dropout and masked words with recomputed blocks: the same losses and gradients."""
+    for task in ("pretrain", "nlvr2"):
+        results = []
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            model = make_model(checkpointing=checkpointing, dropout=0.3, task=task)
+            out = model(make_batch(model.cfg, task))
+            results.append((out["loss"], gradients(out["loss"], model)))
+        close(results[0][0], results[1][0], 1e-6)
+        same_gradients(results[0][1], results[1][1], 1e-5)
+
+
+# Every number of Config and RECIPE at the paper's size, and where it comes from. "section" and
+# "table" are the paper's; [A] is ALBEF's code and configurations.
+SIZES = {
+    "image_size": (256, "section 4.2.1: 256 x 256"),
+    "patch": (16, "section 4.2.1: ViT-B/16"),
+    "stem": ("patch", "section 4.2.1: ViT-B/16"),
+    "vision_width": (768, "section 4.2.1: ViT-B/16"),
+    "vision_layers": (12, "section 4.2.1: ViT-B/16"),
+    "vision_heads": (12, "section 4.2.1: ViT-B/16"),
+    "width": (768, "section 4.2.1: BERT base"),
+    "text_layers": (6, "[A]"),
+    "fusion_layers": (6, "[A]"),
+    "heads": (12, "section 4.2.1: BERT base"),
+    "mlp_ratio": (4, "section 4.2.1: ViT-B/16, BERT base"),
+    "act": ("gelu", "section 4.2.1: ViT-B/16, BERT base"),
+    "dropout": (0.1, "section 4.2.1: BERT base"),
+    "embed_dim": (256, "section 3.2: R^256"),
+    "max_text": (25, "[A]"),
+    "positions": (512, "section 4.2.1: BERT base"),
+    "vocab_size": (30522, "bert-base-uncased, of which 123.7M parameters (section 4.2.1)"),
+    "pad_id": (0, "bert-base-uncased"),
+    "cls_id": (101, "bert-base-uncased"),
+    "sep_id": (102, "bert-base-uncased"),
+    "mask_id": (103, "bert-base-uncased"),
+    "first_word": (999, "bert-base-uncased: '!', behind the unused words"),
+    "queue_size": (65536, "section 4.2.1"),
+    "momentum": (0.995, "section 4.2.1"),
+    "temp": (0.07, "[A]"),
+    "distill": (0.4, "[A]"),
+    "batch_keys": (True, "[A]"),
+    "intra": (True, "Table 4, last row"),
+    "codebook": (True, "Table 4, last row"),
+    "codewords": (4000, "section 4.2.1"),
+    "codebook_target": ("cross", "Figure 3"),
+    "codebook_features": ("teacher", "Table 4, last row"),
+    "ot_eps": (0.5, "graph optimal transport, of the paper's second author"),
+    "ot_iters": (50, "graph optimal transport"),
+    "ot_inner": (1, "graph optimal transport"),
+    "mlm_prob": (0.15, "section 3.3.2"),
+    "mlm_mask_only": (False, "section 3.3.2: as BERT"),
+    "mlm_distill": (0.0, "Algorithm 1"),
+    "max_answer": (10, "ours: longer than the 3,192 answers"),
+    "queue_chunk": (8192, "memory only"),
+    "init_std": (0.02, "BERT base"),
+    "pos_std": (0.02, "ViT-B/16"),
+    "checkpointing": (False, "memory only"),
+}
+FINETUNED = {
+    "optimizer": ("adamw", "[A]"), "schedule": ("cosine", "[A]"), "beta2": (0.999, "[A]"),
+    "weight_decay": (0.02, "[A]"), "clip": (0.0, "[A]"), "accum": (1, "[A]"),
+    "image_size": (384, "section 4.2.1"), "crop_scale": ((0.5, 1.0), "[A]"),
+    "lr": (2e-5, "[A]"), "min_lr": (1e-6, "[A]"), "batch_size": (256, "[A]: 8 x 32")}
+RECIPES = {
+    ("pretrain", 0): {
+        "optimizer": ("adamw", "section 4.2.1"), "schedule": ("cosine", "section 4.2.1"),
+        "beta2": (0.999, "[A]"), "weight_decay": (0.02, "section 4.2.1"), "clip": (0.0, "[A]"),
+        "accum": (1, "[A]"), "lr": (1e-4, "section 4.2.1"), "min_lr": (1e-5, "section 4.2.1"),
+        "warmup_lr": (1e-5, "section 4.2.1"), "warmup_steps": (1000, "section 4.2.1"),
+        "epochs": (30, "section 4.2.1"), "batch_size": (512, "section 4.2.1"),
+        "epoch_of": ("images", "[?]: Deviation 12"),
+        "crop_scale": ((0.2, 1.0), "[A]"), "rerank_k": (128, "[A]")},
+    ("retrieval", 0): {**FINETUNED, "lr": (1e-5, "[A]"), "epochs": (10, "[A]: Flickr30K"),
+                       "epoch_of": ("captions", "[A]: re_train_dataset walks over pairs"),
+                       "max_text": (30, "[A]"), "rerank_k": (128, "[A]: Flickr30K"),
+                       "warmup_steps": (0, "[A]: from 1e-5 to 1e-5")},
+    ("vqa", 0): {**FINETUNED, "epochs": (8, "[A]"), "warmup_lr": (1e-5, "[A]"),
+                 "warmup_steps": (400, "[A]: warmup_epochs 4, of 100 steps")},
+    ("ve", 0): {**FINETUNED, "epochs": (5, "[A]"), "warmup_lr": (1e-5, "[A]"),
+                "warmup_steps": (100, "[A]: warmup_epochs 1, of 100 steps")},
+    ("nlvr2", 0): {**FINETUNED, "task": ("assign", "[A]"), "epochs": (1, "[A]"),
+                   "epoch_of": ("images", "[A]: pretrain_dataset draws a caption of each image"),
+                   "image_size": (256, "[A]"), "batch_size": (512, "[A]: 8 x 64"),
+                   "min_lr": (1e-5, "[A]"), "crop_scale": ((0.2, 1.0), "[A]"),
+                   "warmup_lr": (1e-5, "[A]"), "warmup_steps": (100, "[A]")},
+    ("nlvr2", 1): {**FINETUNED, "epochs": (10, "[A]"), "batch_size": (128, "[A]: 8 x 16"),
+                   "warmup_lr": (1e-5, "[A]"), "warmup_steps": (100, "[A]")},
+}
+
+
+@pytest.mark.parametrize("task, stage", RECIPES)
+def test_codis_the_recipe_is_the_papers(task, stage):
+    """What `--preset base` trains with: each number has a row above, each row is what is used."""
+    rows, recipe = RECIPES[task, stage], codis.RECIPE[task]
+    recipe = recipe[stage] if isinstance(recipe, list) else recipe
+    assert recipe.keys() <= rows.keys()
+    assert codis.PRESETS["base"] == {}
+    loop, cfg = train.settings(codis, "base", task, {}, stage)
+    for name, (value, source) in {**SIZES, **rows}.items():
+        found = recipe[name] if name == "task" else getattr(loop, name, getattr(cfg, name, None))
+        assert found == value and source, name
+
+
+def test_codis_every_number_of_the_recipe_has_a_row():
+    assert list(SIZES) == [field.name for field in dataclasses.fields(Config)]
+    stages = {(task, n) for task, rows in codis.RECIPE.items()
+              for n in range(len(rows) if isinstance(rows, list) else 1)}
+    assert stages == set(RECIPES) and set(codis.TASKS) == {task for task, _ in stages}
+
+
+def test_codis_views_are_the_papers():
+    """RandAugment (section 4.2.1) in training, a plain resize in evaluation, CLIP's norm [A]."""
+    image = dict(image="randaug", image_eval="resize", norm="clip")
+    pairs = dict(source="pairs", text="caption", **image)
+    assert codis.VIEWS == {
+        "pretrain": pairs, "retrieval": pairs,
+        "vqa": dict(source="vqa", text="question", answer="answer", **image),
+        "ve": dict(source="ve", text="caption", label="label", **image),
+        "nlvr2": dict(source="nlvr2", text="caption", label="label", image2="randaug",
+                      image2_eval="resize", **image),
+        "assign": dict(source="pairs", text="caption", image="randaug", norm="clip")}
+    assert codis.EVALS == {"pretrain": ("retrieval",), "retrieval": ("retrieval",), "assign": (),
+                           "vqa": ("vqa",), "ve": ("ve",), "nlvr2": ("nlvr2",)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Another task, another data set
 
 def test_codis_nlvr2_starts_with_every_fusion_layer_twice():
     """ALBEF's NLVR2: of three pre-trained fusion layers the new 0 1, 2 3, 4 5 are copies."""
@@ -1220,6 +1999,60 @@ def test_codis_nlvr2_starts_with_every_fusion_layer_twice():
             source = before.state_dict()[f"fusion.blocks.{int(n) // 2}.{rest}"]
             assert torch.equal(adapted[name], source), name
     assert not [k for k in adapted if k.startswith("fusion.") and k not in model.state_dict()]
+
+
+def write_run(model, folder):
+    """What --init reads."""
+    weights.save_model(model, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_codis_init_forgets_the_ids_of_another_data_set(task, tmp_path):
+    """Two data sets number their pictures alike: the old one's keys stay, as negatives of no image;
+    pointer and ramps start anew. The report names them as new."""
+    old, new = make_model(), make_model(task=task)
+    assert {3, 5} < set(old.queue_ids.tolist()) and old.ptr > 0
+    for name in codis.MEMORY:
+        getattr(new, name).copy_(getattr(Codis(small(), task), name))
+    told = weights.initialize(new, write_run(old, tmp_path), codis.BACKBONE)
+    assert "new: distill, ptr, queue_ids, ramp;" in told
+    assert torch.equal(new.queue_image, old.queue_image)
+    assert torch.equal(new.queue_text, old.queue_text)
+    assert (new.queue_ids == -1).all() and new.ptr == new.ramp == new.distill == 0
+    for part in ("vision_m", "text_m", "vision_proj_m"):
+        ours, theirs = (getattr(model, part).state_dict() for model in (new, old))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    # images 3 and 5 of the new data are no images of the old queue
+    batch = make_batch(new.cfg, b=5, ids=IDS_BY_HAND)
+    with torch.no_grad():
+        z = embed(Paper(new), batch)[2:]
+        out = new(batch)["logs"]
+        nameless = eq5_by_hand(new, batch, *z)
+        new.queue_ids.copy_(old.queue_ids)
+        named = eq5_by_hand(new, batch, *z)
+    for name in nameless:
+        close(out[name], nameless[name], 2e-5)
+        assert abs(named[name] - nameless[name]) > 1e-3
+
+
+@pytest.mark.parametrize("before, after, over", [("ve", "retrieval", {}), ("vqa", "pretrain", {}),
+                                                 ("retrieval", "pretrain", dict(mlm_distill=0.4))])
+def test_codis_init_gives_new_teachers_their_students(before, after, over, tmp_path):
+    """A run without (all) teachers: those that are new are copies of what was loaded."""
+    old, new = make_model(task=before), make_model(task=after, fill=False, **over)
+    weights.initialize(new, write_run(old, tmp_path), codis.BACKBONE)
+    state, kept = new.state_dict(), old.state_dict()
+    parts = {"vision", "text"} | ({"fusion"} if over else set())
+    for name, tensor in state.items():
+        part = name.split(".")[0]
+        if part.removesuffix("_m") in parts and part != "fusion":
+            source = name if name in kept else name.replace("_m.", ".", 1)
+            assert torch.equal(tensor, kept[source]), name
+        if over and part == "fusion_m":
+            assert torch.equal(tensor, kept[name.replace("_m.", ".", 1)]), name
 
 
 # --------------------------------------------------------------------------------------------------

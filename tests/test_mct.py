@@ -156,11 +156,11 @@ def test_mct_eq13():
     check_embedding("keys", "vision", "inter", "image_key")
 
 
-def nce_loops(q, k, keys, hidden, positives=None):
+def nce_loops(q, k, keys, hidden, positives=None, tau=TAU):
     """Eq. 3 (positives None), Eq. 5."""
     rows = []
     for j in range(len(q)):
-        s = [q[j] @ x / TAU for x in (k[j], *keys)]
+        s = [q[j] @ x / tau for x in (k[j], *keys)]
         keep = [True] + [not h for h in hidden[j].tolist()]
         total = sum(s_.exp() for s_, ok in zip(s, keep) if ok)
         p = [0]
@@ -170,11 +170,11 @@ def nce_loops(q, k, keys, hidden, positives=None):
     return torch.stack(rows)
 
 
-def hinge_loops(q, k, keys, hidden):
+def hinge_loops(q, k, keys, hidden, margin=ALPHA):
     """Eq. 11, 14."""
     rows = []
     for j in range(len(q)):
-        terms = [ALPHA - q[j] @ k[j] + q[j] @ x for x, h in zip(keys, hidden[j]) if not h]
+        terms = [margin - q[j] @ k[j] + q[j] @ x for x, h in zip(keys, hidden[j]) if not h]
         rows.append(sum(term.clamp(min=0) for term in terms))
     return torch.stack(rows)
 
@@ -256,45 +256,6 @@ def test_mct_eq11():
 test_mct_eq14 = test_mct_eq11
 
 
-def test_mct_eq15():
-    """The loss of a batch from float64 loops over its parts, and the masks of records without
-    caption or tags."""
-    model, batch = make_model(), make_batch()
-    state = copy.deepcopy(model.state_dict())
-    out = model(batch)
-    model.load_state_dict(state)
-    q, k = model.queries(batch), model.keys(batch)
-    model.load_state_dict(state)
-
-    def double(x):
-        return {space: z.double() for space, z in x.items()}
-
-    image_q, text_q, image_k, text_k = map(double, (q["vision"], q["text"], k["vision"], k["text"]))
-    queue = {name: value.double() for name, value in model.named_buffers() if "queue" in name}
-    hidden = batch["image_id"][:, None] == model.queue_ids
-    hidden_text = hidden | ~model.queue_captioned
-    has_text = batch["text_valid"].double()
-    has_tags = (batch["tags"] >= 0).any(1).double()
-    positives = overlap_loops(batch["tags"], model.queue_tags)
-    rows = {
-        "ii": nce_loops(image_q["intra"], image_k["intra"], queue["queue_vision_intra"], hidden),
-        "tag": has_tags * nce_loops(image_q["intra"], image_k["intra"],
-                                    queue["queue_vision_intra"], hidden, positives),
-        "cc": has_text * nce_loops(text_q["intra"], text_k["intra"], queue["queue_text_intra"],
-                                   hidden_text),
-        "ic": has_text * hinge_loops(image_q["inter"], text_k["inter"], queue["queue_text_inter"],
-                                     hidden_text),
-        "ci": has_text * hinge_loops(text_q["inter"], image_k["inter"],
-                                     queue["queue_vision_inter"], hidden)}
-    for name, row in rows.items():
-        close(out["logs"][name], row.mean(), 1e-4)
-    lambdas = {"ii": 1.0, "tag": 1.0, "cc": 1.0, "ic": 0.1, "ci": 0.2}
-    close(out["loss"], sum(lambdas[n] * row.mean() for n, row in rows.items()), 1e-4)
-    close(out["logs"]["paraphrased"], 4 / 6)
-    close(out["logs"]["positives"], 1 + (positives & ~hidden).sum(1).double().mean())
-    assert has_text.tolist() == [1, 0, 1, 1, 1, 1] and has_tags.tolist() == [0, 1, 1, 1, 1, 1]
-
-
 def test_mct_training_calls_the_equations():
     """The functions that bear the paper's numbers, and no copies of them."""
     names = ("info_nce", "tag_positives", "tag_nce", "hinge")
@@ -333,8 +294,514 @@ def test_mct_low_precision():
     q, k = q.detach().float(), k.float()
     with torch.autocast("cpu", torch.bfloat16):
         rows, margins = info_nce(q, k, queue, ids, TAU), hinge(q, k, queue, ids, ALPHA)
+        close(vse_loss(q, k, ids, ALPHA), vse_loops(q.double(), k.double(), ids, ALPHA), 1e-5)
     close(rows, nce_loops(q.double(), k.double(), queue.keys.double(), hidden), 1e-4)
     close(margins, hinge_loops(q.double(), k.double(), queue.keys.double(), hidden), 1e-4)
+
+    tagger, batch = make_model("tagging").eval(), make_batch("tagging")
+    tagger.tag_vectors.copy_(units(*tagger.tag_vectors.shape))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with mock.patch.object(tagger, "embed_tags", lambda batch: q):
+            tagger.tag_vectors = units(20, 6, dtype=torch.float32)
+            close(tagger.tag_scores(batch), q.double() @ tagger.tag_vectors.double().T, 1e-6)
+
+
+def test_mct_gradients_are_once_differentiable():
+    """Backward is written by hand: a second derivative is an error and not a wrong number."""
+    q, k, queue, ids, _ = problem()
+    for rows in (info_nce(q, k, queue, ids, TAU), hinge(q, k, queue, ids, ALPHA)):
+        first, = torch.autograd.grad(rows.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+
+# --------------------------------------------------------------------------------------------------
+# A step by hand. The towers again, in float64, from the numbers of a state dict alone
+
+def numbers(model):
+    """{name: float64 copy} of all weights and buffers; those that are trained want gradients."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: value.detach().clone().double().requires_grad_(name in trained)
+            for name, value in model.state_dict().items()}
+
+
+def same_step(out, wanted, model, state, tol=1e-4):
+    """Loss and the gradients of all trained weights, ours in float32 and those by hand."""
+    close(out["loss"], wanted.detach(), tol)
+    out["loss"].backward()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(wanted, [state[name] for name in names])
+    largest = max(g.abs().max() for g in gradients)
+    for name, gradient in zip(names, gradients):
+        assert gradient.any(), f"{name} gets no gradient: nothing is compared"
+        close(model.get_parameter(name).grad / largest, gradient / largest, tol)
+
+
+def linear(state, name, x):
+    return x @ state[name + ".weight"].T + state[name + ".bias"]
+
+
+def unit(x):
+    return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+def mlp_by_hand(state, name, x):
+    return linear(state, name + ".2", linear(state, name + ".0", x).clamp(min=0))
+
+
+def batch_norm(state, name, x, groups):
+    """Groups n, n + groups, ... apart; groups = 0: by the running averages."""
+    weight, bias = state[name + ".weight"], state[name + ".bias"]
+    parts = [None] * len(x)
+    for g in range(max(1, groups)):
+        part = x[g::groups] if groups else x
+        mean, var = part.mean((0, 2, 3)), part.var((0, 2, 3), unbiased=False)
+        if not groups:
+            mean, var = state[name + ".running_mean"], state[name + ".running_var"]
+        y = (part - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
+        parts[g::max(1, groups)] = y * weight[:, None, None] + bias[:, None, None]
+    return torch.stack(parts)
+
+
+def conv(state, name, x, stride=1, padding=0):
+    return F.conv2d(x, state[name + ".weight"], state.get(name + ".bias"), stride, padding)
+
+
+def basic_block(state, name, x, groups, stride):
+    y = batch_norm(state, name + ".bn1", conv(state, name + ".conv1", x, stride, 1), groups)
+    y = batch_norm(state, name + ".bn2", conv(state, name + ".conv2", y.relu(), 1, 1), groups)
+    if name + ".downsample.0.weight" in state:
+        x = conv(state, name + ".downsample.0", x, stride)
+        x = batch_norm(state, name + ".downsample.1", x, groups)
+    return (x + y).relu()
+
+
+def resnet_by_hand(state, name, x, groups=1, stages=4):
+    """The small ResNet of these tests: the maps of its stages, strides 4, 8, 16 and 32."""
+    x = batch_norm(state, name + "bn1", conv(state, name + "conv1", x, 2, 1), groups)
+    maps = [F.max_pool2d(x.relu(), 3, 2, 1)]
+    for n in range(1, stages + 1):
+        maps.append(basic_block(state, f"{name}layer{n}.0", maps[-1], groups, 2 if n > 1 else 1))
+    return maps[1:]
+
+
+def features_by_hand(state, name, x, groups=1):
+    return resnet_by_hand(state, name, x.double(), groups)[-1].mean((2, 3))
+
+
+def layer_norm(state, name, x):
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+    return (x - mean) / (var + 1e-12).sqrt() * state[name + ".weight"] + state[name + ".bias"]
+
+
+def bert_by_hand(state, name, text, mask, heads=3, drop=lambda x: x):
+    """BERT's pooled output, sentence by sentence and head by head, with gelu. drop: what dropout
+    does, in BERT's three places."""
+    rows, layers = [], 1 + max(int(n.split(".")[2]) for n in state if n.startswith(name + "blocks"))
+    for ids, real in zip(text, mask.bool()):
+        x = state[name + "embeddings.words.weight"][ids]
+        x = x + state[name + "embeddings.positions.weight"][:len(ids)]
+        x = x + state[name + "embeddings.segments.weight"][0]
+        x = drop(layer_norm(state, name + "embeddings.norm", x))
+        for n in range(layers):
+            block, looks = f"{name}blocks.{n}.", []
+            width = x.shape[1] // heads
+            query, key, value = linear(state, block + "attention.qkv", x).split(x.shape[1], 1)
+            for h in range(0, x.shape[1], width):
+                scores = query[:, h:h + width] @ key[:, h:h + width].T / math.sqrt(width)
+                chances = scores.masked_fill(~real, -torch.inf).softmax(-1)
+                looks.append(drop(chances) @ value[:, h:h + width])
+            y = linear(state, block + "attention.out", torch.cat(looks, 1))
+            x = layer_norm(state, block + "attention_norm", x + drop(y))
+            y = linear(state, block + "mlp.0", x)
+            y = linear(state, block + "mlp.2", y * 0.5 * (1 + torch.erf(y / math.sqrt(2))))
+            x = layer_norm(state, block + "mlp_norm", x + drop(y))
+        rows.append(linear(state, name + "pooler", x[0]).tanh())
+    return torch.stack(rows)
+
+
+# all numbers away from their defaults, all weights of losses different
+ODD = dict(act="gelu", tau=0.11, margin=0.3, tag_eps=1, lambda_ii=0.7, lambda_tag=0.6,
+           lambda_cc=1.3, lambda_ic=0.05, lambda_ci=0.09, momentum=0.85, bn_groups=2, text_layers=2)
+
+
+def test_mct_eq15():
+    """A step of pre-training: loss, all gradients, what is queued, what the copies become."""
+    model, batch = make_model(**ODD), make_batch()
+    batch["image_id"] += 3                                      # ids 3 to 8; the queue has 0 to 9
+    model.ptr.fill_(18)                                         # of 21: the keys wrap round
+    state, queue = numbers(model), dict(model.state_dict(keep_vars=False))
+    queue = {name: value.clone() for name, value in queue.items() if name.startswith("queue")}
+    torch.manual_seed(3)
+    out = model(batch)
+
+    # queries through the students, shuffled key pictures and key captions through the copies
+    torch.manual_seed(3)
+    order = torch.randperm(6)
+    pictures = {"": features_by_hand(state, "vision.", batch["image"], 2),
+                "_m": torch.empty(6, 32, dtype=torch.float64)}
+    pictures["_m"][order] = features_by_hand(state, "vision_m.", batch["image_key"][order], 2)
+    captions = {"": bert_by_hand(state, "text.", batch["text"], batch["text_mask"]),
+                "_m": bert_by_hand(state, "text_m.", batch["text_key"], batch["text_key_mask"])}
+    z = {(side, space, m): unit(mlp_by_hand(state, f"{side}_heads{m}.{space}", x))
+         for side, both in (("vision", pictures), ("text", captions)) for m, x in both.items()
+         for space in ("intra", "inter")}
+
+    # which keys count, for whom
+    hidden = batch["image_id"][:, None] == queue["queue_ids"]
+    silent = hidden | ~queue["queue_captioned"]
+    positives = overlap_loops(batch["tags"], queue["queue_tags"], eps=1)
+    has_text, has_tags = batch["text_valid"].double(), (batch["tags"] >= 0).any(1).double()
+    keys = {name.removeprefix("queue_"): value.double() for name, value in queue.items()}
+    pair = z["vision", "intra", ""], z["vision", "intra", "_m"], keys["vision_intra"], hidden
+    rows = {
+        "ii": nce_loops(*pair, tau=0.11), "tag": has_tags * nce_loops(*pair, positives, tau=0.11),
+        "cc": has_text * nce_loops(z["text", "intra", ""], z["text", "intra", "_m"],
+                                   keys["text_intra"], silent, tau=0.11),
+        "ic": has_text * hinge_loops(z["vision", "inter", ""], z["text", "inter", "_m"],
+                                     keys["text_inter"], silent, 0.3),
+        "ci": has_text * hinge_loops(z["text", "inter", ""], z["vision", "inter", "_m"],
+                                     keys["vision_inter"], hidden, 0.3)}
+    wanted = sum(weight * rows[name].mean() for name, weight in (
+        ("ii", 0.7), ("tag", 0.6), ("cc", 1.3), ("ic", 0.05), ("ci", 0.09)))
+
+    # every loss is alive, and something is left out of each
+    counted = (positives & ~hidden).sum(1)
+    assert hidden.any() and (silent != hidden).any() and 0 < has_text.sum() < 6 > has_tags.sum()
+    assert counted.max() > 1 and (positives & hidden).any()
+    assert all((row > 0).sum() > 3 for row in rows.values())
+    for name, row in rows.items():
+        close(out["logs"][name], row.mean().detach(), 1e-4)
+    close(out["logs"]["positives"], 1 + counted.double().mean())
+    close(out["logs"]["paraphrased"], 4 / 6)                    # 0 has a copy, 1 no caption
+    same_step(out, wanted, model, state)
+
+    # the queues, from place 18 round to 2
+    model.after_backward(out)
+    places = [18, 19, 20, 0, 1, 2]
+    for side, space in (("vision", "intra"), ("vision", "inter"), ("text", "intra"),
+                        ("text", "inter")):
+        name = f"queue_{side}_{space}"
+        queue[name][places] = z[side, space, "_m"].float()
+        close(getattr(model, name), queue[name], 1e-4)
+    for name, new in (("queue_ids", batch["image_id"]), ("queue_captioned", has_text.bool()),
+                      ("queue_tags", batch["tags"])):
+        queue[name][places] = new
+        assert torch.equal(getattr(model, name), queue[name]), name
+    assert model.ptr == 3
+
+    # the copies follow what the optimizer has made of the students
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) if p.requires_grad else 0.0)
+    model.after_step(1, 10)
+    for name, p in model.named_parameters():
+        side, _, rest = name.partition(".")
+        if side.endswith("_m"):
+            student = model.get_parameter(f"{side[:-2]}.{rest}")
+            close(p, 0.85 * state[name] + 0.15 * student.double(), 1e-5)
+            assert p.grad is None
+
+
+@pytest.mark.parametrize("picture", [False, True])
+def test_mct_linear_by_hand(picture):
+    """Cross-entropy of stored features, or of the frozen ResNet's by its running averages."""
+    model, batch = make_model("linear"), make_batch("linear")
+    if picture:
+        del batch["features"]
+        batch["image"] = torch.randn(6, 3, 32, 32)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.normal_(module.running_mean, std=0.1)
+                torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    state = numbers(model)
+    x = features_by_hand(state, "vision.", batch["image"], 0) if picture else batch["features"]
+    logits = linear(state, "fc", x.double())
+    close(model.predict(batch).detach(), logits.detach())
+    chances = logits.exp() / logits.exp().sum(1, keepdim=True)
+    wanted = -sum(row[label].log() for row, label in zip(chances, batch["label"])) / 6
+    same_step(model(batch), wanted, model, state)
+
+
+def vse_loops(im, tx, ids, margin):
+    """VSE++: the hardest caption of each image and the hardest image of each caption."""
+    total = 0.0
+    for i in range(len(im)):
+        others = [j for j in range(len(im)) if ids[j] != ids[i]]
+        own = im[i] @ tx[i]
+        total += (margin - own + max(im[i] @ tx[j] for j in others)).clamp(min=0)
+        total += (margin - own + max(im[j] @ tx[i] for j in others)).clamp(min=0)
+    return total
+
+
+def gru_by_hand(state, ids, length):
+    """h_t = (1 - u) n + u h_{t-1}, after `length` tokens; torch's order of gates r, u, n."""
+    h = torch.zeros(18, dtype=torch.float64)
+    for x in state["words.weight"][ids[:length]]:
+        from_word = state["gru.weight_ih_l0"] @ x + state["gru.bias_ih_l0"]
+        from_state = state["gru.weight_hh_l0"] @ h + state["gru.bias_hh_l0"]
+        r, u = (from_word + from_state)[:36].sigmoid().split(18)
+        n = (from_word[36:] + r * from_state[36:]).tanh()
+        h = (1 - u) * n + u * h
+    return h
+
+
+def test_mct_retrieval_gru_by_hand():
+    model, batch = make_model("retrieval_gru", margin=0.37), make_batch("retrieval_gru")
+    batch["image_id"] = torch.tensor([4, 4, 5, 6, 7, 8])
+    lengths = [9, 7, 5, 5, 4, 1]
+    for row, length in zip(batch["text_mask"], lengths):
+        row[length:] = 0
+    state = numbers(model)
+    im = unit(linear(state, "image_fc", batch["features"].double()))
+    tx = torch.stack([gru_by_hand(state, t, n) for t, n in zip(batch["text"], lengths)])
+    close(model.encode_image(batch).detach(), im.detach())
+    close(model.encode_text(batch).detach(), unit(tx).detach())
+    same_step(model(batch), vse_loops(im, unit(tx), batch["image_id"], 0.37), model, state)
+
+
+def test_mct_tagging_by_hand():
+    """1 - cosine with the direction of the sum of the tags' vectors, mean over images with tags;
+    scores are cosines with each tag's vector."""
+    model, batch = make_model("tagging"), make_batch("tagging")
+    model.tag_vectors.copy_(units(*model.tag_vectors.shape))
+    state, rows = numbers(model), []
+    x = unit(mlp_by_hand(state, "tag_mlp", batch["features"].double()))
+    for picture, tags in zip(x, batch["tags"].tolist()):
+        known = [state["tag_vectors"][tag] for tag in tags if tag >= 0]
+        if known:
+            rows.append(1 - picture @ unit(sum(known)))
+    assert len(rows) == 5
+    close(model.tag_scores(batch).detach(), (x @ state["tag_vectors"].T).detach())
+    same_step(model(batch), sum(rows) / len(rows), model, state)
+
+
+def test_mct_tag_supervised_by_hand():
+    """Binary cross-entropy, summed over tags: tag t is column t, higher is likelier."""
+    model, batch = make_model("tag_supervised"), make_batch("tag_supervised")
+    close(model.fc.bias.detach().sigmoid(), torch.full((20,), 1 / 21))  # odds 1 to 20
+    with torch.no_grad():
+        model.fc.weight.add_(torch.randn_like(model.fc.weight))
+    state, total = numbers(model), 0.0
+    logits = linear(state, "fc", features_by_hand(state, "vision.", batch["image"]))
+    for row, tags in zip(logits.sigmoid(), batch["tags"].tolist()):
+        for tag in range(20):
+            total = total - (row[tag] if tag in tags else 1 - row[tag]).log()
+    close(model.tag_scores(batch).detach(), logits.detach())
+    same_step(model(batch), total / 6, model, state)
+
+
+# -- detectors
+
+def overlap(a, b):
+    """IoU of two boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, width) * max(0, height)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return both / (sum(areas) - both)
+
+
+def offsets(box, start, weights):
+    """What a detector learns: centre and log of size of a box, seen from `start`."""
+    w, h = start[2] - start[0], start[3] - start[1]
+    width, height = box[2] - box[0], box[3] - box[1]
+    dx = (box[0] + box[2] - start[0] - start[2]) / 2 / w
+    dy = (box[1] + box[3] - start[1] - start[3]) / 2 / h
+    out = dx, dy, math.log(width / w), math.log(height / h)
+    return torch.tensor([weight * x for weight, x in zip(weights, out)])
+
+
+def smooth_l1(x):
+    """Quadratic within 1/9."""
+    x = x.abs()
+    return torch.where(x < 1 / 9, 4.5 * x * x, x - 0.5 / 9).sum()
+
+
+def anchors_by_hand(size, stride, sides):
+    """Boxes around the corner of each cell, tall to wide within a side."""
+    boxes = []
+    for y in range(size):
+        for x in range(size):
+            for ratio in (0.5, 1.0, 2.0):
+                for side in sides:
+                    w, h = round(side / math.sqrt(ratio) / 2), round(side * math.sqrt(ratio) / 2)
+                    boxes.append([x * stride - w, y * stride - h, x * stride + w, y * stride + h])
+    return boxes
+
+
+def rpn_by_hand(state, maps, strides, sides, truths):
+    """Objectness and boxes of all anchors, over all pictures -> two losses."""
+    logits, deltas, anchors = [[], []], [[], []], []
+    for x, stride, own in zip(maps, strides, sides):
+        anchors += anchors_by_hand(x.shape[-1], stride, own)
+        x = conv(state, "detector.rpn.head.conv.0.0", x, 1, 1).relu()
+        for head, out, n in (("cls_logits", logits, 1), ("bbox_pred", deltas, 4)):
+            y = conv(state, "detector.rpn.head." + head, x)     # (B, A n, H, W)
+            for i in range(2):
+                out[i].append(y[i].permute(1, 2, 0).reshape(-1, n))
+
+    number, objectness, distance = 0, 0.0, 0.0
+    for i, truth in enumerate(truths):
+        chance, delta = torch.cat(logits[i])[:, 0].sigmoid(), torch.cat(deltas[i])
+        quality = torch.tensor([[overlap(box, anchor) for anchor in anchors] for box in truth])
+        best, which = quality.max(0)
+        found = best >= 0.7                                     # or the best of its box
+        found |= (quality == quality.max(1, keepdim=True)[0]).any(0)
+        assert 0 < found.sum() < 60
+        number += int((found | (best < 0.3)).sum())
+        objectness = objectness - chance[found].log().sum()
+        objectness = objectness - (1 - chance[~found & (best < 0.3)]).log().sum()
+        for n in found.nonzero()[:, 0].tolist():
+            goal = offsets(truth[which[n]], anchors[n], (1, 1, 1, 1))
+            distance = distance + smooth_l1(delta[n] - goal)
+    return objectness / number, distance / number
+
+
+def take_all(labels):
+    """In the place of the random choice of 256 anchors or `rois` proposals."""
+    return [(x >= 1).byte() for x in labels], [(x == 0).byte() for x in labels]
+
+
+def detector_step(task):
+    """A detector in training, proposals in place of the RPN's random ones, and its losses by hand
+    up to the RoI heads -> (model, batch, state, {name: loss}, feature maps, proposals, truths)."""
+    model = make_model(task, detect_sizes=(128,), detect_max=200)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "rpn" in name or "predictor" in name:
+                p.add_(torch.randn_like(p) * 0.03)
+    batch = make_batch(task, b=2)
+    batch["image"] = [x[:, :, :64] for x in batch["image"]]     # 64 x 64, shown at 128 x 128
+    batch["masks"] = [x[:, :, :64] for x in batch.get("masks", [])]
+    if task == "detection":
+        del batch["masks"]
+    batch["labels"] = [torch.tensor([0, 2]), torch.tensor([4, 1])]
+    state = numbers(model)
+
+    # what is random, handed in
+    heads, rpn = model.detector.roi_heads, model.detector.rpn
+    given = [[10.0, 12.0, 84.0, 66.0], [30.0, 50.0, 108.0, 128.0], [0.0, 0.0, 40.0, 40.0],
+             [2.0, 3.0, 120.0, 118.0], [44.0, 40.0, 96.0, 114.0]]
+    rpn.fg_bg_sampler = heads.fg_bg_sampler = take_all
+    rpn.filter_proposals = lambda *_: ([torch.tensor(given)] * 2, None)
+    truths = [(box * 2).tolist() for box in batch["boxes"]]
+    proposals = [given + truth for truth in truths]
+
+    # red, green, blue as in ImageNet, twice as large
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (torch.stack(batch["image"]) - mean[:, None, None]) / std[:, None, None]
+    x = F.interpolate(x, size=(128, 128), mode="bilinear").double()
+    if task == "detection":
+        maps = resnet_by_hand(state, "detector.backbone.", x, stages=3)[2:]
+        strides, sides = [16], [small().anchors]
+    else:
+        maps = pyramid(state, resnet_by_hand(state, "detector.backbone.body.", x))
+        strides, sides = [4, 8, 16, 32, 64], [[side] for side in small().anchors]
+    objectness, boxes = rpn_by_hand(state, maps, strides, sides, truths)
+    losses = {"objectness": objectness, "rpn_box_reg": boxes}
+    return model, batch, state, losses, maps, proposals, truths
+
+
+def pyramid(state, maps):
+    """Each stage plus the one above, twice as large; a fifth level, every second place."""
+    name, out, above = "detector.backbone.fpn.", [], None
+    for n in (3, 2, 1, 0):
+        x = conv(state, f"{name}inner_blocks.{n}.0", maps[n])
+        x = batch_norm(state, f"{name}inner_blocks.{n}.1", x, 1)
+        above = x if above is None else x + F.interpolate(above, scale_factor=2)
+        x = conv(state, f"{name}layer_blocks.{n}.0", above, 1, 1)
+        out.insert(0, batch_norm(state, f"{name}layer_blocks.{n}.1", x, 1))
+    return out + [out[-1][:, :, ::2, ::2]]
+
+
+def matches(proposals, truths, labels):
+    """-> rows (picture, box, class from 1 or 0, its true box or None), half an overlap counts."""
+    rows = []
+    for i, boxes in enumerate(proposals):
+        for box in boxes:
+            quality = [overlap(box, truth) for truth in truths[i]]
+            n = quality.index(max(quality))
+            good = quality[n] >= 0.5
+            rows.append((i, box, int(labels[i][n]) + 1 if good else 0, n if good else None))
+    assert 0 < sum(row[2] > 0 for row in rows) < len(rows)
+    return rows
+
+
+def box_losses(state, x, rows, truths):
+    """Cross-entropy over classes and background; offsets of the true class, by 10, 10, 5, 5."""
+    name, total, distance = "detector.roi_heads.box_predictor.", 0.0, 0.0
+    logits, deltas = linear(state, name + "cls_score", x), linear(state, name + "bbox_pred", x)
+    for (i, box, label, n), row, delta in zip(rows, logits.log_softmax(-1), deltas):
+        total = total - row[label]
+        if label:
+            goal = offsets(truths[i][n], box, (10, 10, 5, 5))
+            distance = distance + smooth_l1(delta[4 * label:4 * label + 4] - goal)
+    return {"classifier": total / len(rows), "box_reg": distance / len(rows)}
+
+
+def crops(maps, rows, size, of_level):
+    """RoIAlign: as many samples a bin as it has places, from the level that fits the box."""
+    out = []
+    for i, box, *_ in rows:
+        level = of_level(box)
+        roi = torch.tensor([[i, *box]], dtype=torch.float64)
+        out.append(torchvision.ops.roi_align(maps[level], roi, size, maps[level].shape[-1] / 128))
+    return torch.cat(out)
+
+
+def test_mct_detection_by_hand():
+    """R50-C4: 14 x 14 places of conv4, then conv5 and MoCo's norm."""
+    model, batch, state, losses, maps, proposals, truths = detector_step("detection")
+    rows = matches(proposals, truths, batch["labels"])
+    x = crops(maps, rows, 14, lambda box: 0)
+    x = basic_block(state, "detector.roi_heads.box_head.layer4.0", x, 1, 2)
+    x = batch_norm(state, "detector.roi_heads.box_head.norm", x, 1).mean((2, 3))
+    losses |= box_losses(state, x, rows, truths)
+    out = model(batch)
+    for name, loss in losses.items():
+        close(out["logs"][name], loss.detach(), 1e-4)
+    assert out["logs"].keys() == losses.keys()
+    same_step(out, sum(losses.values()), model, state, 1e-3)
+
+
+def test_mct_segmentation_by_hand():
+    """R50-FPN: boxes from 7 x 7 places, masks from 14 x 14, of the level by the size of the box."""
+    model, batch, state, losses, maps, proposals, truths = detector_step("segmentation")
+    rows, name = matches(proposals, truths, batch["labels"]), "detector.roi_heads."
+
+    def level(box):
+        side = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
+        return max(2, math.floor(4 + math.log2(side / 224))) - 2
+
+    assert {level(row[1]) for row in rows} == {0, 1}
+    x = crops(maps, rows, 7, level).flatten(1)
+    x = linear(state, name + "box_head.fc6", x).relu()
+    x = linear(state, name + "box_head.fc7", x).relu()
+    losses |= box_losses(state, x, rows, truths)
+
+    # masks of the proposals that have found an object, of its class
+    found = [row for row in rows if row[2]]
+    x = crops(maps, found, 14, level)
+    for n in range(4):
+        x = conv(state, f"{name}mask_head.{n}.0", x, 1, 1).relu()
+    part = name + "mask_predictor."
+    x = F.conv_transpose2d(x, state[part + "conv5_mask.weight"], state[part + "conv5_mask.bias"], 2)
+    x = conv(state, part + "mask_fcn_logits", x.relu())
+    total = 0.0
+    for (i, box, label, n), logits in zip(found, x):
+        mask = F.interpolate(batch["masks"][i][None, n:n + 1].double(), size=(128, 128))
+        roi = torch.tensor([[0, *box]], dtype=torch.float64)
+        goal = torchvision.ops.roi_align(mask, roi, 28)[0, 0]
+        chance = logits[label].sigmoid()
+        total = total - (goal * chance.log() + (1 - goal) * (1 - chance).log()).mean()
+    losses["mask"] = total / len(found)
+
+    out = model(batch)
+    for name, loss in losses.items():
+        close(out["logs"][name], loss.detach(), 1e-4)
+    assert out["logs"].keys() == losses.keys()
+    same_step(out, sum(losses.values()), model, state, 1e-3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -537,14 +1004,10 @@ def test_mct_frozen_backbone_stays_bit_equal():
 
 def test_mct_vse_loss():
     im, tx, ids = units(5, 7), units(5, 7), torch.tensor([0, 1, 1, 2, 3])
-    wanted = 0.0
-    for i in range(5):
-        others = [j for j in range(5) if ids[j] != ids[i]]
-        own = float(im[i] @ tx[i])
-        wanted += max(0.0, ALPHA - own + max(float(im[i] @ tx[j]) for j in others))
-        wanted += max(0.0, ALPHA - own + max(float(im[j] @ tx[i]) for j in others))
-    close(vse_loss(im, tx, ids, ALPHA), wanted)
+    close(vse_loss(im, tx, ids, ALPHA), vse_loops(im, tx, ids, ALPHA))
     assert vse_loss(im, tx, torch.zeros(5), ALPHA) == 0
+    with pytest.raises(SystemExit, match="one picture"):
+        make_model("retrieval_gru")(make_batch("retrieval_gru", b=1))
 
 
 def test_mct_gru_reads_to_the_last_token():

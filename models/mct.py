@@ -43,24 +43,31 @@ Deviations from the paper
         too. Batch norm buffers of the momentum copy are its own running averages, not an EMA; all
         are averaged over processes after each step. The text copy runs without dropout.
      5. tau is 0.07 as printed (MoCo-v2 has 0.2). Captions are cut at 30 tokens. Query and key of a
-        caption are the caption and its back-translation, made offline (`paraphrase`); without one,
-        the caption is used twice.
+        caption are the caption and one of its back-translations, drawn anew each time. They are
+        made offline (`paraphrase` of a record, or `--paraphrase FILE`), while the paper translates
+        both views during training. A caption without any is used twice as it is.
      6. lambda_ic and lambda_ci depend on K, as their losses are sums over the queue: `tiny` keeps
         lambda K = 3.3.
      7. Detection: torchvision's Faster R-CNN (R50-C4 of its parts: conv4 features, RoIAlign 14x14,
-        conv5 and MoCo's extra norm as box head) where the paper has Detectron2. Differences:
-        torchvision's anchors, RoIAlign without the shift of half a pixel, smooth L1 with beta 1/9
-        (not 0) for boxes, no precise BN, images without objects are kept. Weight decay is 0 on
-        norms, as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm in FPN.
-        Batch norm is synchronised over processes on CUDA, plain on a CPU.
+        conv5 and MoCo's extra norm as box head) where the paper has Detectron2. Segmentation:
+        torchvision's Mask R-CNN R50-FPN, batch norm in FPN. As in Detectron2: numbers of anchors,
+        proposals and RoIs, thresholds, RoIAlign with as many samples as a box needs, first weights
+        of the heads, weight decay 0 on norms. Other than there: RoIAlign without the shift of half
+        a pixel; smooth L1 with beta 1/9 (not 0) for boxes; RPN losses are means over the anchors
+        drawn (not over 256 a picture); mask targets are interpolated (not cut at 0.5); pictures are
+        resized by torch (not PIL) and padded to multiples of 32 for C4 too; no precise BN; images
+        without objects are kept. Autocast is for the backbone alone: boxes need float32. Batch norm
+        is synchronised over processes on CUDA, plain on a CPU.
      8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of
         the paper), reads word pieces, clips gradients at 2 and takes the hardest negative of its
         own process' batch (VSE++).
      9. Tagging: PMI is clipped at 0, tags count as co-occurring with themselves, SVD vectors
         U sqrt(S) have at most V dimensions. The paper names neither optimizer nor length (here Adam
-        1e-3, 30 epochs), nor the loss of Stock-sup (here BCE, SGD).
+        1e-3, 30 epochs), nor the loss of Stock-sup (here binary cross-entropy summed over the tags,
+        SGD; at first each tag has odds 1 to V).
     10. Frozen features and evaluations see the middle square of the picture, its short side resized
-        to `image_size` (MoCo: 256, then the middle 224; the paper does not say).
+        to `image_size` (MoCo: 256, then the middle 224; the paper does not say). All crops are
+        resized bicubically, MoCo's bilinearly.
     11. For `tiny` alone: `block`, `layers`, `vision_width`, `stem` (3x3 with stride 2, then
         torchvision's max pool as after the 7x7), `act`, `init_std` (BERT's 0.02 is for 768
         channels: with 128 channels it maps all captions to one point, cosine 0.9999), `fpn_width`,

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import importlib.util
+import inspect
 import json
 import math
 from unittest import mock
@@ -14,7 +16,9 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
+import data
 import eval as evaluation
+import train
 from models import mct
 from models.mct import (Config, Mct, Queue, QueueHinge, QueueLSE, SplitBatchNorm, demo_batch,
                         enqueue_, hinge, info_nce, pmi_vectors, shuffle, tag_nce, tag_positives,
@@ -805,6 +809,361 @@ def test_mct_segmentation_by_hand():
 
 
 # --------------------------------------------------------------------------------------------------
+# Every setting matters
+
+@functools.cache
+def unchanged(what, task, **base):
+    """The same at the settings of these tests, once for all fields."""
+    first = changed(what, task, base)
+    assert first == changed(what, task, base), "other numbers without any change"
+    return first
+
+
+def changed(what, task, over):
+    """One number or list that a setting should move."""
+    torch.manual_seed(0)
+    model = make_model(task, **over)
+    if what == "size":
+        return sum(p.numel() for p in model.parameters())
+    if what == "memory":
+        return {name: x.shape for name, x in model.named_buffers() if "queue" in name}
+    if what == "spread":
+        return round(Mct(small(**over), task, 20).text.pooler.weight.std().item(), 2)
+    if what == "rates":
+        return [group["lr"] for group in model.param_groups(mock.Mock(lr=1.0, weight_decay=0.1))]
+    if what == "copies":
+        model.after_step(1, 10)
+        return model.vision_m.conv1.weight.sum().item()
+
+    # what needs a batch
+    torch.manual_seed(1)
+    batch = make_batch(task, b=2 if task in ("detection", "segmentation") else 6)
+    if what == "padding":                                       # words 0 and 7 stand in a caption
+        batch["text"][0, :2] = torch.tensor([0, 7])
+        model(batch)["loss"].backward()
+        return [bool(model.text.embeddings.words.weight.grad[word].any()) for word in (0, 7)]
+    if what == "found":
+        model.detector.roi_heads.box_predictor.cls_score.bias.data[3] = 3.0
+        return [len(objects["boxes"]) for objects in model.eval().detect(batch)]
+    return model(batch)["loss"].item()
+
+
+# field: the task where it counts, other values, and what they move
+SETTINGS = {
+    "block": ("linear", dict(block="bottleneck"), "size"),
+    "layers": ("linear", dict(layers=(1, 2, 1, 1)), "size"),
+    "stem": ("linear", dict(stem="imagenet"), "size"),
+    "vision_width": ("linear", dict(vision_width=6), "size"),
+    "width": ("pretrain", dict(width=30), "size"),
+    "text_layers": ("pretrain", dict(text_layers=2), "size"),
+    "text_heads": ("pretrain", dict(text_heads=2), "loss"),
+    "mlp_ratio": ("pretrain", dict(mlp_ratio=3), "size"),
+    "act": ("pretrain", dict(act="gelu"), "loss"),
+    "dropout": ("pretrain", dict(dropout=0.3), "loss"),
+    "init_std": ("pretrain", dict(init_std=0.3), "spread"),
+    "positions": ("pretrain", dict(positions=16), "size"),
+    "vocab_size": ("retrieval_gru", dict(vocab_size=60), "size"),
+    "pad_id": ("pretrain", dict(pad_id=7), "padding"),
+    "heads": ("pretrain", dict(heads="unified", intra_dim=14), "size"),
+    "head_hidden": ("pretrain", dict(head_hidden=21), "size"),
+    "intra_dim": ("pretrain", dict(intra_dim=17), "size"),
+    "inter_dim": ("pretrain", dict(inter_dim=17), "size"),
+    "queue_size": ("pretrain", dict(queue_size=22, lambda_tag=0.0, fill=False), "memory"),
+    "momentum": ("pretrain", dict(momentum=0.8), "copies"),
+    "tau": ("pretrain", dict(tau=0.1), "loss"),
+    "margin": ("retrieval_gru", dict(margin=0.3), "loss"),
+    "tag_eps": ("pretrain", dict(tag_eps=0), "loss"),
+    "lambda_ii": ("pretrain", dict(lambda_ii=0.5), "loss"),
+    "lambda_tag": ("pretrain", dict(lambda_tag=0.5), "loss"),
+    "lambda_cc": ("pretrain", dict(lambda_cc=0.5), "loss"),
+    "lambda_ic": ("pretrain", dict(lambda_ic=0.5), "loss"),
+    "lambda_ci": ("pretrain", dict(lambda_ci=0.5), "loss"),
+    "text_lr": ("pretrain", dict(text_lr=0.5), "rates"),
+    "bn_groups": ("pretrain", dict(bn_groups=2), "loss"),
+    "tag_width": ("pretrain", dict(tag_width=7, fill=False), "memory"),
+    "word_dim": ("retrieval_gru", dict(word_dim=11), "size"),
+    "joint_dim": ("retrieval_gru", dict(joint_dim=19), "size"),
+    "tag_dim": ("tagging", dict(tag_dim=15), "size"),
+    "tag_hidden": ("tagging", dict(tag_hidden=13), "size"),
+    "detect_sizes": ("detection", dict(detect_sizes=(56,)), "loss"),
+    "detect_max": ("detection", dict(detect_max=60), "loss"),
+    "anchors": ("detection", dict(anchors=(8, 12, 24, 32, 48)), "loss"),
+    "fpn_width": ("segmentation", dict(fpn_width=17), "size"),
+    "rois": ("detection", dict(rois=8), "loss"),
+    "proposals": ("detection", dict(proposals=(3, 20)), "loss"),
+}
+MEMORY_ONLY = ("checkpointing", "queue_chunk")                  # the next test
+OF_DATA = ("image_size", "max_text", "tag_vocab")               # the one after it
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config)])
+def test_mct_every_setting_matters(field):
+    """A field without a row here has no test that it does anything."""
+    if field in MEMORY_ONLY + OF_DATA:
+        return
+    assert len(SETTINGS) + 5 == len(dataclasses.fields(Config))
+    task, over, what = SETTINGS[field]
+    base = {name: value for name, value in over.items() if name != field}
+    assert field in over
+    assert unchanged(what, task, **base) != changed(what, task, over)
+    if field == "proposals":                                    # its second number: evaluation
+        assert max(changed("found", task, dict(proposals=(30, 3)))) == 3
+        assert max(changed("found", task, {})) > 3
+
+
+def saved(model, batch):
+    """-> (loss, gradients, the bytes kept for backward, shapes of what is kept)."""
+    shapes = []
+
+    def keep(x):
+        shapes.append((x.numel() * x.element_size(), tuple(x.shape)))
+        return x
+
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model(batch)["loss"]
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    return loss, gradients, sum(size for size, _ in shapes), {shape for _, shape in shapes}
+
+
+def test_mct_settings_of_memory_change_nothing_else():
+    """--checkpointing keeps fewer bytes, --queue_chunk scores so many keys at a time; losses,
+    gradients and dropout's masks stay."""
+    batch, results = make_batch(), {}
+    for over in ({}, {"checkpointing": True}, {"queue_chunk": 50}):
+        torch.manual_seed(0)
+        model, seen, chunks = make_model(dropout=0.2, text_layers=2, **over), [], Queue.chunks
+
+        def count(queue, ids):
+            for part in chunks(queue, ids):
+                seen.append(len(part[1]))
+                yield part
+
+        with mock.patch.object(Queue, "chunks", count):
+            results[tuple(over)] = saved(model, batch)
+        assert set(seen) == ({21} if "queue_chunk" in over else {8, 5})
+
+    loss, gradients, size, shapes = results[()]
+    assert not {(6, 21), (6, 8), (6, 5)} & shapes, "a matrix of queries and keys is kept"
+    for name, (other, others, other_size, _) in results.items():
+        close(other, loss, 1e-6)
+        for a, b in zip(gradients, others):
+            close(a, b, 1e-5)
+        if name == ("checkpointing",):
+            assert torch.equal(loss, other) and other_size < 0.8 * size
+
+
+class Seen(Exception):
+    """Training need not go on."""
+
+
+def test_mct_settings_of_data_reach_data(tmp_path, tok):
+    """image_size and max_text are those of the views, tag_vocab is that of the tags' list."""
+    pairs = photos(tmp_path)["pairs"]
+    flags = "--image_size 40 --max_text 7 --tag_vocab 2 --workers 0 --batch_size 4".split()
+    with (mock.patch.object(train.data, "Views", side_effect=Seen) as views,
+          mock.patch.object(train.data, "stats", wraps=data.stats) as stats,
+          pytest.raises(Seen)):
+        train.main(["--model", "mct", "--data", str(pairs), "--image_root", str(tmp_path),
+                    "--vocab", str(tok), "--out", str(tmp_path / "run"), *flags])
+    wanted = inspect.signature(data.Views.__init__)
+    asked = wanted.bind(None, *views.call_args.args, **views.call_args.kwargs).arguments
+    assert (asked["image_size"], asked["max_text"]) == (40, 7)
+    assert stats.call_args.kwargs["tags"] == 2 and len(asked["tag_names"]) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# The recipe is the paper's
+
+# [A] the table above RECIPE, [B] BERT base, [M] MoCo's code, [D] Detectron2, [V] VSE++, [-] ours
+PAPER = {
+    "image_size": (224, "4.1: 224 x 224 crops"), "block": ("bottleneck", "4.1: ResNet-50"),
+    "layers": ((3, 4, 6, 3), "4.1: ResNet-50"), "stem": ("imagenet", "4.1: ResNet-50"),
+    "vision_width": (64, "of the small stem alone"), "width": (768, "4.1: 768-d pooled output"),
+    "text_layers": (12, "B"), "text_heads": (12, "B"), "mlp_ratio": (4, "B"), "act": ("gelu", "B"),
+    "dropout": (0.1, "B"), "init_std": (0.02, "B"), "max_text": (30, "-, deviation 5"),
+    "positions": (512, "B"), "vocab_size": (30522, "B"), "pad_id": (0, "B"),
+    "heads": ("distinct", "4.1, 4.4"), "head_hidden": (2048, "4.1"), "intra_dim": (128, "4.1"),
+    "inter_dim": (1024, "4.1"), "queue_size": (32768, "4.1: COCO"), "momentum": (0.999, "4.1"),
+    "tau": (0.07, "4.1"), "margin": (0.2, "4.1: alpha"), "tag_eps": (2, "4.1: epsilon"),
+    "lambda_ii": (1.0, "4.1"), "lambda_tag": (1.0, "4.1: with tag"), "lambda_cc": (1.0, "4.1"),
+    "lambda_ic": (1e-4, "4.1"), "lambda_ci": (1e-4, "4.1"), "text_lr": (4e-5, "4.1"),
+    "bn_groups": (8, "4.1: 8 V100"), "tag_vocab": (18157, "4.1: Stock"),
+    "tag_width": (0, "from the data"), "queue_chunk": (8192, "memory alone"),
+    "checkpointing": (False, "memory alone"), "word_dim": (300, "4.2: retrieval"),
+    "joint_dim": (1024, "4.2: retrieval"), "tag_dim": (4096, "4.3"), "tag_hidden": (2048, "4.3"),
+    "detect_sizes": (tuple(range(480, 801, 32)), "D, VOC"), "detect_max": (1333, "D"),
+    "anchors": ((32, 64, 128, 256, 512), "D"), "fpn_width": (256, "D"), "rois": (512, "D"),
+    "proposals": ((2000, 1000), "D, C4"),
+}
+PAPER_RECIPE = {
+    "pretrain": {"optimizer": ("sgd", "4.1"), "lr": (0.03, "4.1"), "weight_decay": (1e-4, "4.1"),
+                 "schedule": ("cosine", "4.1"), "epochs": (200, "4.1: COCO"),
+                 "batch_size": (512, "4.1")},
+    "linear": {"optimizer": ("sgd", "4.2"), "lr": (30.0, "4.2"), "weight_decay": (0.0, "4.2"),
+               "schedule": ("step", "4.2"), "gamma": (0.2, "4.2: divided by 5"),
+               "milestones": ("0.5,0.6666666,0.8333333", "4.2: epochs 30, 40, 50"),
+               "epochs": (60, "4.2"), "batch_size": (256, "4.2")},
+    "detection": {"optimizer": ("sgd", "D"), "lr": (0.02, "4.2"), "batch_size": (16, "4.2"),
+                  "steps": (24000, "4.2"), "schedule": ("step", "4.2"),
+                  "milestones": ("0.75,0.9166666", "4.2: 18K, 22K"), "weight_decay": (1e-4, "D"),
+                  "warmup_steps": (100, "4.2"), "warmup_lr": (2e-5, "D: a thousandth")},
+    "segmentation": {"optimizer": ("sgd", "D"), "lr": (0.02, "4.2"), "batch_size": (16, "4.2"),
+                     "steps": (180000, "4.2"), "schedule": ("step", "4.2"),
+                     "milestones": ("0.6666666,0.8888888", "4.2: 120K, 160K"),
+                     "weight_decay": (1e-4, "D"), "warmup_steps": (1000, "D"),
+                     "warmup_lr": (2e-5, "D"), "proposals": ((1000, 1000), "D, FPN"),
+                     "detect_sizes": ((640, 672, 704, 736, 768, 800), "M, D")},
+    "retrieval_gru": {"optimizer": ("adam", "4.2"), "lr": (2e-4, "4.2"),
+                      "schedule": ("step", "4.2"), "milestones": ("0.5", "4.2: epoch 15 of 30"),
+                      "gamma": (0.1, "4.2: 2e-5"), "clip": (2.0, "V"),
+                      "epochs": (150, "4.2: 30 over 5 captions"), "batch_size": (128, "4.2")},
+    "tagging": {"optimizer": ("adam", "-"), "lr": (1e-3, "-"), "schedule": ("cosine", "-"),
+                "epochs": (30, "-"), "batch_size": (256, "-")},
+    "tag_supervised": {"optimizer": ("sgd", "-"), "lr": (0.03, "-"), "weight_decay": (1e-4, "-"),
+                       "schedule": ("cosine", "-"), "epochs": (60, "-"), "batch_size": (512, "-")},
+}
+
+
+def test_mct_config_and_recipe_are_the_papers():
+    """Each number with its source; a number without a row fails."""
+    assert dataclasses.asdict(Config()) == {name: value for name, (value, _) in PAPER.items()}
+    printed = {task: {name: value for name, (value, _) in rows.items()}
+               for task, rows in PAPER_RECIPE.items()}
+    assert mct.RECIPE == printed
+    assert mct.PRESETS["base"] == {}
+    assert mct.PRESETS["stock"] == dict(queue_size=65536, pretrain=dict(epochs=60))     # 4.1
+    tiny = mct.PRESETS["tiny"]                                                          # deviation 6
+    assert tiny["lambda_ic"] * tiny["queue_size"] == pytest.approx(1e-4 * 32768)
+    assert tiny["lambda_ci"] == tiny["lambda_ic"]
+
+
+@pytest.mark.parametrize("task, steps, drops, factor", [
+    ("linear", 60 * 5004, (30 * 5004, 40 * 5004, 50 * 5004), 0.2),
+    ("detection", 24000, (18000, 22000), 0.1), ("segmentation", 180000, (120000, 160000), 0.1),
+    ("retrieval_gru", 30 * 885, (15 * 885,), 0.1)])
+def test_mct_rates_drop_where_the_paper_says(task, steps, drops, factor):
+    loop, _ = train.settings(mct, "base", task, {})
+    for n, drop in enumerate(drops):
+        close(train.learning_rate(drop - 1, steps, loop) / loop.lr, factor ** n, 1e-9)
+        close(train.learning_rate(drop, steps, loop) / loop.lr, factor ** (n + 1), 1e-9)
+    if loop.warmup_steps:
+        close(train.learning_rate(0, steps, loop), 2e-5)
+        close(train.learning_rate(loop.warmup_steps // 2, steps, loop), 0.01001)
+
+
+def test_mct_optimizer_and_views_are_the_papers():
+    """SGD of momentum 0.9; MoCo-v2's augmentations for both views, ImageNet's colours."""
+    loop, _ = train.settings(mct, "base", "pretrain", {})
+    optimizer = train.make_optimizer(make_model(), loop)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9]        # 4.1
+    assert [group["lr"] for group in optimizer.param_groups] == [0.03, 4e-5]            # 4.1
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}        # 4.1, M
+    assert loop.crop_scale == (0.2, 1.0) and not loop.image_view                        # M
+    frozen = dict(features="features", features_eval="center", norm="imagenet")         # 4.2
+    assert mct.VIEWS == {
+        "pretrain": dict(source="pairs", image="moco", image_eval="center", image_key="moco",
+                         image_key_eval=None, text="any_caption", text_eval="caption",
+                         text_key="any_paraphrase", text_key_eval=None, tags="any_tags",
+                         tags_eval=None, norm="imagenet"),                              # 4.1
+        "linear": dict(source="classes", label="label", **frozen),
+        "detection": dict(source="detection", image="objects", norm="none"),
+        "segmentation": dict(source="detection", image="masks", image_eval="objects",
+                             norm="none"),
+        "retrieval_gru": dict(source="pairs", text="caption", **frozen),
+        "tagging": dict(source="pairs", tags="tags", tags_eval=None, **frozen),
+        "tag_supervised": dict(source="pairs", image="flip", image_eval="center", tags="tags",
+                               tags_eval=None, norm="imagenet")}                        # -
+    assert mct.PIXELS == dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
+    assert mct.EVALS == {"pretrain": ("retrieval", "probe"), "linear": ("linear",),
+                         "detection": ("detection",), "segmentation": ("segmentation",),
+                         "retrieval_gru": ("retrieval",), "tagging": ("tagging",),
+                         "tag_supervised": ("tagging",)}
+
+
+def base_model(task, classes):
+    """The paper's sizes, without memory."""
+    _, cfg = train.settings(mct, "base", task, {})
+    with torch.device("meta"):
+        return Mct(cfg, task, classes)
+
+
+def test_mct_towers_have_the_papers_sizes():
+    model = base_model("pretrain", 80)
+    count = {name: sum(p.numel() for p in part.parameters())
+             for name, part in model.named_children()}
+    assert count["vision"] == count["vision_m"] == 23508032     # ResNet-50 without fc
+    assert count["text"] == count["text_m"] == 109482240        # BERT base with its pooler
+    heads = {space: [layer.weight.shape for layer in (head[0], head[2])]
+             for space, head in model.vision_heads.items()}
+    assert heads == {"intra": [(2048, 2048), (128, 2048)], "inter": [(2048, 2048), (1024, 2048)]}
+    assert isinstance(model.text_heads["inter"][1], torch.nn.ReLU)
+    assert [model.text_heads[space][0].in_features for space in ("intra", "inter")] == [768, 768]
+
+
+@pytest.mark.parametrize("task, classes, before, kept, pool", [
+    ("detection", 20, (12000, 6000), (2000, 1000), 14),
+    ("segmentation", 80, (2000, 1000), (1000, 1000), 7)])
+def test_mct_detectors_have_detectron2s_numbers(task, classes, before, kept, pool):
+    """Of the Faster R-CNN that torchvision and Detectron2 share."""
+    detector = base_model(task, classes).detector
+    rpn, heads = detector.rpn, detector.roi_heads
+
+    def drawn(sampler):
+        return sampler.batch_size_per_image, sampler.positive_fraction
+
+    assert tuple(rpn._pre_nms_top_n.values()) == before
+    assert tuple(rpn._post_nms_top_n.values()) == kept
+    assert (rpn.nms_thresh, rpn.score_thresh) == (0.7, 0.0)
+    assert drawn(rpn.fg_bg_sampler) == (256, 0.5) and drawn(heads.fg_bg_sampler) == (512, 0.25)
+    assert (rpn.proposal_matcher.high_threshold, rpn.proposal_matcher.low_threshold) == (0.7, 0.3)
+    assert (heads.proposal_matcher.high_threshold, heads.score_thresh, heads.nms_thresh,
+            heads.detections_per_img) == (0.5, 0.05, 0.5, 100)
+    assert (heads.box_roi_pool.output_size[0], heads.box_roi_pool.sampling_ratio) == (pool, 0)
+    if task == "segmentation":
+        assert (heads.mask_roi_pool.output_size[0], heads.mask_roi_pool.sampling_ratio) == (14, 0)
+    sizes = (((32, 64, 128, 256, 512),) if task == "detection"
+             else ((32,), (64,), (128,), (256,), (512,)))
+    assert rpn.anchor_generator.sizes == sizes
+    assert set(rpn.anchor_generator.aspect_ratios) == {(0.5, 1.0, 2.0)}
+    assert heads.box_predictor.cls_score.out_features == classes + 1
+    assert detector.transform.min_size == train.settings(mct, "base", task, {})[1].detect_sizes
+    assert detector.transform.max_size == 1333
+    wide = 2048 if task == "detection" else 1024                # res5, or two layers of 1024
+    assert heads.box_predictor.cls_score.in_features == wide
+
+
+def test_mct_heads_start_as_detectron2s():
+    """Spread 0.01 for classes, 0.001 for boxes and masks, Caffe2's uniform for the pyramid's box
+    head, no biases; RPN and mask layers are as in torchvision."""
+    heads = make_model("segmentation", fpn_width=64).detector.roi_heads
+    first = heads.box_predictor, heads.mask_predictor, heads.box_head
+    spread = {first[0].cls_score: 0.01, first[0].bbox_pred: 0.001, first[1].mask_fcn_logits: 0.001,
+              first[2].fc6: math.sqrt(1 / (64 * 49)), first[2].fc7: math.sqrt(1 / 256)}
+    for layer, std in spread.items():
+        close(layer.weight.std() / std, 1.0, 0.1)
+        assert not layer.bias.any()
+    bound = math.sqrt(3 / 256)                                  # uniform, not normal
+    assert 0.99 * bound < first[2].fc7.weight.max() <= bound
+    assert not first[1].conv5_mask.bias.any()
+    c4 = make_model("detection").detector.roi_heads.box_predictor
+    close(c4.cls_score.weight.std(), 0.01, 0.1)
+    close(c4.bbox_pred.weight.std(), 0.001, 0.1)
+
+
+def test_mct_other_heads_start_as_in_their_sources():
+    """MoCo's linear probe: normal 0.01, no bias; VSE++: uniform words, Xavier's image layer."""
+    probe, gru = make_model("linear").fc, make_model("retrieval_gru")
+    close(probe.weight.std(), 0.01, 0.1)
+    assert not probe.bias.any()
+    assert 0.095 < gru.words.weight.max() <= 0.1 and -0.1 <= gru.words.weight.min() < -0.095
+    bound = math.sqrt(6 / (32 + 18))
+    assert 0.95 * bound < gru.image_fc.weight.max() <= bound
+
+
+# --------------------------------------------------------------------------------------------------
 # Memory and copies
 
 def test_mct_enqueue_is_a_list_that_forgets():
@@ -1036,6 +1395,167 @@ def test_mct_pmi():
     close(vectors @ vectors.T, wanted @ wanted.T, 1e-4)             # a basis is free up to signs
     assert pmi_vectors(rows, 12, 5).shape == (12, 5)
     assert (pmi_vectors(torch.tensor([[0, 1], [2, -1]]), 4, 4)[3] == 0).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# What evaluation is given
+
+def test_mct_encoders_are_the_students():
+    """By running averages, without dropout, in the inter-modal space of the student's heads."""
+    model, batch = make_model(**ODD, dropout=0.3).eval(), make_batch()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    state = numbers(model)
+    features = features_by_hand(state, "vision.", batch["image"], 0)
+    pooled = bert_by_hand(state, "text.", batch["text"], batch["text_mask"])
+    with torch.no_grad():
+        close(model.visual_features(batch), features)
+        close(model.encode_image(batch), unit(mlp_by_hand(state, "vision_heads.inter", features)))
+        close(model.encode_text(batch), unit(mlp_by_hand(state, "text_heads.inter", pooled)))
+
+
+def test_mct_detections_have_the_datas_classes():
+    """torchvision's class 1 is the data's 0; a mask is where the chance is a half or more."""
+    model, found = make_model("segmentation").eval(), [{
+        "boxes": torch.tensor([[1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 3.0, 4.0]]),
+        "labels": torch.tensor([1, 7]), "scores": torch.tensor([0.9, 0.4]),
+        "masks": torch.tensor([[[[0.49, 0.5]]], [[[0.51, 0.1]]]])}]
+    with mock.patch.object(model.detector, "forward", lambda images: found):
+        objects, = model.detect({"image": [torch.zeros(3, 1, 2)]})
+    assert objects["labels"].tolist() == [0, 6] and objects["scores"].tolist() == found[0][
+        "scores"].tolist()
+    assert objects["masks"].tolist() == [[[False, True]], [[True, False]]]
+    assert objects["boxes"].shape == (2, 4)
+
+
+def test_mct_detected_boxes_are_in_pixels_of_the_picture():
+    """Shown at twice its size, found at its own; scores and boxes are float32 also under bf16."""
+    model = make_model("detection", detect_sizes=(128,), detect_max=160).eval()
+    heads = model.detector.roi_heads
+    box = torch.tensor([[20.0, 40.0, 100.0, 80.0]])
+    with torch.no_grad():
+        heads.box_predictor.cls_score.bias[3] = 9.0
+        heads.box_predictor.bbox_pred.weight.zero_()
+    with mock.patch.object(model.detector.rpn, "filter_proposals", lambda *_: ([box], None)):
+        for autocast in (False, True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                objects, = model.detect({"image": [torch.rand(3, 64, 80)]})
+            assert objects["boxes"].dtype == objects["scores"].dtype == torch.float32
+            close(objects["boxes"], box / 2)
+            assert objects["labels"].tolist() == [2]
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_mct_boxes_are_float32_under_bf16(task):
+    """A picture of 320 pixels and a box of 32: at 290.3 the numbers of bf16 are 2 apart."""
+    model = make_model(task, detect_sizes=(320,), detect_max=320)
+    truth = torch.tensor([[283.3, 274.9, 315.3, 306.9]])
+    batch = {"image": [torch.rand(3, 320, 320)], "boxes": [truth], "labels": [torch.tensor([1])]}
+    if task == "segmentation":
+        batch["masks"] = [torch.ones(1, 320, 320, dtype=torch.uint8)]
+    seen, rpn, heads = {}, model.detector.rpn, model.detector.roi_heads
+
+    def spy(owner, name):
+        call = getattr(owner, name)
+
+        def run(*args):
+            seen[name] = args, call(*args)
+            return seen[name][1]
+        return mock.patch.object(owner, name, run)
+
+    with (spy(rpn.anchor_generator, "forward"), spy(rpn, "assign_targets_to_anchors"),
+          spy(heads, "select_training_samples"), spy(model.detector.backbone, "forward"),
+          spy(heads.box_predictor, "forward"), torch.autocast("cpu", torch.bfloat16)):
+        out = model(batch)
+    out["loss"].backward()
+
+    features = seen.pop("forward")                              # the last one: the box predictor
+    assert features[1][0].dtype == torch.float32
+    labels, goals = seen["assign_targets_to_anchors"][1]
+    proposals, matched, classes, offsets_ = seen["select_training_samples"][1]
+    anchors = seen["assign_targets_to_anchors"][0][0]
+    for x in (*anchors, *labels, *goals, *proposals, *offsets_):
+        assert x.dtype == torch.float32
+    own = [n for n, box in enumerate(proposals[0]) if torch.equal(box, truth[0])]
+    assert own and classes[0][own[0]] == 2 and not offsets_[0][own[0]].any()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_mct_backbone_of_a_detector_follows_autocast():
+    model, seen = make_model("detection"), []
+    model.detector.backbone.register_forward_hook(
+        lambda module, args, out: seen.append(out["0"].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(make_batch("detection", b=2))
+    assert seen == [torch.bfloat16]
+
+
+# --------------------------------------------------------------------------------------------------
+# Dropout, and starting from another run
+
+def some(x):
+    """In the place of dropout: every third feature goes, the rest grows."""
+    return x * (torch.arange(x.shape[-1]) % 3 != 1) * 1.5
+
+
+def test_mct_dropout_is_where_bert_has_it():
+    """Embeddings, chances of attention, and the outputs of both halves of a layer; in training
+    alone, and not in the momentum copy."""
+    model, batch = make_model(**ODD, dropout=0.3), make_batch()
+    inputs, state = (batch["text"], batch["text_mask"]), numbers(model)
+
+    def drop(x, p, training, inplace):
+        assert p == 0.3
+        return some(x) if training else x
+
+    def attend(query, key, value, mask, p):
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        chances = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        assert p in (0.0, 0.3)
+        return (some(chances) if p else chances) @ value
+
+    with (mock.patch.object(F, "dropout", drop), torch.no_grad(),
+          mock.patch.object(F, "scaled_dot_product_attention", attend)):
+        dropped, kept = bert_by_hand(state, "text.", *inputs, drop=some), {}
+        for name in ("text.", "text_m."):
+            kept[name] = bert_by_hand(state, name, *inputs)
+        close(model.text(*inputs), dropped)
+        close(model.text_m(*inputs), kept["text_m."])
+        close(model.eval().text(*inputs), kept["text."])
+    assert (dropped - kept["text."]).abs().max() > 0.05
+
+
+def test_mct_init_leaves_the_queues_behind(tmp_path):
+    """Two data sets that number their pictures alike, and whose tags have other meanings: nothing
+    of the new data meets a name of the old."""
+    old, new = make_model(), Mct(small(tag_width=4), "pretrain", 20)
+    old.ptr.fill_(5)
+    (tmp_path / "config.json").write_text("{}")
+    weights.save_model(old, tmp_path / "model.safetensors")
+    fresh = {name: x.clone() for name, x in new.named_buffers() if name.startswith("queue")}
+    said = weights.initialize(new, tmp_path, mct.BACKBONE)
+    assert "new: ptr, queue_captioned, queue_ids, queue_tags, queue_text_inter" in said
+    assert (new.queue_ids == -1).all() and (new.queue_tags == -1).all() and new.ptr == 0
+    assert all(torch.equal(x, new.get_buffer(name)) for name, x in fresh.items())
+    for name, x in old.named_parameters():
+        assert torch.equal(x, new.get_parameter(name)), name
+
+    # picture 3 of the old data is no picture of the new: all keys count
+    batch = make_batch()
+    batch["tags"] = batch["tags"][:, :4]
+    for _, _, hidden in new.queue("vision", "intra").chunks(batch["image_id"]):
+        assert not hidden.any()
+    assert new(batch)["logs"]["positives"] == 1
+
+
+def test_mct_prepare_embeds_the_tags_of_the_training_records():
+    model, rows = make_model("tagging", tag_dim=20), tag_rows(100)
+    torch.manual_seed(2)
+    model.prepare(mock.Mock(tag_rows=lambda: rows))
+    close(model.tag_vectors @ model.tag_vectors.T, pmi_vectors(rows, 20, 20) @ pmi_vectors(
+        rows, 20, 20).T, 1e-4)
+    make_model("linear").prepare(None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1275,6 +1795,23 @@ def worker(rank, folder):
     assert sorted(torch.cat(seen).flatten().tolist()) == [0, 1, 2, 10, 11, 12]
     assert unshuffle(mixed, restore).flatten().tolist() == [0, 1, 2, 10, 11, 12]
 
+    # the tags' vectors: the first process alone counts
+    tagger, samples = make_model("tagging"), mock.Mock(tag_rows=lambda: tag_rows(50))
+    if rank:
+        samples.tag_rows = mct.pmi_vectors = None
+    tagger.prepare(samples)
+    everyone = [torch.empty_like(tagger.tag_vectors) for _ in range(2)]
+    dist.all_gather(everyone, tagger.tag_vectors)
+    assert torch.equal(*everyone) and everyone[0].any()
+
+    # one picture is no batch for batch norm
+    try:
+        make_model()(make_batch(b=1))
+    except SystemExit as e:
+        assert "virtual groups" in str(e)
+    else:
+        raise AssertionError("a batch of one was taken")
+
     result = two_steps(rank, 2)
     model = make_model()
     with torch.no_grad():
@@ -1353,7 +1890,6 @@ def photos(root, n=12, size=(40, 32)):
 def test_mct_every_task_trains(tmp_path, tok, capsys):
     """train.py on a dozen pictures: pre-training, every task from it, its evaluation; stored
     features are made once."""
-    import train
     sources, results = photos(tmp_path), {}
 
     def run(task, *flags):

@@ -1034,7 +1034,7 @@ def test_mct_config_and_recipe_are_the_papers():
     assert mct.RECIPE == printed
     assert mct.PRESETS["base"] == {}
     assert mct.PRESETS["stock"] == dict(queue_size=65536, pretrain=dict(epochs=60))     # 4.1
-    tiny = mct.PRESETS["tiny"]                                                          # deviation 6
+    tiny = mct.PRESETS["tiny"]                                  # deviation 6
     assert tiny["lambda_ic"] * tiny["queue_size"] == pytest.approx(1e-4 * 32768)
     assert tiny["lambda_ci"] == tiny["lambda_ic"]
 
@@ -1806,7 +1806,7 @@ def worker(rank, folder):
 
     # one picture is no batch for batch norm
     try:
-        make_model()(make_batch(b=1))
+        make_model().check_batch_size(1)
     except SystemExit as e:
         assert "virtual groups" in str(e)
     else:

@@ -1,37 +1,46 @@
-"""data.py: every data set, every official file format, transforms, tokenizer.
+"""data.py: every data set, every official file format, augmentations, the tokenizer, batches.
 
-    files --open_source()--> Records (list-like of plain dicts) --Views--> sample: dict of tensors
-                                                                                   --batches()--> training batches
-                                                                                   --iter_eval()--> a split, once
+    files --open_source()--> Records (list-like, of plain dicts)
+          --Views----------> samples (dicts of tensors)
+          --batches()------> training batches, without end
+          --iter_eval()----> a split, each item once
 
-A *source* names what a record means (`pairs`, `vqa`, `ve`, `nlvr2`, `sts`, `hashing`, `classes`, `clips`, `detection`);
-the file format is recognised from the files. The spec is "shapes" (the built-in world, written by tools/shapes.py in these
-same formats) or a comma-separated list of files and folders; `{00000..00012}` in a name counts up. Formats read,
-as their publishers wrote them:
+A *source* says what a record means: `pairs`, `vqa`, `ve`, `nlvr2`, `sts`, `hashing`, `classes`,
+`clips`, `detection`. The file format is recognised from the files. Data are named as "shapes" (the
+built-in world, which tools/shapes.py writes in these same formats) or as files and folders
+separated by commas; `{00000..00012}` in a name counts up. Formats read, as their publishers wrote
+them:
 
-  pairs      records .json/.jsonl: image, caption (str or list) [image_id, split, tags, paraphrase, boxes, labels];
-             Karpathy dataset_*.json; COCO captions_*.json (+ instances_*.json in the same list: joins tags and boxes
-             by image id); .tsv "caption TAB path-or-url" beside a folder of images (CC, SBU); img2dataset .tar shards
-             (or a folder of them)
-  vqa        VQA v2 questions.json [+ annotations.json]      ve     SNLI-VE .jsonl    nlvr2   NLVR2 .json/.jsonl
-  sts        SentEval folders STS1X-en-test, stsbenchmark/, sts-*.csv                 hashing CSQ list "path 0 1 0 ..."
-  classes    ImageFolder                             clips    MSR-VTT videodatainfo.json [+ 1k-A csv] + a folder of .npy
-  detection  COCO instances_*.json; a VOCdevkit folder with VOC2007 and/or VOC2012
+  pairs      records .json/.jsonl: image, caption (string or list) [image_id, split, tags,
+             paraphrase, boxes, labels]; Karpathy's dataset_*.json; COCO's captions_*.json
+             (instances_*.json in the same list adds tags and boxes by image id); .tsv
+             "caption TAB path-or-url" beside a folder of images (CC, SBU); img2dataset's .tar
+             shards, or a folder of them; VQA v2's and GQA's questions as captions
+  vqa        VQA v2's questions.json [+ annotations.json]
+  ve         SNLI-VE's .jsonl
+  nlvr2      NLVR2's .json/.jsonl
+  sts        SentEval's folders STS1X-en-test, stsbenchmark/, sts-*.csv
+  hashing    CSQ's lists "path 0 1 0 ..."
+  classes    ImageFolder
+  clips      MSR-VTT's videodatainfo.json [+ the 1k-A csv] + a folder of .npy
+  detection  COCO's instances_*.json; a VOCdevkit folder with VOC2007, VOC2012 or both
 
-`python data.py check PATH [--image_root R] [--split S] [--source NAME]` reads everything, opens every image, prints
-a table and exits with status 1 if an image is missing or corrupt (duplicates and skipped captions are only reported).
+    python data.py check PATH [--image_root R] [--split S] [--source NAME]
 
-What is wrong in a file is a DataError: one line naming file, line and key. What is merely absent (an image that was
-never downloaded, an empty caption) is left out and counted in `Records.notes`, and said once on stderr. In training
-an unreadable image is replaced by another record, chosen by (seed, draw) alone; in evaluation it becomes a grey image;
-both have `bad` = 1. Nothing here reads or moves a global random state: a sample is a function of (record, seed, draw).
+reads everything, opens every image, prints a table and exits with status 1 if an image is missing
+or corrupt (duplicates and captions left out are only reported).
+
+Something wrong in a file is a DataError: one line that names file, line and key. Something merely
+absent (an image that was never downloaded, an empty caption) is left out, counted in
+`Records.notes` and reported once on stderr. In training an unreadable image is replaced by another
+record, chosen by (seed, draw) alone; in evaluation it becomes a grey image; both have `bad` = 1.
+Nothing here reads or changes a global random state: a sample is a function of (record, seed, draw).
 """
+
 import argparse
 import array
-import base64
 import copy
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -47,26 +56,33 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, NamedTuple
 from xml.etree import ElementTree
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # workers fork, and we encode one string at a time
+# Set before tokenizers is imported: worker processes fork, and each string is encoded alone.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFile, ImageFilter, ImageOps, UnidentifiedImageError
-from tokenizers import Tokenizer as RustTokenizer, models as tokenizer_models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models as tokenizer_models, normalizers, pre_tokenizers
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False     # a truncated JPEG must fail, not come back half grey
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # load_image refuses such files itself
+# A truncated JPEG must fail, not come back half grey. Pictures that are too large are refused by
+# load_image, so PIL need not warn of them as well.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-# foreign -> ours
-SPLIT_NAMES = {"restval": "train", "validate": "val", "validation": "val", "valid": "val", "dev": "val"}
+
+# What publishers call a split -> our name of it.
+SPLIT_NAMES = {"restval": "train", "validate": "val", "validation": "val", "valid": "val",
+               "dev": "val"}
 
 
 class DataError(SystemExit):
-    """Something the user can put right: printed as one line `data.py: ...`, exit status 1."""
+    """Something the user can put right: printed as one line, exit status 1."""
 
 
 def fail(message):
@@ -78,35 +94,77 @@ def say(message):
 
 
 def ranks():
-    """(this process's number, how many there are, its number on this machine), as torchrun tells them."""
-    return tuple(int(os.environ.get(name, default))
-                 for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """-> (rank of this process, number of processes, rank on this machine), as torchrun says."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    return rank, world, local_rank
 
 
 def gather_objects(x):
-    """Any Python object of every process -> list of them, by rank, the same on every process."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    everyone = [x] * world
-    if world > 1:
-        torch.distributed.all_gather_object(everyone, x)
+    """A Python object from each process -> list of them by rank, the same on every process."""
+    if not torch.distributed.is_initialized():
+        return [x]
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, x)
     return everyone
 
 
-# -------------------------------------------------------------------------------------------------------------- records
+# --------------------------------------------------------------------------------------------------
+# Records
+
+class TarMember(NamedTuple):
+    """A picture inside a tar file: `size` bytes from byte `offset` on.
+
+    The location of a picture is a path (str) or a TarMember. A further kind of location, in a zip
+    file for example, is one more class like this one: read(), name() and str() are all that the
+    code asks of a location that is not a path.
+    """
+
+    tar: str
+    offset: int
+    size: int
+
+    def __str__(self):
+        return f"{self.tar} at byte {self.offset} ({self.size} bytes)"
+
+    def read(self):
+        """The bytes of the picture's file. Raises OSError."""
+        with open(self.tar, "rb") as f:
+            f.seek(self.offset)
+            return f.read(self.size)
+
+    def name(self):
+        """What the picture is called in a region file."""
+        return f"{os.path.basename(self.tar)}@{self.offset}"
+
 
 class Records:
-    """List-like of dicts, kept as one pickled byte string: millions of records are small,
-    and forked workers copy no pages.
+    """A list of dicts, kept as one pickled byte string.
 
-    `image` (and `image2`, `feature`) is a path that opens as it is, or (tar path, offset, size) in bytes. `image_id` is
-    an int, the same for two records of one picture. Attributes: name (the source), split, root, notes (dict of counts),
-    label_names (list or None: what the ints in `labels`/`label` mean), protocol (str or None),
-    splits (those in the files), regions (Regions or None: see with_regions)."""
+    Millions of records stay small this way, and forked workers copy no memory pages.
+
+    `image` (and `image2`, `feature`) is a location: a path that opens as it is, or a TarMember.
+    `image_id` is an int, the same for two records of one picture.
+
+    Attributes: name (the source), split, root (folder of the images), notes ({what was counted:
+    count}), label_names (what the ints in `labels` and `label` mean, or None), protocol (str or
+    None), splits (those found in the files), regions (a Regions or None, see with_regions).
+    """
 
     def __init__(self, name, split, root=None):
-        self.name, self.split, self.root = name, split, root
-        self.notes, self.label_names, self.protocol, self.splits, self.regions = {}, None, None, [], None
-        self._blob, self._ends = bytearray(), array.array("q", [0])
+        self.name = name
+        self.split = split
+        self.root = root
+        self.notes = {}
+        self.label_names = None
+        self.protocol = None
+        self.splits = []
+        self.regions = None
+
+        # record i is _blob[_ends[i]:_ends[i + 1]]
+        self._blob = bytearray()
+        self._ends = array.array("q", [0])
 
     def append(self, record):
         self._blob += pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
@@ -115,7 +173,9 @@ class Records:
     def subset(self, indices):
         """The records at `indices`, in that order, as new Records with the same attributes."""
         out = copy.copy(self)
-        out.notes, out._blob, out._ends = dict(self.notes), bytearray(), array.array("q", [0])
+        out.notes = dict(self.notes)
+        out._blob = bytearray()
+        out._ends = array.array("q", [0])
         for i in indices:
             out.append(self[i])
         return out
@@ -131,7 +191,10 @@ class Records:
 
 
 class Listing:
-    """`path in listing`: existence by one directory listing per folder (a stat per image is slow on network disks)."""
+    """`path in listing`: does the file exist? Each folder is listed once.
+
+    Asking the disk for each image is slow on network disks.
+    """
 
     def __init__(self):
         self.folders = {}
@@ -139,45 +202,84 @@ class Listing:
     def __contains__(self, path):
         folder, name = os.path.split(path)
         if folder not in self.folders:
-            self.folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+            there = os.path.isdir(folder or ".")
+            self.folders[folder] = set(os.listdir(folder or ".")) if there else set()
         return name in self.folders[folder]
-
-    def first(self, candidates):
-        """The first path that exists, else the first candidate (it is then reported as missing)."""
-        return next((c for c in candidates if c in self), candidates[0])
 
 
 class Reading:
-    """What a reader needs beside its files: the Records it fills in notes and names, the directory listings,
-    the split wanted."""
+    """What a reader needs beside its files: the Records, whose notes and names it fills in, the
+    split that is wanted, the splits met so far, and which files exist."""
 
     def __init__(self, records):
-        self.records, self.here, self.splits = records, Listing(), set()
+        self.records = records
+        self.split = records.split
+        self.here = Listing()
+        self.splits = set()
 
     def wants(self, part):
-        """Is a record of the file's own split `part` (None: the file has no splits) asked for?"""
+        """Is a record of the file's own split `part` asked for? None: the file has no splits."""
         if part is None:
             return True
         part = SPLIT_NAMES.get(part, part)
         self.splits.add(part)
-        return self.records.split in (None, part)
+        return self.split in (None, part)
 
     def count(self, note, n=1):
         self.records.notes[note] = self.records.notes.get(note, 0) + n
 
+    def find(self, bases, *names):
+        """The first path BASE/NAME that exists. None does: the first one tried, so that it is
+        reported as missing."""
+        tried = [os.path.join(base, name) for name in names for base in bases]
+        for path in tried:
+            if path in self.here:
+                return path
+        return tried[0]
 
-# ----------------------------------------------------------------------------------------------------- small file tools
+    def missing_file(self, record):
+        """The first file of a record that does not exist, or None. Members of tars do exist."""
+        for key in ("image", "image2", "feature"):
+            where = record.get(key)
+            if isinstance(where, str) and where not in self.here:
+                return where
+        return None
+
+    def set_label_names(self, path, names):
+        """Sets what the label numbers mean. Errors: an earlier file of --data has other names."""
+        if self.records.label_names not in (None, names):
+            fail(f"{path}: its classes differ from those of the file before it")
+        self.records.label_names = names
+
+
+# --------------------------------------------------------------------------------------------------
+# Small tools for files
 
 def expand(spec, flag="--data"):
-    """ "a.json,shards/{00..02}.tar" -> list of existing paths; a missing one is an error, which names the flag."""
+    """A specification like "a.json,shards/{00..02}.tar" -> list of paths that exist.
+
+    Errors: DataError that names the flag and the path that is missing.
+    """
+    # a path may hold a comma itself
+    items = [spec]
+    if not os.path.exists(spec):
+        items = [item.strip() for item in spec.split(",") if item.strip()]
+
+    # {00..02} counts up, with as many digits as its first number has
     paths = []
-    for item in [spec] if os.path.exists(spec) else [s.strip() for s in spec.split(",") if s.strip()]:
+    for item in items:
         span = re.search(r"\{(\d+)\.\.(\d+)\}", item)
-        numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
-        paths += ([item[:span.start()] + str(n).zfill(len(span[1])) + item[span.end():] for n in numbers]
-                  if span else [item])
+        if not span:
+            paths.append(item)
+            continue
+        first, last = span.groups()
+        for number in range(int(first), int(last) + 1):
+            digits = str(number).zfill(len(first))
+            paths.append(item[:span.start()] + digits + item[span.end():])
     if not paths:
         fail(f"{flag} is empty")
+
+    # every path must exist
     for path in paths:
         if not os.path.exists(path):
             fail(f"{flag} {path}: no such file")
@@ -185,8 +287,10 @@ def expand(spec, flag="--data"):
 
 
 def text_lines(path):
-    """Yields the lines of a UTF-8 file without their ends. Splits at newlines only: captions and vocabularies
-    hold U+2028."""
+    """Yields the lines of a UTF-8 file without their ends.
+
+    Splits at newlines only: captions and vocabularies hold other separators, U+2028 for example.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as f:
             for line in f:
@@ -198,19 +302,22 @@ def text_lines(path):
 
 
 def lines_of(path):
-    """Yields (where, line) for the lines that are not blank."""
-    return ((f"{path} line {n}", line) for n, line in enumerate(text_lines(path), 1) if line.strip())
+    """Yields (where, line) for the lines that are not blank; `where` is "PATH line N"."""
+    for n, line in enumerate(text_lines(path), 1):
+        if line.strip():
+            yield f"{path} line {n}", line
 
 
 def read_json(path):
-    """The JSON value in a file; for jsonl (under any extension) an iterator of (where, dict)."""
+    """The JSON value in a file; of jsonl (under any extension) an iterator of (where, dict)."""
     if path.endswith(".jsonl"):
         return json_lines(path)
     text = "\n".join(text_lines(path))
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        if e.msg == "Extra data" and text.lstrip()[:1] == "{":      # jsonl under the name .json, as NLVR2 publishes it
+        # jsonl under the name .json, as NLVR2 publishes it
+        if e.msg == "Extra data" and text.lstrip()[:1] == "{":
             return json_lines(path)
         fail(f"{path} line {e.lineno}: not JSON ({e.msg})")
 
@@ -218,634 +325,990 @@ def read_json(path):
 def json_lines(path):
     for where, line in lines_of(path):
         try:
-            yield where, as_dict(json.loads(line), where)
+            value = json.loads(line)
         except json.JSONDecodeError as e:
             fail(f"{where}: not JSON ({e.msg})")
+        yield where, as_dict(value, where)
 
 
 def json_records(path, data=None):
-    """Yields (where, dict) of a records file: jsonl, a list, or one lonely object."""
-    data = read_json(path) if data is None else data
-    if isinstance(data, list):
-        return ((f"{path} record {n}", as_dict(r, f"{path} record {n}")) for n, r in enumerate(data))
-    return iter([(f"{path} line 1", data)]) if isinstance(data, dict) else data
+    """Yields (where, dict) of a file of records: jsonl, a list, or a single object.
+
+    data: what read_json(path) gave, if it was called already.
+    """
+    if data is None:
+        data = read_json(path)
+
+    # a single object, a list, or jsonl, whose iterator names its lines
+    if isinstance(data, dict):
+        yield f"{path} line 1", data
+    elif isinstance(data, list):
+        for n, record in enumerate(data):
+            where = f"{path} record {n}"
+            yield where, as_dict(record, where)
+    else:
+        yield from data
 
 
 def as_dict(value, where):
-    return (value if isinstance(value, dict)
-            else fail(f"{where}: an object {{...}} expected, found {type(value).__name__}"))
+    if not isinstance(value, dict):
+        fail(f"{where}: an object {{...}} expected, found {type(value).__name__}")
+    return value
 
 
 def get(where, record, key, kind=None):
-    """record[key], or an error naming the place, the key and the keys that are there."""
+    """record[key], or an error that names the place, the key and the keys that are there."""
     if key not in record or record[key] is None:
         fail(f"{where}: no key '{key}' (it has: {', '.join(map(str, record)) or 'nothing'})")
-    if kind is not None and not isinstance(record[key], kind):
-        fail(f"{where}: key '{key}' is {type(record[key]).__name__}, "
-             f"not {getattr(kind, '__name__', 'one of the allowed types')}")
-    return record[key]
+    value = record[key]
+    if kind is not None and not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(k.__name__ for k in kinds)
+        fail(f"{where}: key '{key}' is {type(value).__name__}, not {wanted}")
+    return value
 
 
 def folders(path, root, *subfolders):
-    """Where the images of an annotation file may lie: under --image_root, or, without one,
-    beside the file as published."""
+    """The folders in which the images of an annotation file may lie: under --image_root, or,
+    without one, beside the file as its publishers laid them out."""
     home = os.path.dirname(path)
-    bases = [root] if root else [home, os.path.join(home, "images"), os.path.normpath(os.path.join(home, ".."))]
-    return bases + [os.path.join(b, s) for b in bases for s in subfolders if s]
+    bases = [root]
+    if not root:
+        bases = [home, os.path.join(home, "images"), os.path.normpath(os.path.join(home, ".."))]
+    return bases + [os.path.join(base, sub) for base in bases for sub in subfolders if sub]
 
 
-def under(bases, *names):
-    return [os.path.join(b, n) for n in names for b in bases]
+# --------------------------------------------------------------------------------------------------
+# Image-text pairs
+#
+# A reader is a function (files, reading) that yields (number of the file, where, record). files:
+# list of (path, image_root or None). A record may carry `split`, by which open_source filters,
+# `image_id` (int or str), and locations under image, image2 and feature.
+
+class PairFile(NamedTuple):
+    """A file of image-text pairs."""
+
+    number: int         # its place in --data
+    path: str
+    root: str           # its --image_root or None
+    kind: str           # a key of PAIR_FORMATS
+    data: object        # its JSON value; None for files that are read line by line
 
 
-# -------------------------------------------------------------------------------------------------------------- readers
-# reader(files, split, ctx) yields (file number, where, record). files: list of (path, image_root or None). A record may
-# carry `split` (open_source filters by it), `image_id` (int or str) and paths under image, image2, feature.
+def read_pairs(files, reading):
+    """Image-text pairs in any of PAIR_FORMATS."""
+    # what is in each file
+    opened = []
+    for number, (path, root) in enumerate(files):
+        opened.append(PairFile(number, path, root, *sniff(path)))
 
-def clean_captions(where, raw, ctx):
-    """`caption` and `paraphrase` of a record as equally long lists of non-empty strings; empty captions are counted."""
-    captions = [raw["caption"]] if isinstance(raw["caption"], str) else get(where, raw, "caption", list)
-    if not all(isinstance(c, str) for c in captions):
-        fail(f"{where}: key 'caption' must be a string or a list of strings")
-    other = raw.get("paraphrase")
-    other = [other] if isinstance(other, str) else other
-    if other is not None and (not isinstance(other, list) or len(other) != len(captions)):
-        fail(f"{where}: key 'paraphrase' must hold one string per caption ({len(captions)}), in the captions' order")
-    keep = [i for i, c in enumerate(captions) if c.strip()]
-    ctx.count("empty_captions", len(captions) - len(keep))
-    return [captions[i].strip() for i in keep], None if other is None else [other[i] for i in keep]
+    # COCO image id -> tags, boxes, labels
+    joined = {}
+    for file in opened:
+        if file.kind == "instances":
+            joined.update(read_instances(file, reading))
 
-
-def pair(where, raw, image, ctx):
-    """One documented record -> our record. `caption` may be absent (a task that needs it says so);
-    empty is left out."""
-    if not ctx.wants(raw.get("split")):
-        return None
-    record = {"image": image}
-    record.update({k: raw[k] for k in ("image_id", "split", "tags", "boxes", "labels", "label_names")
-                   if raw.get(k) is not None})
-    if raw.get("caption") is not None:
-        record["caption"], record["paraphrase"] = clean_captions(where, raw, ctx)
-        if not record["caption"]:
-            ctx.count("no_caption_left")
-            return None
-    if "tags" in record and not (isinstance(record["tags"], list) and all(isinstance(t, str) for t in record["tags"])):
-        fail(f"{where}: key 'tags' must be a list of strings")
-    for box in record.get("boxes", ()):
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)):
-            fail(f"{where}: key 'boxes' must be a list of [x1, y1, x2, y2] in pixels")
-    if "labels" in record and len(record["labels"]) != len(record.get("boxes", ())):
-        fail(f"{where}: {len(record['labels'])} labels for {len(record.get('boxes', ()))} boxes")
-    return record
+    # Instances beside captions complete their records. Alone they are records without captions.
+    kinds = {file.kind for file in opened}
+    completes = bool(kinds & {"coco", "karpathy"})
+    for file in opened:
+        if file.kind == "instances" and completes:
+            continue
+        for where, record in PAIR_FORMATS[file.kind](file, reading, joined):
+            if record is not None:
+                yield file.number, where, record
 
 
 def sniff(path):
-    """(format, data) of a file of image-text pairs: tar, tsv, records, karpathy, coco, instances, questions."""
+    """-> (format, JSON value or None) of a file of image-text pairs; a format is a key of
+    PAIR_FORMATS."""
+    # by name
     if os.path.isdir(path) or path.endswith(".tar"):
         return "tar", None
     if path.endswith((".tsv", ".txt")):
         return "tsv", None
     if not path.endswith((".json", ".jsonl")):
-        fail(f"{path}: unknown format (pairs are read from .json, .jsonl, .tsv, .tar or a folder of .tar)")
+        fail(f"{path}: unknown format (pairs are read from .json, .jsonl, .tsv, .tar or a folder "
+             "of .tar)")
+
+    # JSON by its keys: Karpathy's and COCO's have images, VQA's and GQA's questions
     data = read_json(path)
     if not isinstance(data, dict) or "image" in data:
         return "records", data
     images, notes = data.get("images"), data.get("annotations")
-    if isinstance(images, list) and (not images or "sentences" in as_dict(images[0], f"{path} images[0]")):
-        return "karpathy", data
-    if isinstance(images, list) and isinstance(notes, list):
-        return "coco" if any("caption" in n for n in notes[:1]) else "instances", data
+    if isinstance(images, list):
+        if not images or "sentences" in as_dict(images[0], f"{path} images[0]"):
+            return "karpathy", data
+        if isinstance(notes, list):
+            captions = bool(notes) and "caption" in notes[0]
+            return "coco" if captions else "instances", data
+
     first = next(iter(data.values()), None)
-    if isinstance(data.get("questions"), list) or isinstance(first, dict) and "imageId" in first:
+    gqa = isinstance(first, dict) and "imageId" in first
+    if gqa or isinstance(data.get("questions"), list):
         return "questions", data
-    fail(f"{path}: neither records, Karpathy's, COCO's, VQA's nor GQA's json (its keys: {', '.join(list(data)[:8])})")
+    fail(f"{path}: neither records, Karpathy's, COCO's, VQA's nor GQA's json "
+         f"(its keys: {', '.join(list(data)[:8])})")
 
 
-def read_instances(path, data, ctx):
-    """COCO instances -> {image id: tags, boxes (xyxy pixels), labels}. Crowd regions give tags but no boxes."""
+def pair(where, raw, image, reading):
+    """One raw record in the documented form -> our record, or None if it is left out.
+
+    `caption` may be absent (a task that needs it says so); with empty captions alone the record is
+    left out and counted.
+    """
+    if not reading.wants(raw.get("split")):
+        return None
+
+    # what is documented; other keys of the file are left out
+    record = {"image": image}
+    for key in ("image_id", "split", "tags", "boxes", "labels", "label_names"):
+        if raw.get(key) is not None:
+            record[key] = raw[key]
+
+    if raw.get("caption") is not None:
+        record["caption"], record["paraphrase"] = clean_captions(where, raw, reading)
+        if not record["caption"]:
+            reading.count("no_caption_left")
+            return None
+
+    # tags, boxes and labels of the documented form
+    if "tags" in record and not is_list_of(record["tags"], str):
+        fail(f"{where}: key 'tags' must be a list of strings")
+    boxes = record.get("boxes", ())
+    for box in boxes:
+        if not is_list_of(box, (int, float)) or len(box) != 4:
+            fail(f"{where}: key 'boxes' must be a list of [x1, y1, x2, y2] in pixels")
+    if "labels" in record and len(record["labels"]) != len(boxes):
+        fail(f"{where}: {len(record['labels'])} labels for {len(boxes)} boxes")
+    return record
+
+
+def is_list_of(value, kind):
+    return isinstance(value, list) and all(isinstance(x, kind) for x in value)
+
+
+def clean_captions(where, raw, reading):
+    """-> (captions, paraphrases): lists of strings of equal length; paraphrases may be None.
+
+    Empty captions are left out, with their paraphrase, and counted.
+    """
+    # one caption or several
+    captions = get(where, raw, "caption", (str, list))
+    if isinstance(captions, str):
+        captions = [captions]
+    if not is_list_of(captions, str):
+        fail(f"{where}: key 'caption' must be a string or a list of strings")
+
+    # paraphrases: none, or one of each caption
+    paraphrases = raw.get("paraphrase")
+    if isinstance(paraphrases, str):
+        paraphrases = [paraphrases]
+    if paraphrases is not None:
+        if not isinstance(paraphrases, list) or len(paraphrases) != len(captions):
+            fail(f"{where}: key 'paraphrase' must hold one string per caption ({len(captions)}), "
+                 "in the captions' order")
+
+    # empty captions go, and their paraphrases with them
+    keep = [i for i, caption in enumerate(captions) if caption.strip()]
+    reading.count("empty_captions", len(captions) - len(keep))
+    if paraphrases is not None:
+        paraphrases = [paraphrases[i] for i in keep]
+    return [captions[i].strip() for i in keep], paraphrases
+
+
+def read_instances(file, reading):
+    """COCO's instances -> {image id: {tags, boxes, labels}}, boxes as xyxy in pixels.
+
+    Crowd regions give tags, but no boxes.
+    """
+    # a label is the position of its category by id: COCO's ids have gaps
+    path, data = file.path, file.data
     categories = sorted(get(path, data, "categories", list), key=lambda c: c["id"])
-    names, place = [c["name"] for c in categories], {c["id"]: n for n, c in enumerate(categories)}
-    if ctx.records.label_names not in (None, names):
-        fail(f"{path}: its categories differ from those of the instances file before it")
-    ctx.records.label_names = names
-    joined = {image["id"]: {"tags": set(), "boxes": [], "labels": []} for image in data["images"]}
-    for n, ann in enumerate(data["annotations"]):
+    names = [category["name"] for category in categories]
+    label_of = {category["id"]: n for n, category in enumerate(categories)}
+    reading.set_label_names(path, names)
+
+    # the annotations of each image
+    joined = {}
+    for image in data["images"]:
+        joined[image["id"]] = {"tags": set(), "boxes": [], "labels": []}
+    for n, note in enumerate(data["annotations"]):
         where = f"{path} annotations[{n}]"
-        target, label = joined.get(get(where, ann, "image_id")), place.get(get(where, ann, "category_id"))
-        if target is None or label is None:
-            fail(f"{where}: image_id {ann['image_id']} or category_id {ann['category_id']} is not in the file")
-        target["tags"].add(label)
-        if not ann.get("iscrowd"):
-            x, y, w, h = get(where, ann, "bbox", list)
-            target["boxes"].append([x, y, x + w, y + h])
-            target["labels"].append(label)
-    for target in joined.values():
-        target["tags"] = [names[t] for t in sorted(target["tags"])]
+        image_id, category_id = get(where, note, "image_id"), get(where, note, "category_id")
+        if image_id not in joined or category_id not in label_of:
+            fail(f"{where}: image_id {image_id} or category_id {category_id} is not in the file")
+
+        image, label = joined[image_id], label_of[category_id]
+        image["tags"].add(label)
+        if not note.get("iscrowd"):
+            x, y, w, h = get(where, note, "bbox", list)
+            image["boxes"].append([x, y, x + w, y + h])
+            image["labels"].append(label)
+
+    # tags are the objects' names, each once, in the order of the categories
+    for image in joined.values():
+        image["tags"] = [names[label] for label in sorted(image["tags"])]
     return joined
 
 
-def read_pairs(files, split, ctx):
-    sniffed = [(n, path, root) + sniff(path) for n, (path, root) in enumerate(files)]
-    joined = {}                                                             # COCO image id -> tags, boxes, labels
-    for n, path, root, kind, data in sniffed:
-        if kind == "instances":
-            joined.update(read_instances(path, data, ctx))
-    alone = not any(kind in ("coco", "karpathy") for *_, kind, _ in sniffed)
-    for n, path, root, kind, data in sniffed:
-        if kind != "instances" or alone:
-            for where, record in PAIR_FORMATS[kind](path, root, data, ctx, joined):
-                if record is not None:
-                    yield n, where, record
+def pairs_records(file, reading, joined):
+    """Records in the documented form."""
+    bases = folders(file.path, file.root)
+    for where, raw in json_records(file.path, file.data):
+        image = reading.find(bases, get(where, raw, "image", str))
+        yield where, pair(where, raw, image, reading)
 
 
-def pairs_records(path, root, data, ctx, joined):
-    bases = folders(path, root)
-    for where, raw in json_records(path, data):
-        image = get(where, raw, "image", str)
-        yield where, pair(where, raw, ctx.here.first(under(bases, image)), ctx)
+def pairs_karpathy(file, reading, joined):
+    """Karpathy's splits of COCO, Flickr8k and Flickr30k."""
+    bases = folders(file.path, file.root)
+    for n, image in enumerate(file.data["images"]):
+        where = f"{file.path} images[{n}]"
+        # COCO's images lie in a folder of their year
+        names = [get(where, image, "filename", str)]
+        if image.get("filepath"):
+            names.insert(0, os.path.join(image["filepath"], names[0]))
+
+        # of a COCO image that instances were read of: tags, boxes and labels too
+        captions = []
+        for sentence in get(where, image, "sentences", list):
+            captions.append(get(where, sentence, "raw", str))
+        raw = dict(joined.get(image.get("cocoid"), {}), split=get(where, image, "split"),
+                   image_id=image.get("cocoid", image.get("imgid")), caption=captions)
+        yield where, pair(where, raw, reading.find(bases, *names), reading)
 
 
-def pairs_karpathy(path, root, data, ctx, joined):
-    bases = folders(path, root)
-    for n, raw in enumerate(data["images"]):
-        where = f"{path} images[{n}]"
-        name = get(where, raw, "filename", str)
-        names = [os.path.join(raw["filepath"], name), name] if raw.get("filepath") else [name]
-        raw = dict(joined.get(raw.get("cocoid"), {}), split=get(where, raw, "split"),
-                   image_id=raw.get("cocoid", raw.get("imgid")),
-                   caption=[get(where, s, "raw", str) for s in get(where, raw, "sentences", list)])
-        yield where, pair(where, raw, ctx.here.first(under(bases, *names)), ctx)
+def pairs_coco(file, reading, joined):
+    """COCO's captions, or its instances alone (then without captions)."""
+    # image id -> its captions
+    captions = {}
+    for n, note in enumerate(file.data["annotations"]):
+        if "caption" in note:
+            image_id = get(f"{file.path} annotations[{n}]", note, "image_id")
+            captions.setdefault(image_id, []).append(note["caption"])
+
+    # the images of captions_val2017.json may lie in a folder val2017
+    year = os.path.splitext(os.path.basename(file.path))[0].split("_")[-1]
+    bases = folders(file.path, file.root, year)
+    for n, image in enumerate(file.data["images"]):
+        where = f"{file.path} images[{n}]"
+        name, image_id = get(where, image, "file_name", str), get(where, image, "id")
+        raw = dict(joined.get(image_id, {}), image_id=image_id)
+        if image_id in captions:
+            raw["caption"] = captions[image_id]
+        yield where, pair(where, raw, reading.find(bases, name), reading)
 
 
-def pairs_coco(path, root, data, ctx, joined):
-    """COCO captions, or instances alone (then without captions). val2017's images may lie in a folder of that name."""
-    year = os.path.splitext(os.path.basename(path))[0].split("_")[-1]
-    bases, captions = folders(path, root, year), {}
-    for n, ann in enumerate(data["annotations"]):
-        if "caption" in ann:
-            captions.setdefault(get(f"{path} annotations[{n}]", ann, "image_id"), []).append(ann["caption"])
-    for n, raw in enumerate(data["images"]):
-        where = f"{path} images[{n}]"
-        image, key = get(where, raw, "file_name", str), get(where, raw, "id")
-        raw = dict(joined.get(key, {}), image_id=key, **({"caption": captions[key]} if key in captions else {}))
-        yield where, pair(where, raw, ctx.here.first(under(bases, image)), ctx)
+def pairs_tsv(file, reading, joined):
+    """Rows "caption TAB path-or-url" (Conceptual Captions, SBU).
 
-
-def pairs_tsv(path, root, data, ctx, joined):
-    """Rows "caption TAB path-or-url". The file of a URL: its last part where no other row has the same, img2dataset's
-    9-digit row number, or row_crc32(url) as the common CC downloader writes it. Rows without a file are counted
-    as missing."""
+    The file of a URL is row N with 9 digits, as img2dataset names it, N_crc32(url), as the common
+    CC downloader names it, or the last part of the URL if no other row ends in the same.
+    """
+    # all rows first: whether the end of a URL is unique shows at the last one
     rows = []
-    for where, line in lines_of(path):
+    for where, line in lines_of(file.path):
         cells = line.split("\t")
         if len(cells) < 2:
             fail(f"{where}: 'caption TAB path-or-url' expected, found no TAB")
         rows.append((where, cells[0], cells[1].strip()))
-    last = [u.split("?")[0].rstrip("/").split("/")[-1] for _, _, u in rows]
-    seen, bases = Counter(last), folders(path, root)
+
+    # the names that each row's file may have
+    last_parts = [url.split("?")[0].rstrip("/").split("/")[-1] for _, _, url in rows]
+    times = Counter(last_parts)
+    bases = folders(file.path, file.root)
     for n, (where, caption, url) in enumerate(rows):
+        names = [url]
         if "://" in url:
-            names = ([f"{n:09d}.jpg", f"{n}_{zlib.crc32(url.encode())}"]
-                     + ([last[n]] if seen[last[n]] == 1 and last[n] else []))
-        else:
-            names = [url]
-        yield where, pair(where, {"caption": caption}, ctx.here.first(under(bases, *names)), ctx)
+            names = [f"{n:09d}.jpg", f"{n}_{zlib.crc32(url.encode())}"]
+            if last_parts[n] and times[last_parts[n]] == 1:
+                names.append(last_parts[n])
+        raw = {"caption": caption}
+        yield where, pair(where, raw, reading.find(bases, *names), reading)
 
 
-def pairs_tar(path, root, data, ctx, joined):
-    """img2dataset shards: KEY.jpg + KEY.txt (or the caption of KEY.json). Members are indexed once and read by seek."""
-    shards = [path]
-    if os.path.isdir(path):
-        shards = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".tar"))
-        if not shards:
-            fail(f"{path}: no .tar shards in this folder")
-    for shard in tqdm(shards, desc=f"indexing {path}", disable=len(shards) < 8 or None):
-        samples = {}
-        try:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    folder, name = os.path.split(member.name)
-                    stem, _, kind = name.partition(".")
-                    if member.isfile() and kind:
-                        content = (tar.extractfile(member).read() if kind in ("txt", "json")
-                                   else (member.offset_data, member.size))
-                        samples.setdefault(os.path.join(folder, stem), {})[kind.lower()] = content
-        except (tarfile.TarError, EOFError, OSError) as e:
-            fail(f"{shard}: not a readable tar ({e})")
-        for key, parts in samples.items():
-            where, image = f"{shard} member {key}", next((parts[k] for k in parts if "." + k in IMAGE_TYPES), None)
+def pairs_tar(file, reading, joined):
+    """img2dataset's shards: KEY.jpg with KEY.txt, or with the caption in KEY.json."""
+    # one shard or a folder of them
+    shards = [file.path]
+    if os.path.isdir(file.path):
+        names = sorted(name for name in os.listdir(file.path) if name.endswith(".tar"))
+        if not names:
+            fail(f"{file.path}: no .tar shards in this folder")
+        shards = [os.path.join(file.path, name) for name in names]
+
+    # a bar from 8 shards on, on a terminal
+    quiet = True if len(shards) < 8 else None
+    for shard in tqdm(shards, desc=f"indexing {file.path}", disable=quiet):
+        for key, parts in index_tar(shard).items():
+            where = f"{shard} member {key}"
+            # a failed download has a caption and no picture
+            image = next((parts[kind] for kind in parts if "." + kind in IMAGE_TYPES), None)
             if image is None:
-                ctx.count("missing")
+                reading.count("missing")
                 continue
+
             try:
-                raw = {"caption": parts["txt"].decode()} if "txt" in parts else json.loads(parts.get("json", b"{}"))
+                if "txt" in parts:
+                    raw = {"caption": parts["txt"].decode()}
+                else:
+                    raw = as_dict(json.loads(parts.get("json", b"{}")), where)
             except ValueError as e:
                 fail(f"{where}: unreadable caption ({e})")
-            yield where, pair(where, {"caption": raw.get("caption")}, (shard,) + image, ctx)
+            yield where, pair(where, {"caption": raw.get("caption")}, image, reading)
 
 
-def pairs_questions(path, root, data, ctx, joined):
-    """The questions of VQA v2 {questions: [{image_id, question}], data_subtype} or GQA {id: {imageId, question}} as
-    the captions of their picture, one record each."""
-    subtype, asked = data.get("data_subtype", ""), {}
+def index_tar(shard):
+    """-> {key: {extension: bytes of .txt and .json, TarMember of everything else}}.
+
+    Pictures are read later, by seeking: resuming in the middle of a corpus is arithmetic.
+    """
+    samples = {}
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                folder, name = os.path.split(member.name)
+                stem, _, kind = name.partition(".")
+                if not member.isfile() or not kind:
+                    continue
+
+                # captions are small and read now, pictures are not
+                content = TarMember(shard, member.offset_data, member.size)
+                if kind in ("txt", "json"):
+                    content = tar.extractfile(member).read()
+                samples.setdefault(os.path.join(folder, stem), {})[kind.lower()] = content
+    except (tarfile.TarError, EOFError, OSError) as e:
+        fail(f"{shard}: not a readable tar ({e})")
+    return samples
+
+
+def pairs_questions(file, reading, joined):
+    """Questions as the captions of their picture, one record a picture.
+
+    VQA v2: {questions: [{image_id, question}], data_subtype}. GQA: {id: {imageId, question}}.
+    """
+    # the questions of test-dev are about the images of test2015
+    path, data = file.path, file.data
+    subtype = data.get("data_subtype", "").replace("test-dev", "test")
+
+    # (image id, file name) -> (where its first question stands, its questions)
+    asked = {}
     if isinstance(data.get("questions"), list):
         for n, raw in enumerate(data["questions"]):
             where = f"{path} questions[{n}]"
-            key = get(where, raw, "image_id", int)
-            image = raw.get("image") or f"COCO_{subtype.replace('test-dev', 'test')}_{key:012d}.jpg"
-            if "image" not in raw and not subtype:
-                fail(f"{where}: no key 'image', and the file has no 'data_subtype' to name COCO's image by")
-            asked.setdefault((key, image), (where, []))[1].append(get(where, raw, "question", str))
+            image_id = get(where, raw, "image_id", int)
+            name = vqa_image(where, raw, image_id, subtype)
+            _, questions = asked.setdefault((image_id, name), (where, []))
+            questions.append(get(where, raw, "question", str))
     else:
-        for name, raw in data.items():
-            where = f"{path} question {name}"
-            key = str(get(where, as_dict(raw, where), "imageId"))
-            asked.setdefault((key, f"{key}.jpg"), (where, []))[1].append(get(where, raw, "question", str))
-    bases = folders(path, root, subtype.replace("test-dev", "test"))
-    for (key, image), (where, questions) in asked.items():
-        yield where, pair(where, {"image_id": key, "caption": questions}, ctx.here.first(under(bases, image)), ctx)
+        for key, raw in data.items():
+            where = f"{path} question {key}"
+            image_id = str(get(where, as_dict(raw, where), "imageId"))
+            _, questions = asked.setdefault((image_id, f"{image_id}.jpg"), (where, []))
+            questions.append(get(where, raw, "question", str))
+
+    bases = folders(path, file.root, subtype)
+    for (image_id, name), (where, questions) in asked.items():
+        raw = {"image_id": image_id, "caption": questions}
+        yield where, pair(where, raw, reading.find(bases, name), reading)
 
 
-PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco, "instances": pairs_coco,
-                "questions": pairs_questions, "tsv": pairs_tsv, "tar": pairs_tar}
+def vqa_image(where, raw, image_id, subtype):
+    """The file name of a question's picture: its own, or COCO's of that id and subset."""
+    if "image" not in raw and not subtype:
+        fail(f"{where}: no key 'image', and the file has no 'data_subtype' to name COCO's image by")
+    return raw.get("image") or f"COCO_{subtype}_{image_id:012d}.jpg"
 
 
-def read_vqa(files, split, ctx):
-    """VQA v2: questions joined with annotations by question_id; `answers` is None where there are none (test)."""
-    questions, answers = [], {}
-    for n, (path, root) in enumerate(files):
+PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco,
+                "instances": pairs_coco, "questions": pairs_questions, "tsv": pairs_tsv,
+                "tar": pairs_tar}
+
+
+# --------------------------------------------------------------------------------------------------
+# Questions, statements and sentences
+
+def read_vqa(files, reading):
+    """VQA v2: questions and their annotations, joined by question_id.
+
+    `answers` is the list of the annotators' answers, None where there are none (test).
+    """
+    # the files in any order, told apart by their keys
+    question_files, answers = [], {}
+    for number, (path, root) in enumerate(files):
         data = as_dict(read_json(path), path)
         if "questions" in data:
-            questions.append((n, path, root, data))
+            question_files.append((number, path, root, data))
         elif "annotations" in data:
-            for k, ann in enumerate(data["annotations"]):
-                where = f"{path} annotations[{k}]"
-                answers[get(where, ann, "question_id")] = [get(where, a, "answer", str)
-                                                           for a in get(where, ann, "answers", list)]
+            answers.update(vqa_answers(path, data))
         else:
             fail(f"{path}: neither 'questions' nor 'annotations' (its keys: {', '.join(data)})")
-    if not questions:
-        fail(f"{files[0][0]}: VQA needs the questions file too (--data questions.json,annotations.json)")
+    if not question_files:
+        fail(f"{files[0][0]}: VQA needs the questions file too "
+             "(--data questions.json,annotations.json)")
+
+    # one record a question
     seen = set()
-    for n, path, root, data in questions:
-        subtype = data.get("data_subtype", "").replace("test-dev", "test")      # test-dev asks about test2015's images
+    for number, path, root, data in question_files:
+        # test-dev asks about the images of test2015
+        subtype = data.get("data_subtype", "").replace("test-dev", "test")
         bases = folders(path, root, subtype)
         for k, raw in enumerate(data["questions"]):
             where = f"{path} questions[{k}]"
-            key, image_id = get(where, raw, "question_id", int), get(where, raw, "image_id", int)
-            if key in seen:
-                fail(f"{where}: question_id {key} occurs twice")
-            seen.add(key)
-            if "image" not in raw and not subtype:
-                fail(f"{where}: no key 'image', and the file has no 'data_subtype' to name COCO's image by")
-            image = raw.get("image") or f"COCO_{subtype}_{image_id:012d}.jpg"
-            yield n, where, {"image": ctx.here.first(under(bases, image)), "image_id": image_id, "question_id": key,
-                             "question": get(where, raw, "question", str), "answers": answers.get(key)}
-    ctx.count("without_answers", sum(key not in answers for key in seen))
-    ctx.count("answers_without_question", sum(key not in seen for key in answers))
+            question_id = get(where, raw, "question_id", int)
+            image_id = get(where, raw, "image_id", int)
+            if question_id in seen:
+                fail(f"{where}: question_id {question_id} occurs twice")
+            seen.add(question_id)
+
+            image = reading.find(bases, vqa_image(where, raw, image_id, subtype))
+            question = get(where, raw, "question", str)
+            yield number, where, {"image": image, "image_id": image_id, "question_id": question_id,
+                                  "question": question, "answers": answers.get(question_id)}
+
+    # what the two kinds of files have without each other
+    reading.count("without_answers", len(seen - answers.keys()))
+    reading.count("answers_without_question", len(answers.keys() - seen))
+
+
+def vqa_answers(path, data):
+    """An annotations file -> {question_id: list of answers}."""
+    answers = {}
+    for n, note in enumerate(data["annotations"]):
+        where = f"{path} annotations[{n}]"
+        given = get(where, note, "answers", list)
+        question_id = get(where, note, "question_id")
+        answers[question_id] = [get(where, answer, "answer", str) for answer in given]
+    return answers
 
 
 VE_LABELS = ["entailment", "neutral", "contradiction"]
 
 
-def read_ve(files, split, ctx):
-    """SNLI-VE: photo, hypothesis, entailment 0 / neutral 1 / contradiction 2.
-    Rows without a majority ('-') are left out."""
-    ctx.records.label_names = VE_LABELS
-    for n, (path, root) in enumerate(files):
+def read_ve(files, reading):
+    """SNLI-VE: a photo, a hypothesis, and a label that is a position in VE_LABELS.
+
+    Rows on which the annotators had no majority ('-') are left out and counted.
+    """
+    reading.set_label_names(files[0][0], VE_LABELS)
+    for number, (path, root) in enumerate(files):
         bases = folders(path, root)
         for where, raw in json_records(path):
+            # the annotators' majority
             label = get(where, raw, "gold_label", str)
             if label == "-":
-                ctx.count("without_majority_label")
+                reading.count("without_majority_label")
                 continue
             if label not in VE_LABELS:
                 fail(f"{where}: gold_label '{label}' is none of {', '.join(VE_LABELS)}, -")
-            photo = raw.get("Flickr30K_ID", raw.get("Flikr30kID"))              # both spellings were published
-            image = raw.get("image") or (f"{photo}.jpg" if photo else get(where, raw, "image"))
-            yield n, where, {"image": ctx.here.first(under(bases, image)), "caption": get(where, raw, "sentence2", str),
-                             "label": VE_LABELS.index(label), "pair_id": raw.get("pairID")}
+
+            # both spellings of the key were published
+            photo = raw.get("Flickr30K_ID", raw.get("Flikr30kID"))
+            name = raw.get("image")
+            if not name:
+                name = f"{photo}.jpg" if photo else get(where, raw, "image")
+            yield number, where, {"image": reading.find(bases, name),
+                                  "caption": get(where, raw, "sentence2", str),
+                                  "label": VE_LABELS.index(label), "pair_id": raw.get("pairID")}
 
 
-def read_nlvr2(files, split, ctx):
-    """NLVR2: identifier dev-A-B-C is sentence C about dev-A-B-img0.png (left) and -img1.png (right); label 1 = True."""
-    ctx.records.label_names = ["False", "True"]
-    for n, (path, root) in enumerate(files):
+def read_nlvr2(files, reading):
+    """NLVR2: is a sentence true of two pictures? label 1 = True.
+
+    Identifier dev-A-B-C is sentence C about dev-A-B-img0.png (left) and dev-A-B-img1.png (right).
+    """
+    reading.set_label_names(files[0][0], ["False", "True"])
+    for number, (path, root) in enumerate(files):
         for where, raw in json_records(path):
-            name = get(where, raw, "identifier", str)
-            kind = name.split("-")[0]                                       # train, dev, test1: also the folders' names
-            subfolders = [kind, os.path.join("images", kind), "images"]
-            if "directory" in raw:                                              # train/ has numbered folders
-                subfolders += [os.path.join(s, str(raw["directory"])) for s in (kind, os.path.join("images", kind))]
-            bases, label = folders(path, root, *subfolders), str(get(where, raw, "label"))
+            identifier = get(where, raw, "identifier", str)
+            label = str(get(where, raw, "label"))
             if label not in ("True", "False"):
                 fail(f"{where}: label '{label}' is neither True nor False")
-            stem = name.rpartition("-")[0]
-            left, right = raw.get("left_image") or stem + "-img0.png", raw.get("right_image") or stem + "-img1.png"
-            yield n, where, {"image": ctx.here.first(under(bases, left)), "image2": ctx.here.first(under(bases, right)),
-                             "caption": get(where, raw, "sentence", str), "label": int(label == "True"),
-                             "identifier": name}
+
+            # train, dev, test1 are also the names of folders; those of train are numbered inside
+            kind = identifier.split("-")[0]
+            subfolders = [kind, os.path.join("images", kind), "images"]
+            if "directory" in raw:
+                subfolders += [os.path.join(sub, str(raw["directory"])) for sub in subfolders[:2]]
+            bases = folders(path, root, *subfolders)
+
+            # the left picture, the right picture, and whether the sentence is true of them
+            stem = identifier.rpartition("-")[0]
+            left = raw.get("left_image") or stem + "-img0.png"
+            right = raw.get("right_image") or stem + "-img1.png"
+            yield number, where, {"image": reading.find(bases, left),
+                                  "image2": reading.find(bases, right),
+                                  "caption": get(where, raw, "sentence", str),
+                                  "label": int(label == "True"), "identifier": identifier}
 
 
-def sts_parts(path):
-    """Yields (csv file or SentEval folder, its split or None) under a path; folders of such folders are walked."""
-    if os.path.isfile(path):
-        yield path, None
-        return
-    if any(name.startswith("STS.input.") for name in os.listdir(path)):
-        yield path, "train" if os.path.normpath(path).endswith("train") else "test"
-    for name in sorted(os.listdir(path)):
-        table = re.fullmatch(r"sts-(train|dev|test)\.csv", name)
-        if table:
-            yield os.path.join(path, name), SPLIT_NAMES.get(table[1], table[1])
-        elif re.match(r"STS\d+-|stsbenchmark", name) and os.path.isdir(os.path.join(path, name)):
-            yield from sts_parts(os.path.join(path, name))
-
-
-def sts_rows(home):
-    """Yields (where, dataset, subset, score as text, s1, s2) of STS.input.X.txt + STS.gs.X.txt, or of STS-B's table."""
-    if os.path.isfile(home):                                                # genre, file, year, index, score, s1, s2
-        for where, line in lines_of(home):
-            cells = line.split("\t")
-            if len(cells) < 7:
-                fail(f"{where}: 7 columns between TABs expected (genre, file, year, index, score, s1, s2), "
-                     f"found {len(cells)}")
-            yield where, "STSB", cells[0], cells[4], cells[5], cells[6]
-        return
-    for name in sorted(f for f in os.listdir(home) if f.startswith("STS.input.")):
-        file = os.path.join(home, name)
-        pairs, gold = list(text_lines(file)), list(text_lines(os.path.join(home, name.replace(".input.", ".gs."))))
-        if len(pairs) != len(gold):                                             # an unscored row is an empty line in gs
-            fail(f"{file}: {len(pairs)} sentence pairs, but {len(gold)} scores in its .gs. file")
-        for n, (line, score) in enumerate(zip(pairs, gold), 1):
-            where, cells = f"{file} line {n}", line.split("\t")
-            if len(cells) < 2:
-                fail(f"{where}: 'sentence TAB sentence' expected")
-            dataset = os.path.basename(os.path.normpath(home)).split("-")[0]
-            yield where, dataset, name[len("STS.input."):-len(".txt")], score, cells[0], cells[1]
-
-
-def read_sts(files, split, ctx):
-    """Graded sentence pairs 0-5: s1, s2, score, dataset ("STS12", "STSB"), subset ("MSRpar").
-    Unscored rows are left out."""
-    for n, (path, _) in enumerate(files):
+def read_sts(files, reading):
+    """Pairs of sentences with a score of 0 to 5: s1, s2, score, dataset ("STS12", "STSB"), subset
+    ("MSRpar"). Rows without a score are left out and counted."""
+    for number, (path, _) in enumerate(files):
+        # the tables and folders under this path, of the split that is wanted
         parts = list(sts_parts(path))
         if not parts:
-            fail(f"{path}: no STS data in it (STS.input.*.txt with STS.gs.*.txt, or sts-{{train,dev,test}}.csv)")
+            fail(f"{path}: no STS data in it (STS.input.*.txt with STS.gs.*.txt, or "
+                 "sts-{train,dev,test}.csv)")
+
         for home, part in parts:
-            for where, dataset, subset, score, s1, s2 in sts_rows(home) if ctx.wants(part) else ():
+            if not reading.wants(part):
+                continue
+            for where, dataset, subset, score, s1, s2 in sts_rows(home):
                 if not score.strip():
-                    ctx.count("unscored")
+                    reading.count("unscored")
                     continue
+
+                # a number of 0 to 5
                 try:
                     value = float(score)
                 except ValueError:
                     fail(f"{where}: score '{score}' is not a number")
                 if not 0 <= value <= 5:
                     fail(f"{where}: score {value} is not in 0 to 5")
-                yield n, where, {"s1": s1, "s2": s2, "score": value, "dataset": dataset,
-                                 "subset": subset, "split": part}
+                yield number, where, {"s1": s1, "s2": s2, "score": value, "dataset": dataset,
+                                      "subset": subset, "split": part}
 
 
-def read_hashing(files, split, ctx):
-    """CSQ/HashNet lists: "path 0 1 0 ...", a multi-hot label vector per image; a folder holds train/database/test.txt.
-    Leading folders of the path (the authors' own disk) are left off until the file is found."""
+def sts_parts(path):
+    """Yields (csv file or SentEval folder, its split or None) for all that lies under a path."""
+    if os.path.isfile(path):
+        yield path, None
+        return
+
+    # a folder of SentEval: training data only by its name
+    names = sorted(os.listdir(path))
+    if any(name.startswith("STS.input.") for name in names):
+        train = os.path.normpath(path).endswith("train")
+        yield path, "train" if train else "test"
+
+    # STS-B's tables, and folders of such folders
+    for name in names:
+        table = re.fullmatch(r"sts-(train|dev|test)\.csv", name)
+        inside = os.path.join(path, name)
+        if table:
+            yield inside, SPLIT_NAMES.get(table[1], table[1])
+        elif re.match(r"STS\d+-|stsbenchmark", name) and os.path.isdir(inside):
+            yield from sts_parts(inside)
+
+
+def sts_rows(home):
+    """Yields (where, dataset, subset, score as text, s1, s2) of STS-B's table or of a SentEval
+    folder, in which STS.gs.X.txt holds the scores of STS.input.X.txt."""
+    # the table's columns: genre, file, year, index, score, s1, s2
+    if os.path.isfile(home):
+        for where, line in lines_of(home):
+            cells = line.split("\t")
+            if len(cells) < 7:
+                fail(f"{where}: 7 columns between TABs expected (genre, file, year, index, score, "
+                     f"s1, s2), found {len(cells)}")
+            yield where, "STSB", cells[0], cells[4], cells[5], cells[6]
+        return
+
+    # a folder's subsets, in the order of their names
+    dataset = os.path.basename(os.path.normpath(home)).split("-")[0]
+    for name in sorted(os.listdir(home)):
+        if not name.startswith("STS.input."):
+            continue
+        file = os.path.join(home, name)
+        subset = name[len("STS.input."):-len(".txt")]
+
+        # a pair without a score is an empty line among the scores
+        pairs = list(text_lines(file))
+        scores = list(text_lines(os.path.join(home, name.replace(".input.", ".gs."))))
+        if len(pairs) != len(scores):
+            fail(f"{file}: {len(pairs)} sentence pairs, but {len(scores)} scores in its .gs. file")
+        for n, (line, score) in enumerate(zip(pairs, scores), 1):
+            where, cells = f"{file} line {n}", line.split("\t")
+            if len(cells) < 2:
+                fail(f"{where}: 'sentence TAB sentence' expected")
+            yield where, dataset, subset, score, cells[0], cells[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Labels and clips
+
+def read_hashing(files, reading):
+    """The lists of CSQ and HashNet: "path 0 1 0 ...", one 0 or 1 for each label. A folder holds
+    train.txt, database.txt, test.txt.
+
+    Paths begin with folders of their authors' disk: these are left off until the file is found.
+    """
     width = None
-    for n, (path, root) in enumerate(files):
-        if os.path.isdir(path):
-            lists = sorted(f[:-4] for f in os.listdir(path) if f.endswith(".txt"))
-            if split is not None and split not in lists:
-                fail(f"{path}: no split '{split}' (it has: {', '.join(lists) or 'no .txt lists'})")
-            lists = [os.path.join(path, s + ".txt") for s in ([split] if split else lists)]
-        else:
-            lists = [path]
-        for file in lists:
+    for number, (path, root) in enumerate(files):
+        for file in hashing_lists(path, reading.split):
             bases = folders(file, root)
             for where, line in lines_of(file):
+                # as many labels as in the first line
                 name, *labels = line.split()
-                if not labels or any(v not in ("0", "1") for v in labels) or len(labels) != (width or len(labels)):
-                    fail(f"{where}: 'path 0 1 0 ...' with {width or 'some'} labels expected, found {len(labels)}")
-                width, parts = len(labels), name.split("/")
-                ctx.count("without_label", int("1" not in labels))
-                image = ctx.here.first([os.path.join(b, *parts[k:]) for k in range(len(parts)) for b in bases])
-                yield n, where, {"image": image, "labels": [int(v) for v in labels]}
+                known = bool(labels) and set(labels) <= {"0", "1"}
+                if not known or len(labels) != (width or len(labels)):
+                    fail(f"{where}: 'path 0 1 0 ...' with {width or 'some'} labels expected, "
+                         f"found {len(labels)}")
+                width = len(labels)
+                if "1" not in labels:
+                    reading.count("without_label")
+
+                # the whole path, and what is left without its first folder, its first two, ...
+                parts = name.split("/")
+                names = [os.path.join(*parts[k:]) for k in range(len(parts))]
+                yield number, where, {"image": reading.find(bases, *names),
+                                      "labels": [int(label) for label in labels]}
 
 
-def read_classes(files, split, ctx):
-    """ImageFolder: ROOT[/train|val|test]/CLASS/*.jpg. Label numbers are the sorted class names of all splits
-    together."""
-    for n, (path, _) in enumerate(files):
+def hashing_lists(path, split):
+    """The list files that `path` stands for."""
+    if not os.path.isdir(path):
+        return [path]
+    there = sorted(name[:-4] for name in os.listdir(path) if name.endswith(".txt"))
+    if split is not None and split not in there:
+        fail(f"{path}: no split '{split}' (it has: {', '.join(there) or 'no .txt lists'})")
+    wanted = [split] if split else there
+    return [os.path.join(path, name + ".txt") for name in wanted]
+
+
+def read_classes(files, reading):
+    """ImageFolder: ROOT[/train|val|test]/CLASS/*.jpg, at any depth under CLASS.
+
+    A label is the position of the class's name among the sorted names of all splits together.
+    """
+    for number, (path, _) in enumerate(files):
         if not os.path.isdir(path):
             fail(f"{path}: an ImageFolder is a directory")
-        def children(p):
-            return sorted(e.name for e in os.scandir(p) if e.is_dir())
-        splits = [s for s in children(path) if SPLIT_NAMES.get(s, s) in ("train", "val", "test")]
-        homes = [(s, os.path.join(path, s)) for s in splits] or [(None, path)]
-        names = sorted({c for _, home in homes for c in children(home)})
-        if not names:
-            fail(f"{path}: no class folders in it")
-        if ctx.records.label_names not in (None, names):
-            fail(f"{path}: its classes differ from those of the folder before it")
-        ctx.records.label_names = names
-        use = [h for h in homes if split is None or h[0] is None or SPLIT_NAMES.get(h[0], h[0]) == split]
-        if not use and split == "test":                                     # ImageNet's habit: val is what is reported
-            use = [h for h in homes if SPLIT_NAMES.get(h[0]) == "val" or h[0] == "val"]
-        if not use:
-            fail(f"{path}: no split '{split}' (it has: {', '.join(splits)})")
-        for _, home in use:
-            for name in children(home):
-                for folder, _, found in sorted(os.walk(os.path.join(home, name))):
-                    for file in sorted(f for f in found if f.lower().endswith(IMAGE_TYPES)):
-                        yield n, os.path.join(folder, file), {"image": os.path.join(folder, file), "class_name": name,
-                                                              "label": names.index(name)}
+        # the same labels for every split
+        homes, names = class_homes(path, reading.split)
+        reading.set_label_names(path, names)
+
+        # one record a picture
+        for home in homes:
+            for name in folder_names(home):
+                for image in pictures_in(os.path.join(home, name)):
+                    yield number, image, {"image": image, "class_name": name,
+                                          "label": names.index(name)}
 
 
-def read_clips(files, split, ctx):
-    """MSR-VTT: videodatainfo.json [+ the 1k-A csv] [+ a folder of VIDEO_ID.npy, (frames, D)]. Protocol "1k-A"
-    with the csv: test = its rows, one caption each, train = every other video (9k of the whole json);
-    else "full": the json's splits."""
+def class_homes(path, split):
+    """-> (the folders of an ImageFolder that hold the split's classes, all class names sorted)."""
+    # {folder of a split: our name of the split}, or no splits: the classes lie here
+    splits = {}
+    for name in folder_names(path):
+        if SPLIT_NAMES.get(name, name) in ("train", "val", "test"):
+            splits[os.path.join(path, name)] = SPLIT_NAMES.get(name, name)
+    homes = list(splits) or [path]
+    names = sorted({name for home in homes for name in folder_names(home)})
+    if not names:
+        fail(f"{path}: no class folders in it")
+
+    # without a folder test, val is what is reported (ImageNet)
+    if splits and split is not None:
+        no_test = split == "test" and "test" not in splits.values()
+        wanted = "val" if no_test else split
+        homes = [home for home, part in splits.items() if part == wanted]
+        if not homes:
+            there = ", ".join(os.path.basename(home) for home in splits)
+            fail(f"{path}: no split '{split}' (it has: {there})")
+    return homes, names
+
+
+def folder_names(path):
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+
+
+def pictures_in(path):
+    """Yields the paths of all image files under a folder, in order."""
+    for folder, _, files in sorted(os.walk(path)):
+        for name in sorted(files):
+            if name.lower().endswith(IMAGE_TYPES):
+                yield os.path.join(folder, name)
+
+
+def read_clips(files, reading):
+    """MSR-VTT: videodatainfo.json [+ the 1k-A csv] [+ a folder of VIDEO_ID.npy, (frames, D)].
+
+    With the csv the protocol is "1k-A": test is its rows, with one caption each, and train every
+    other video (9k of the whole json). Without it "full": the splits of the json.
+    """
+    # the kinds of files that were named
     jsons, table, home = [], None, None
-    for n, (path, root) in enumerate(files):
+    for number, (path, root) in enumerate(files):
         home = path if os.path.isdir(path) else home or root
         if path.endswith(".json"):
-            jsons.append((n, path, as_dict(read_json(path), path)))
+            jsons.append((number, path, as_dict(read_json(path), path)))
         elif path.endswith(".csv"):
-            lines = list(text_lines(path))
-            rows = list(csv.reader(lines, delimiter=";" if lines and ";" in lines[0] else ","))
-            if not rows or not {"video_id", "sentence"} <= set(rows[0]):
-                fail(f"{path} line 1: columns video_id and sentence expected")
-            table = n, path, [dict(zip(rows[0], r)) for r in rows[1:] if r]
-    ctx.records.protocol = "1k-A" if table else "full"
-    ids = {row["video_id"] for row in table[2]} if table else set()
+            table = number, path, clip_table(path)
+    reading.records.protocol = "1k-A" if table else "full"
+    tested = {row["video_id"] for row in table[2]} if table else set()
 
-    def clip(path, video, captions, part):
-        feature = os.path.join(home or os.path.join(os.path.dirname(path), "features"), f"{video}.npy")
-        return {"video_id": video, "feature": feature, "caption": captions, "split": part}
+    def clip(path, video_id, captions, part):
+        folder = home or os.path.join(os.path.dirname(path), "features")
+        return {"video_id": video_id, "feature": os.path.join(folder, f"{video_id}.npy"),
+                "caption": captions, "split": part}
 
-    for n, path, data in jsons:
-        captions = {}
-        for k, s in enumerate(get(path, data, "sentences", list)):
-            where = f"{path} sentences[{k}]"
-            captions.setdefault(get(where, s, "video_id"), []).append(get(where, s, "caption", str))
+    # the videos of the json; those of the csv come after them
+    for number, path, data in jsons:
+        captions = clip_captions(path, data)
         for k, video in enumerate(get(path, data, "videos", list)):
             where = f"{path} videos[{k}]"
-            key, part = get(where, video, "video_id", str), get(where, video, "split", str)
-            part = SPLIT_NAMES.get(part, part) if not table else "train"        # 9k: the rest of train, val and test
-            texts = [c.strip() for c in captions.get(key, ()) if c.strip()]
-            if key in ids:
+            video_id = get(where, video, "video_id", str)
+            part = get(where, video, "split", str)
+            if video_id in tested:
                 continue
-            if not texts:
-                ctx.count("no_caption_left")
+            if video_id not in captions:
+                reading.count("no_caption_left")
                 continue
-            yield n, where, clip(path, key, texts, part)
+            # beside the csv all of train, val and test is for training
+            part = "train" if table else SPLIT_NAMES.get(part, part)
+            yield number, where, clip(path, video_id, captions[video_id], part)
+
+    # the test of 1k-A
     if table:
-        for k, row in enumerate(table[2], 2):
-            yield table[0], f"{table[1]} line {k}", clip(table[1], row["video_id"], [row["sentence"].strip()], "test")
+        number, path, rows = table
+        for line, row in enumerate(rows, 2):
+            caption = row["sentence"].strip()
+            yield number, f"{path} line {line}", clip(path, row["video_id"], [caption], "test")
 
 
-VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-               "pottedplant sheep sofa train tvmonitor").split()
+def clip_captions(path, data):
+    """The sentences of a videodatainfo.json -> {video id: its captions that are not empty}."""
+    captions = {}
+    for n, sentence in enumerate(get(path, data, "sentences", list)):
+        where = f"{path} sentences[{n}]"
+        video_id = get(where, sentence, "video_id")
+        caption = get(where, sentence, "caption", str).strip()
+        if caption:
+            captions.setdefault(video_id, []).append(caption)
+    return captions
 
 
-def read_detection(files, split, ctx):
-    """Objects of each picture, from COCO's instances json or from VOC, by torchvision's readers: boxes (xyxy pixels),
-    labels (place in label_names), crowd, difficult (0/1 each), height, width, and of COCO area and segmentation
-    (polygons or RLE, as published)."""
-    for n, (path, root) in enumerate(files):
-        for where, record in (detection_voc(path, split, ctx) if os.path.isdir(path)
-                              else detection_coco(path, root, ctx)):
-            flat = [i for i, (x0, y0, x1, y1) in enumerate(record["boxes"]) if x1 <= x0 or y1 <= y0]
-            ctx.count("boxes_without_area", len(flat))
-            for key in [k for k, v in record.items() if isinstance(v, list)]:
-                record[key] = [v for i, v in enumerate(record[key]) if i not in flat]
-            yield n, where, record
+def clip_table(path):
+    """The rows of the 1k-A csv, with commas or semicolons -> list of dicts."""
+    lines = list(text_lines(path))
+    delimiter = ";" if lines and ";" in lines[0] else ","
+    rows = list(csv.reader(lines, delimiter=delimiter))
+    if not rows or not {"video_id", "sentence"} <= set(rows[0]):
+        fail(f"{path} line 1: columns video_id and sentence expected")
+    return [dict(zip(rows[0], row)) for row in rows[1:] if row]
 
 
-def detection_names(path, names, ctx):
-    if ctx.records.label_names not in (None, names):
-        fail(f"{path}: its classes differ from those of the files before it")
-    ctx.records.label_names = names
+# --------------------------------------------------------------------------------------------------
+# Detection
+
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+               "motorbike person pottedplant sheep sofa train tvmonitor").split()
 
 
-def detection_coco(path, root, ctx):
+def read_detection(files, reading):
+    """The objects of each picture, from COCO's instances json or from VOC.
+
+    boxes: xyxy in pixels; labels: positions in label_names; crowd, difficult: 0 or 1 each; height
+    and width of the picture; of COCO also area and segmentation (polygons or run lengths, as
+    published). Boxes without area are left out and counted.
+    """
+    for number, (path, root) in enumerate(files):
+        if os.path.isdir(path):
+            found = detection_voc(path, reading)
+        else:
+            found = detection_coco(path, root, reading)
+        # all lists of a record have an entry for each object
+        for where, record in found:
+            valid = [x0 < x1 and y0 < y1 for x0, y0, x1, y1 in record["boxes"]]
+            reading.count("boxes_without_area", valid.count(False))
+            for key, value in record.items():
+                if isinstance(value, list):
+                    record[key] = list(itertools.compress(value, valid))
+            yield number, where, record
+
+
+def detection_coco(path, root, reading):
+    """Yields (where, record) of COCO's instances, by image id."""
     if not path.endswith(".json") or sniff(path)[0] != "instances":
         fail(f"{path}: detection reads COCO's instances json or a VOCdevkit folder")
+    # a label is the position of its category by id
     data = read_json(path)
     categories = sorted(get(path, data, "categories", list), key=lambda c: c["id"])
-    detection_names(path, [c["name"] for c in categories], ctx)
-    place = {c["id"]: n for n, c in enumerate(categories)}
-    bases = folders(path, root, os.path.splitext(os.path.basename(path))[0].split("_")[-1])
+    reading.set_label_names(path, [category["name"] for category in categories])
+    label_of = {category["id"]: n for n, category in enumerate(categories)}
 
     # the annotations of each image, in the file's order
     of_image = {}
-    for n, ann in enumerate(get(path, data, "annotations", list)):
+    for n, note in enumerate(get(path, data, "annotations", list)):
         where = f"{path} annotations[{n}]"
-        if ann.get("category_id") not in place or len(ann.get("bbox", ())) != 4:
+        if note.get("category_id") not in label_of or len(note.get("bbox", ())) != 4:
             fail(f"{where}: no known category_id, or no bbox of four numbers")
-        of_image.setdefault(get(where, ann, "image_id"), []).append(ann)
+        of_image.setdefault(get(where, note, "image_id"), []).append(note)
 
     # an image without annotations is a record without objects
-    images = {get(f"{path} images[{n}]", image, "id"): image for n, image in enumerate(data["images"])}
-    for key in sorted(images):
-        where, raw, notes = f"{path} image {key}", images[key], of_image.get(key, [])
-        yield where, {"image": ctx.here.first(under(bases, get(where, raw, "file_name", str))), "image_id": key,
-                      "height": get(where, raw, "height", int), "width": get(where, raw, "width", int),
-                      "boxes": [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in notes)],
-                      "labels": [place[a["category_id"]] for a in notes],
-                      "crowd": [int(a.get("iscrowd", 0)) for a in notes],
-                      "difficult": [0] * len(notes), "area": [a.get("area") for a in notes],
-                      "segmentation": [a.get("segmentation") for a in notes]}
+    images = {}
+    for n, image in enumerate(data["images"]):
+        images[get(f"{path} images[{n}]", image, "id")] = image
+    bases = folders(path, root, os.path.splitext(os.path.basename(path))[0].split("_")[-1])
+    for image_id in sorted(images):
+        where, image = f"{path} image {image_id}", images[image_id]
+        name = get(where, image, "file_name", str)
+        record = {"image": reading.find(bases, name), "image_id": image_id,
+                  "height": get(where, image, "height", int),
+                  "width": get(where, image, "width", int),
+                  "boxes": [], "labels": [], "crowd": [], "difficult": [], "area": [],
+                  "segmentation": []}
+        for note in of_image.get(image_id, ()):
+            x, y, w, h = note["bbox"]
+            record["boxes"].append([x, y, x + w, y + h])
+            record["labels"].append(label_of[note["category_id"]])
+            record["crowd"].append(int(note.get("iscrowd", 0)))
+            record["difficult"].append(0)
+            record["area"].append(note.get("area"))
+            record["segmentation"].append(note.get("segmentation"))
+        yield where, record
 
 
-def detection_voc(path, split, ctx):
-    """VOC as published: train = trainval of 2007 and 2012 (those that are there), val = their val, test = 2007's test.
-    XML counts pixels from 1, corners included: the box is [xmin - 1, ymin - 1, xmax, ymax]."""
+def detection_voc(path, reading):
+    """Yields (where, record) of VOC as published, read by torchvision.
+
+    train is the trainval of 2007 and 2012 (those that are there), val their val, test 2007's test.
+    """
     from torchvision.datasets import VOCDetection
-    home = os.path.dirname(os.path.normpath(path)) if os.path.basename(os.path.normpath(path)) == "VOCdevkit" else path
-    part = {"train": "trainval"}.get(split, split)
-    years = [y for y in (("2007",) if part == "test" else ("2007", "2012"))
-             if os.path.isfile(os.path.join(home, "VOCdevkit", f"VOC{y}", "ImageSets", "Main", f"{part}.txt"))]
+
+    # torchvision wants the folder in which VOCdevkit lies
+    home = os.path.normpath(path)
+    home = os.path.dirname(home) if os.path.basename(home) == "VOCdevkit" else path
+
+    # the years that have this split
+    part = "trainval" if reading.split == "train" else reading.split
+    years = []
+    for year in ("2007",) if part == "test" else ("2007", "2012"):
+        lists = os.path.join(home, "VOCdevkit", f"VOC{year}", "ImageSets", "Main")
+        if os.path.isfile(os.path.join(lists, f"{part}.txt")):
+            years.append(year)
     if not years:
         fail(f"{path}: no VOCdevkit/VOC2007/ImageSets/Main/{part}.txt in it")
-    detection_names(path, VOC_CLASSES, ctx)
+
+    # one record an annotation file
+    reading.set_label_names(path, VOC_CLASSES)
     for year in years:
         found = VOCDetection(home, year, part)
         for image, file in zip(found.images, found.annotations):
             try:
-                raw = found.parse_voc_xml(ElementTree.parse(file).getroot())["annotation"]
-                things, size = raw.get("object", []), raw["size"]
-                record = {"image": image, "height": int(size["height"]), "width": int(size["width"]),
-                          "boxes": [[float(o["bndbox"][k]) - k.endswith("min")
-                                     for k in ("xmin", "ymin", "xmax", "ymax")] for o in things],
-                          "labels": [VOC_CLASSES.index(o["name"]) for o in things], "crowd": [0] * len(things),
-                          "difficult": [int(o.get("difficult", 0)) for o in things]}
+                notes = found.parse_voc_xml(ElementTree.parse(file).getroot())["annotation"]
+                record = voc_record(image, notes)
             except (ElementTree.ParseError, OSError, KeyError, ValueError) as e:
                 fail(f"{file}: not a VOC annotation ({type(e).__name__}: {e})")
             yield file, record
 
 
-def rle_counts(text):
-    """COCO's compressed run lengths, a str or bytes -> list of int.
+def voc_record(image, notes):
+    """A picture's VOC annotation (a dict of its XML) -> record. KeyError or ValueError if
+    something is missing.
 
-    Each number stands in characters of 6 bits over "0": 5 bits of it, the lowest first, and one that says
-    whether more follow. From the third on it is the difference to the number two places before.
+    VOC counts pixels from 1, corners included: the box is [xmin - 1, ymin - 1, xmax, ymax].
+    """
+    record = {"image": image, "height": int(notes["size"]["height"]),
+              "width": int(notes["size"]["width"]),
+              "boxes": [], "labels": [], "crowd": [], "difficult": []}
+    for thing in notes.get("object", []):
+        box = thing["bndbox"]
+        record["boxes"].append([float(box["xmin"]) - 1, float(box["ymin"]) - 1,
+                                float(box["xmax"]), float(box["ymax"])])
+        record["labels"].append(VOC_CLASSES.index(thing["name"]))
+        record["crowd"].append(0)
+        record["difficult"].append(int(thing.get("difficult", 0)))
+    return record
+
+
+# --------------------------------------------------------------------------------------------------
+# Masks of objects, as COCO writes them
+
+def rle_counts(text):
+    """COCO's compressed run lengths, str or bytes -> list of int.
+
+    Each number is written in characters of 6 bits over "0": 5 bits of it, the lowest first, and
+    one that says whether more follow. From the third number on it is the difference to the number
+    two before it.
     """
     counts, number, shift = [], 0, 0
     for char in text.encode() if isinstance(text, str) else text:
+        # five more bits of the number
         bits = char - 48
         number |= (bits & 31) << shift
         shift += 5
-        if not bits & 32:                                                       # the number's last character
-            number -= (1 << shift) * (bits >> 4 & 1)                            # its highest bit is the sign
-            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+
+        # the last character of a number: its highest bit is the sign
+        if not bits & 32:
+            number -= (1 << shift) * (bits >> 4 & 1)
+            if len(counts) > 2:
+                number += counts[-2]
+            counts.append(number)
             number, shift = 0, 0
     return counts
 
 
 def polygon_mask(polygon, height, width):
-    """[x0, y0, x1, y1, ...] in pixels -> (height, width) bool, the pixels that COCO's own tool fills.
+    """[x0, y0, x1, y1, ...] in pixels -> (height, width) bool: the pixels that COCO's tool fills.
 
-    Its rule: walk the outline on a grid five times finer; wherever it passes into another column of pixels,
-    note the row of that crossing; a pixel is inside if an odd number of crossings lies above it or in columns
-    before its own.
+    Its rule: walk the outline on a grid five times finer. Wherever the walk passes into another
+    column of pixels, note the row of the crossing. A pixel is inside if an odd number of crossings
+    lies above it or in the columns before its own.
     """
+    # the outline, side by side, on the fine grid
     points = (5 * np.asarray(polygon, float).reshape(-1, 2) + 0.5).astype(int)
-    columns, rows = [], []
-    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0)):
-        # a step along the longer side, always counted from its smaller end, as rounding depends on it
-        steps = max(abs(x1 - x0), abs(y1 - y0))
-        along = np.arange(steps + 1)
-        flat = abs(x1 - x0) >= abs(y1 - y0)
-        back = x0 > x1 if flat else y0 > y1
-        if back:
-            x0, y0, x1, y1 = x1, y1, x0, y0
-        slope = ((y1 - y0) if flat else (x1 - x0)) / max(steps, 1)
-        across = ((y0 if flat else x0) + slope * along + 0.5).astype(int)
-        line = (x0 + along, across) if flat else (across, y0 + along)
-        columns.append(line[0][::-1] if back else line[0])
-        rows.append(line[1][::-1] if back else line[1])
-    x, y = np.concatenate(columns), np.concatenate(rows)
+    sides = [side_points(a, b) for a, b in zip(points, np.roll(points, -1, 0))]
+    x, y = np.concatenate(sides, axis=1)
 
-    # crossings, back in whole pixels: of a column's five fine places the third is its middle
+    # crossings, back in whole pixels: of a column's five fine positions the third is its middle
     crossed = np.flatnonzero(x[1:] != x[:-1])
-    column = (np.where(x[crossed + 1] < x[crossed], x[crossed + 1], x[crossed + 1] - 1) + 0.5) / 5 - 0.5
-    row = np.ceil(((np.minimum(y[crossed], y[crossed + 1]) + 0.5) / 5 - 0.5).clip(0, height)).astype(int)
+    before, behind = x[crossed], x[crossed + 1]
+    column = (np.where(behind < before, behind, behind - 1) + 0.5) / 5 - 0.5
+    row = (np.minimum(y[crossed], y[crossed + 1]) + 0.5) / 5 - 0.5
+    row = np.ceil(row.clip(0, height)).astype(int)
+
+    # count them down the columns, one column after the other
     valid = (np.floor(column) == column) & (column >= 0) & (column <= width - 1)
-    places = column[valid].astype(int) * height + row[valid]
-    crossings = np.bincount(places, minlength=height * width + 1)[:height * width].cumsum()
+    positions = (column.astype(int) * height + row)[valid]
+    crossings = np.bincount(positions, minlength=height * width + 1)[:height * width].cumsum()
     return (crossings % 2 == 1).reshape(width, height).T
 
 
+def side_points(start, end):
+    """The points on a polygon's side, both ends included: (2, n) ints, x and y.
+
+    One point for each step along the longer direction. They are always computed from the smaller
+    end, because rounding depends on it, and returned in the order of the walk.
+    """
+    longer = 0 if abs(end[0] - start[0]) >= abs(end[1] - start[1]) else 1
+    backwards = start[longer] > end[longer]
+    if backwards:
+        start, end = end, start
+
+    # along the longer direction in steps of 1, along the other one by the slope
+    steps = end[longer] - start[longer]
+    along = np.arange(steps + 1)
+    slope = (end[1 - longer] - start[1 - longer]) / max(steps, 1)
+    points = np.empty((2, steps + 1), int)
+    points[longer] = start[longer] + along
+    points[1 - longer] = (start[1 - longer] + slope * along + 0.5).astype(int)
+    return points[:, ::-1] if backwards else points
+
+
 def decode_mask(segmentation, height, width, where=""):
-    """One object of COCO's annotations -> (height, width) bool. Polygons are united; run lengths (a list of
-    counts, or its compressed text) go down the columns and begin with a run outside the object."""
+    """One object of COCO's annotations -> (height, width) bool.
+
+    Polygons are united. Run lengths (a list of counts, or its compressed text) go down the columns
+    and begin with a run outside the object. Errors: a DataError that begins with `where`.
+    """
     try:
         if isinstance(segmentation, list):
-            masks = [polygon_mask(polygon, height, width) for polygon in segmentation]
-            return np.logical_or.reduce(masks) if masks else np.zeros((height, width), bool)
+            mask = np.zeros((height, width), bool)
+            for polygon in segmentation:
+                mask |= polygon_mask(polygon, height, width)
+            return mask
+
+        # runs outside and inside take turns
         counts = segmentation["counts"]
-        counts = counts if isinstance(counts, list) else rle_counts(counts)
-        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+        if not isinstance(counts, list):
+            counts = rle_counts(counts)
+        inside = np.arange(len(counts)) % 2 == 1
+        return np.repeat(inside, counts).reshape(width, height).T
     except (ValueError, TypeError, KeyError) as e:
         fail(f"{where}: not COCO's polygons or run lengths of a {width}x{height} picture ({e})")
 
@@ -853,241 +1316,429 @@ def decode_mask(segmentation, height, width, where=""):
 def encode_mask(mask):
     """(height, width) bool -> COCO's uncompressed run lengths {size, counts}."""
     flat = np.asarray(mask, bool).T.reshape(-1)
-    ends = np.flatnonzero(np.diff(flat, prepend=False, append=~flat[-1:]))      # where each run ends
-    return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
+    run_ends = np.flatnonzero(np.diff(flat, prepend=False, append=~flat[-1:]))
+    return {"size": list(mask.shape), "counts": np.diff(run_ends, prepend=0).tolist()}
 
 
-SOURCES = {"pairs": read_pairs, "vqa": read_vqa, "ve": read_ve, "nlvr2": read_nlvr2, "sts": read_sts,
-           "hashing": read_hashing, "classes": read_classes, "clips": read_clips, "detection": read_detection}
-SHAPES = {"pairs": "pairs_{}.jsonl", "vqa": "vqa_{}_questions.json,vqa_{}_annotations.json", "ve": "ve_{}.jsonl",
-          "nlvr2": "nlvr2_{}.jsonl", "sts": "sts_{}.csv", "hashing": "hashing/{}.txt", "classes": "classes",
-          "clips": "clips/videodatainfo.json", "detection": "instances_{}.json"}     # the built-in world's files
+# --------------------------------------------------------------------------------------------------
+# Opening a source
+
+SOURCES = {"pairs": read_pairs, "vqa": read_vqa, "ve": read_ve, "nlvr2": read_nlvr2,
+           "sts": read_sts, "hashing": read_hashing, "classes": read_classes,
+           "clips": read_clips, "detection": read_detection}
+
+# The built-in world's files of each source.
+SHAPES = {"pairs": "pairs_{}.jsonl", "vqa": "vqa_{}_questions.json,vqa_{}_annotations.json",
+          "ve": "ve_{}.jsonl", "nlvr2": "nlvr2_{}.jsonl", "sts": "sts_{}.csv",
+          "hashing": "hashing/{}.txt", "classes": "classes", "clips": "clips/videodatainfo.json",
+          "detection": "instances_{}.json"}
 
 
-def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(), missing="drop"):
-    """Reads `spec` ("shapes", or files/folders separated by commas) as `source` -> Records.
+def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(),
+                missing="drop"):
+    """Reads `spec` ("shapes", or files and folders separated by commas) as `source` -> Records.
 
-    split: "train", "val", "test" (hashing: "database" too), or None for everything.
-    Files without splits give all they have.
+    split: "train", "val", "test" (hashing: "database" too), or None for everything. Files without
+    splits give all they have.
     image_root: a folder, or one per item of spec separated by commas.
-    limit: that many records, chosen by `seed`, in file order.
-    need: record keys the views require (see `needs`).
-    missing: records of absent files are left out ("drop") or kept ("keep").
-    Errors: DataError naming file, line and key."""
+    limit: at most so many records, chosen by `seed`, in file order.
+    need: the record keys that the views require (see `needs`).
+    missing: "drop" leaves out records whose files do not exist, "keep" keeps them.
+    Errors: DataError that names file, line and key.
+    """
+    # the files, and the folder of each one's images
     if source not in SOURCES:
         fail(f"no source '{source}' (there are: {', '.join(SOURCES)})")
     if spec == "shapes":
-        from tools import shapes                            # only here: real data needs no drawing code
-        world = str(shapes.ensure())
-        image_root = os.path.join(world, "clips", "features") if source == "clips" else world
-        names = [f.format(s) for s in ([split] if split else ("train", "val", "database", "test")) for f in
-                 SHAPES[source].split(",")]
-        spec = ",".join(dict.fromkeys(p for p in (os.path.join(world, f) for f in names) if os.path.exists(p)))
-        if not spec:
-            fail(f"shapes has no split '{split}' for {source}")
+        spec, image_root = world_files(source, split)
     paths = expand(spec)
-    roots = ([r.strip() for r in image_root.split(",")]
-             if image_root and not os.path.exists(image_root) else [image_root])
-    for root in filter(None, roots):
-        if not os.path.isdir(root):
-            fail(f"--image_root {root}: no such directory")
-    if len(roots) not in (1, len(paths)):
-        fail(f"--image_root names {len(roots)} folders for {len(paths)} items of --data: give one, or one for each")
+    roots = image_roots(image_root, paths)
     records = Records(source, split, roots[0] or os.path.dirname(paths[0]))
-    ctx, notes = Reading(records), records.notes
-    ids, seen, first_gone = ImageIds(), set(), None
-    for n, where, record in SOURCES[source](list(zip(paths, roots * len(paths) if len(roots) == 1 else roots)),
-                                            split, ctx):
-        if not ctx.wants(record.pop("split", None)):
+
+    # read them: records of other splits and of missing files are left out
+    reading, ids, captions_seen = Reading(records), ImageIds(), set()
+    first_gone = None
+    for number, where, record in SOURCES[source](list(zip(paths, roots)), reading):
+        if not reading.wants(record.pop("split", None)):
             continue
-        for key in need:
-            if record.get(key) is None:                     # an empty list is an answer: a photo without any tag
-                fail(f"{where}: no key '{key}' (it has: {', '.join(k for k in record if record[k] is not None)})")
-        gone = [record[k] for k in ("image", "image2", "feature") if isinstance(record.get(k), str)
-                and record[k] not in ctx.here]
+        check_keys(where, record, need)
+
+        gone = reading.missing_file(record)
         if gone:
-            ctx.count("missing")
-            first_gone = first_gone or (where, gone[0])
+            reading.count("missing")
+            first_gone = first_gone or (where, gone)
             if missing == "drop":
                 continue
-        record["image_id"] = ids(n, where, record, len(records))
+
+        record["image_id"] = ids(number, where, record, len(records))
         if source == "pairs":
-            fresh = {hash((record["image"], c)) for c in record.get("caption", ())}
-            ctx.count("duplicates", len(record.get("caption", ())) - len(fresh - seen))
-            seen |= fresh
-            ctx.count("with_paraphrase", int(bool(record.get("paraphrase"))))
-            ctx.count("with_tags", int(bool(record.get("tags"))))
-            ctx.count("without_caption", int("caption" not in record))
+            count_pair(record, captions_seen, reading)
         records.append(record)
-    records.splits = sorted(ctx.splits, key=lambda s: (s != "train", s == "test", s))
+
+    # report what was found: splits in the order train, val, test, and counts that are not 0
+    records.splits = sorted(reading.splits, key=lambda s: (s != "train", s == "test", s))
     if source == "pairs":
-        notes["repeated_images"] = ids.repeats
-    for key in [k for k, v in notes.items() if not v]:
-        del notes[key]
-    if first_gone and missing == "drop":
-        if not len(records):
-            fail(f"{first_gone[0]}: none of the {notes['missing']} image files is there, first {first_gone[1]} "
-                 "(is --image_root right?)")
-        if os.environ.get("RANK", "0") == "0":              # every rank reads the same files: said once
-            say(f"{spec}: {notes['missing']} of {notes['missing'] + len(records)} records left out, "
-                f"their files are missing (first: {first_gone[1]}, {first_gone[0]})")
-    if not len(records):
-        if ctx.splits:
-            fail(f"{spec}: no split '{split}' (it has: {', '.join(sorted(ctx.splits))})")
-        fail(f"{spec}: no records in it" + (f" ({notes})" if notes else ""))
+        reading.count("repeated_images", ids.repeats)
+    records.notes = {note: count for note, count in records.notes.items() if count}
+    report_missing(records, spec, first_gone if missing == "drop" else None)
+
+    # a random choice, in the files' order
     if limit and limit < len(records):
-        records = records.subset(sorted(random.Random(seed).sample(range(len(records)), limit)))
+        chosen = random.Random(seed).sample(range(len(records)), limit)
+        records = records.subset(sorted(chosen))
     return records
 
 
+def world_files(source, split):
+    """The built-in world's files of a source and split -> (spec, image_root)."""
+    from tools import shapes                        # only here: real data needs no drawing code
+
+    # of every split that has such a file
+    world = str(shapes.ensure())
+    splits = [split] if split else ["train", "val", "database", "test"]
+    paths = []
+    for part in splits:
+        for name in SHAPES[source].split(","):
+            path = os.path.join(world, name.format(part))
+            if os.path.exists(path) and path not in paths:
+                paths.append(path)
+    if not paths:
+        fail(f"shapes has no split '{split}' for {source}")
+    image_root = os.path.join(world, "clips", "features") if source == "clips" else world
+    return ",".join(paths), image_root
+
+
+def image_roots(image_root, paths):
+    """--image_root -> list of one folder (or None) for each path of --data."""
+    # one folder, whose name may hold a comma, or several
+    roots = [image_root]
+    if image_root and not os.path.exists(image_root):
+        roots = [root.strip() for root in image_root.split(",")]
+    for root in roots:
+        if root and not os.path.isdir(root):
+            fail(f"--image_root {root}: no such directory")
+    if len(roots) not in (1, len(paths)):
+        fail(f"--image_root names {len(roots)} folders for {len(paths)} items of --data: give one, "
+             "or one for each")
+    return roots * len(paths) if len(roots) == 1 else roots
+
+
+def check_keys(where, record, need):
+    """Errors: a key of `need` that the record lacks. An empty list is there: a photo without
+    any tag."""
+    for key in need:
+        if record.get(key) is None:
+            there = ", ".join(k for k, value in record.items() if value is not None)
+            fail(f"{where}: no key '{key}' (it has: {there})")
+
+
+def count_pair(record, seen, reading):
+    """Notes what a record of pairs has. seen: hashes of (image, caption), which grows."""
+    captions = record.get("caption", ())
+    new = {hash((record["image"], caption)) for caption in captions} - seen
+    seen |= new
+    reading.count("duplicates", len(captions) - len(new))
+    reading.count("with_paraphrase", int(bool(record.get("paraphrase"))))
+    reading.count("with_tags", int(bool(record.get("tags"))))
+    reading.count("without_caption", int("caption" not in record))
+
+
+def report_missing(records, spec, first_gone):
+    """Says how many records were left out. Errors: there are none left.
+
+    first_gone: (where, path) of the first missing file, None if none was missing or all are kept.
+    """
+    # some files were missing, or all of them
+    missing = records.notes.get("missing", 0)
+    if first_gone:
+        where, path = first_gone
+        if not len(records):
+            fail(f"{where}: none of the {missing} image files is there, first {path} "
+                 "(is --image_root right?)")
+        if ranks()[0] == 0:                         # every process reads the same files
+            say(f"{spec}: {missing} of {missing + len(records)} records left out, "
+                f"their files are missing (first: {path}, {where})")
+
+    # nothing was there, or nothing of this split
+    if not len(records):
+        if records.splits:
+            there = ", ".join(sorted(records.splits))
+            fail(f"{spec}: no split '{records.split}' (it has: {there})")
+        notes = f" ({records.notes})" if records.notes else ""
+        fail(f"{spec}: no records in it{notes}")
+
+
 class ImageIds:
-    """image_id of each record: the file's own int, offset so that files never collide; else a dense int per distinct
-    picture. A picture met before (same path) keeps its id, whatever the record says: an image is never its own
-    negative."""
+    """Gives each record its image_id.
+
+    That is the file's own number, offset so that the ids of two files never collide, or else the
+    next number for each new picture. A picture met before (the same location) keeps its id,
+    whatever the record says: an image is never its own negative.
+    """
 
     def __init__(self):
-        self.by_path, self.by_name, self.repeats = {}, {}, 0
-        self.file, self.own, self.offset, self.next = None, None, 0, 0
+        self.by_location = {}
+        self.repeats = 0            # records whose picture was met before
+        self.next = 0               # larger than all ids given so far
 
-    def __call__(self, n, where, record, index):
-        path, own = record.get("image") or record.get("feature") or index, record.get("image_id")
-        if n != self.file:
-            self.file, self.own, self.offset, self.by_name = n, isinstance(own, int), self.next, {}
-        if isinstance(own, int) != self.own or (self.own and own < 0):
-            fail(f"{where}: key 'image_id' is {own!r}: a number >= 0 in every record of a file, or in none")
-        if path in self.by_path:
+        # of the file that is read now
+        self.file = None
+        self.numbered = None        # do its records carry numbers?
+        self.offset = 0
+        self.by_name = {}           # ids of records that carry names instead of numbers
+
+    def __call__(self, file, where, record, index):
+        """The id of a record from file number `file`; index: its place among the Records."""
+        # text alone (sts) has no location: its place is its own
+        location = record.get("image") or record.get("feature") or index
+        own = record.get("image_id")
+        is_number = isinstance(own, int)
+
+        # a new file begins behind all ids given so far
+        if file != self.file:
+            self.file, self.numbered = file, is_number
+            self.offset, self.by_name = self.next, {}
+        if is_number != self.numbered or (is_number and own < 0):
+            fail(f"{where}: key 'image_id' is {own!r}: a number >= 0 in every record of a file, "
+                 "or in none")
+
+        # met before
+        if location in self.by_location:
             self.repeats += 1
-            return self.by_path[path]
-        if self.own:
+            return self.by_location[location]
+
+        # the file's number, the number of its name, or the next one
+        if is_number:
             number = self.offset + own
-        elif own is not None:                                                   # names instead of numbers
+        elif own is not None:
             number = self.by_name.setdefault(own, self.next)
         else:
             number = self.next
         self.next = max(self.next, number + 1)
-        self.by_path[path] = number
+        self.by_location[location] = number
         return number
 
 
+# --------------------------------------------------------------------------------------------------
+# What a model must know of the data
+
 def answer_list(records, n=3192):
-    """The n most frequent normalised answers of VQA records (each annotator counts once; ties by alphabet) -> list
-    of str. The paper's list has 3,192 answers and no published rule."""
-    counts = Counter(normalize_answer(a) for r in records for a in r["answers"] or ())
-    return sorted((a for a in counts if a), key=lambda a: (-counts[a], a))[:n]
+    """The n most frequent normalised answers of VQA records -> list of str.
+
+    Each annotator counts once; ties go by the alphabet. The paper's list has 3,192 answers; its
+    rule is not published.
+    """
+    counts = Counter()
+    for record in records:
+        counts.update(normalize_answer(answer) for answer in record["answers"] or ())
+    del counts[""]
+    return most_frequent(counts, n)
+
+
+def tag_list(records, n=None):
+    """The n most frequent tags -> list of str, ties by the alphabet: the vocabulary of the "tags"
+    view."""
+    counts = Counter()
+    for record in records:
+        counts.update(record.get("tags") or ())
+    return most_frequent(counts, n)
+
+
+def most_frequent(counts, n):
+    return sorted(counts, key=lambda word: (-counts[word], word))[:n]
 
 
 def caption_tags(records, path):
-    """Records whose tags are the words of their captions that stand in a word list (a text file, one word a line),
-    in place of their own. A word counts as it stands, lower-cased: list plurals too. Errors: DataError where the file
-    or its words are missing."""
+    """Records whose tags are those words of their captions that stand in a word list, in place of
+    their own tags.
+
+    path: a text file with one word a line. A word counts as it is written, lower-cased: list
+    plurals too. Errors: DataError if the file or its words are missing.
+    """
     words = {line.strip().lower() for line in text_lines(path)} - {""}
     if not words:
         fail(f"{path}: no word in it")
+
+    # records without one of the words stay, with no tags
     out = records.subset(())
+    tagged = 0
     for record in records:
         spoken = re.findall(r"[^\W\d_]+", " ".join(record.get("caption") or ()).lower())
-        out.append(record | {"tags": sorted(words.intersection(spoken))})
-    out.notes["with_tags"] = sum(bool(record["tags"]) for record in out)
+        tags = sorted(words.intersection(spoken))
+        out.append(record | {"tags": tags})
+        tagged += bool(tags)
+    out.notes["with_tags"] = tagged
     out.notes["nouns_listed"] = len(words)
     return out
 
 
-def tag_list(records, n=None):
-    """The n most frequent tags (ties by alphabet) -> list of str: the vocabulary of the "tags" view."""
-    counts = Counter(t for r in records for t in r.get("tags") or ())
-    return sorted(counts, key=lambda t: (-counts[t], t))[:n]
+def tag_width(records):
+    """The largest number of tags that a record has, at least 1."""
+    return max([1] + [len(record.get("tags") or ()) for record in records])
+
+
+def region_stats(records, answers, tags):
+    regions = records.regions
+    return {"region_dim": regions.dim, "region_classes": regions.classes,
+            "global_dim": regions.global_dim, "regions": regions.about}
+
+
+def tag_stats(records, answers, tags):
+    names = tag_list(records, tags)
+    return {"tags": names, "num_labels": len(names), "tag_width": tag_width(records)}
+
+
+def detection_stats(records, answers, tags):
+    return {"num_labels": len(records.label_names), "label_names": records.label_names}
+
+
+def answer_stats(records, answers, tags):
+    return {"answers": answer_list(records, answers)}
+
+
+def hashing_stats(records, answers, tags):
+    return {"num_labels": len(records[0]["labels"])}
+
+
+def clip_stats(records, answers, tags):
+    return {"frame_width": read_frames(records[0]["feature"]).shape[1]}
+
+
+def label_stats(records, answers, tags):
+    largest = max(record["label"] for record in records)
+    num_labels = max(len(records.label_names or ()), largest + 1)
+    return {"num_labels": num_labels, "label_names": records.label_names}
+
+
+# What stats() returns. The first row counts whose word is a key of the records, a view that is
+# asked for, or the source.
+STATS = (("key", "regions", region_stats),
+         ("view", "tags", tag_stats),
+         ("view", "any_tags", tag_stats),
+         ("source", "detection", detection_stats),
+         ("source", "vqa", answer_stats),
+         ("source", "hashing", hashing_stats),
+         ("source", "clips", clip_stats),
+         ("key", "label", label_stats))
 
 
 def stats(records, answers=3192, views=None, tags=None):
-    """What a model must know of the training records -> dict: answers (vqa); num_labels, label_names (where there is
-    a label or are boxes); where `views` ask for tags: tags, the `tags` most frequent, num_labels of them, tag_width,
-    the most a record has; region_dim, region_classes, global_dim, regions (what made them)."""
-    if records.regions:
-        r = records.regions
-        return {"region_dim": r.dim, "region_classes": r.classes, "global_dim": r.global_dim, "regions": r.about}
-    if {"tags", "any_tags"} & set(view_keys(views or {}).values()):
-        names = tag_list(records, tags)
-        width = max([1] + [len(r.get("tags") or ()) for r in records])
-        return {"tags": names, "num_labels": len(names), "tag_width": width}
-    if records.name == "detection":
-        return {"num_labels": len(records.label_names), "label_names": records.label_names}
-    if records.name == "vqa":
-        return {"answers": answer_list(records, answers)}
-    if records.name == "hashing":
-        return {"num_labels": len(records[0]["labels"])}
-    if records.name == "clips":
-        return {"frame_width": read_frames(records[0]["feature"]).shape[1]}
-    if "label" in records[0]:
-        labels = Counter(r["label"] for r in records)
-        return {"num_labels": max(len(records.label_names or ()), max(labels) + 1), "label_names": records.label_names}
+    """What a model must know of the training records -> dict.
+
+    With regions: region_dim, region_classes, global_dim, regions (what made them). Where `views`
+    ask for tags: tags, the `tags` most frequent ones; num_labels of them; tag_width, the most that
+    a record has. Of vqa: answers, the `answers` most frequent ones. Of clips: frame_width. Where
+    there are labels: num_labels and (but for hashing) label_names.
+    """
+    words = {"key": records[0], "source": [records.name],
+             "view": view_keys(views or {}).values()}
+    for kind, word, tell in STATS:
+        if word in words[kind]:
+            return tell(records, answers, tags)
     return {}
 
 
-# ------------------------------------------------------------------------------------------------- VQA's answer wording
+# --------------------------------------------------------------------------------------------------
+# The wording of VQA's answers
 
 def contraction_table():
-    """What people type without its apostrophe -> the word: every form with one apostrophe left out
-    (dont, couldn'tve)."""
-    def words(stems, *endings):
-        return [stem + e for stem in stems.split() for e in endings]
-    full = words("ai are ca could did does do had has have is might must need ought sha should was were wo would",
-                 "n't")
-    full += words("could had might should would", "n't've")
-    full += words("he it she somebody someone something there they we who you", "'d've")
-    full += words("could might must not should we what where who would they you", "'ve")
-    full += words("he how it someone something there they where who you", "'d")
-    full += words("how it somebody someone something they what who why you y'all", "'ll")
-    full += words("there they what why you", "'re")
-    full += words("he how somebody someone that there what when where who why", "'s")
-    full += ["ma'am", "o'clock", "'ow's'at", "'twas", "y'all", "y'all'd've"]
-    table = {w[:i] + w[i + 1:]: w for w in full for i, c in enumerate(w) if c == "'"}
-    return table | {"somebody'd": "somebodyd"}              # the official table has this one the wrong way round
+    """{what people type without its apostrophe: the word}, for every form with one apostrophe left
+    out (dont, couldn'tve)."""
+    endings = {
+        "n't": "ai are ca could did does do had has have is might must need ought sha should was "
+               "were wo would",
+        "n't've": "could had might should would",
+        "'d've": "he it she somebody someone something there they we who you",
+        "'ve": "could might must not should we what where who would they you",
+        "'d": "he how it someone something there they where who you",
+        "'ll": "how it somebody someone something they what who why you y'all",
+        "'re": "there they what why you",
+        "'s": "he how somebody someone that there what when where who why"}
+
+    # the words as they should be written
+    full = ["ma'am", "o'clock", "'ow's'at", "'twas", "y'all", "y'all'd've"]
+    for ending, stems in endings.items():
+        full += [stem + ending for stem in stems.split()]
+
+    # each of their apostrophes left out
+    table = {}
+    for word in full:
+        for i, char in enumerate(word):
+            if char == "'":
+                table[word[:i] + word[i + 1:]] = word
+    table["somebody'd"] = "somebodyd"       # the official table has this one the wrong way round
+    return table
 
 
-NUMBER_WORDS = {"none": "0"} | {w: str(n) for n, w in enumerate("zero one two three four five six seven eight nine "
-                                                                "ten".split())}
+NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
+                "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 CONTRACTIONS = contraction_table()
 
 
 def normalize_answer(text):
-    """The official VQA v2 wording of an answer, str -> str: punctuation, lower case, number words, articles,
-    contractions. (Evaluation code of visualqa.org. Its period rule lacks the intended look-behind: only a period before
-    a digit stays.)"""
+    """The official VQA v2 wording of an answer, str -> str: punctuation, lower case, number words,
+    articles, contractions.
+
+    After the evaluation code of visualqa.org, whose rule for periods lacks the look-behind that it
+    was meant to have: only a period before a digit stays.
+    """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     out, comma_in_number = text, re.search(r"\d,\d", text)
-    for p in ";/[]\"{}()=+\\_-><@`,?!":
-        glued = not (p + " " in text or " " + p in text or comma_in_number)  # "t-shirt" -> "t shirt", "yes !" -> "yes"
-        out = out.replace(p, " " if glued else "")
-    words = [NUMBER_WORDS.get(w, w) for w in re.sub(r"\.(?!\d)", "", out).lower().split()]
-    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+    # between letters a mark becomes a space ("t-shirt" -> "t shirt"), else nothing ("yes !")
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        beside_space = mark + " " in text or " " + mark in text
+        out = out.replace(mark, "" if beside_space or comma_in_number else " ")
+
+    # periods go, except in numbers; then word by word
+    words = []
+    for word in re.sub(r"\.(?!\d)", "", out).lower().split():
+        word = NUMBER_WORDS.get(word, word)
+        if word not in ("a", "an", "the"):
+            words.append(CONTRACTIONS.get(word, word))
+    return " ".join(words)
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizer
+# --------------------------------------------------------------------------------------------------
+# Tokenizer
 
 class Tokenizer:
-    """BERT WordPiece, lower-casing, on a vocab.txt of one token a line.
+    """BERT's WordPiece in lower case, on a vocab.txt with one token a line.
+
     Words like "[MASK]" in a caption are plain text here.
 
-    Attributes: vocab_size, pad_id, unk_id, cls_id, sep_id, mask_id, first_word (ids >= first_word are
-    ordinary tokens)."""
+    Attributes: vocab_size, pad_id, unk_id, cls_id, sep_id, mask_id, first_word (ids from first_word
+    on are ordinary tokens).
+    """
 
     def __init__(self, path):
-        self.words, ids = list(text_lines(path)), {}
+        # a token's id is the number of its line
+        self.words = list(text_lines(path))
+        ids = {}
         for n, word in enumerate(self.words):
             if word in ids:
                 fail(f"{path} line {n + 1}: '{word}' stands in line {ids[word] + 1} already")
             ids[word] = n
+
+        # BERT's special tokens
         specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-        absent = [s for s in specials if s not in ids]
-        if absent:
-            fail(f"{path}: not a BERT vocabulary, it lacks {', '.join(absent)}")
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[s] for s in specials)
+        lacking = [word for word in specials if word not in ids]
+        if lacking:
+            fail(f"{path}: not a BERT vocabulary, it lacks {', '.join(lacking)}")
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = map(ids.get, specials)
         self.vocab_size = len(self.words)
-        self.first_word = 1 + max(n for n, w in enumerate(self.words) if w in specials
-                                  or re.fullmatch(r"\[unused\d+\]", w))
+
+        # ordinary tokens stand behind the last one that is not
+        self.first_word = 0
+        for n, word in enumerate(self.words):
+            if word in specials or re.fullmatch(r"\[unused\d+\]", word):
+                self.first_word = n + 1
         if self.first_word >= self.vocab_size:
             fail(f"{path}: words must stand after the special and [unusedN] tokens")
-        self.rust = RustTokenizer(tokenizer_models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+
+        # lower case without accents, split at spaces and punctuation, then into word pieces
+        model = tokenizer_models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100)
+        self.rust = RustTokenizer(model)
         self.rust.normalizer = normalizers.BertNormalizer(lowercase=True)
         self.rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
@@ -1096,128 +1747,157 @@ class Tokenizer:
         return [self.cls_id] + self.rust.encode(text).ids[:max_text - 2] + [self.sep_id]
 
     def batch(self, texts, max_text):
-        """Strings -> ids, mask (N, max_text) int64 each; mask: 1 = a token, 0 = padding."""
-        rows = [self.encode(text, max_text) for text in texts]
-        ids = torch.full((len(rows), max_text), self.pad_id)
-        for n, row in enumerate(rows):
+        """N strings -> ids, mask: (N, max_text) int64 each; mask: 1 = a token, 0 = padding."""
+        ids = torch.full((len(texts), max_text), self.pad_id)
+        mask = torch.zeros(len(texts), max_text, dtype=torch.long)
+        for n, text in enumerate(texts):
+            row = self.encode(text, max_text)
             ids[n, :len(row)] = torch.tensor(row)
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, (torch.arange(max_text) < lengths[:, None]).long()
+            mask[n, :len(row)] = 1
+        return ids, mask
 
     def tokens(self, ids):
         return [self.words[int(i)] for i in ids]
 
     def decode(self, ids):
         """ids -> str: up to the first [SEP], without [CLS] and [PAD], word pieces joined."""
-        words = self.tokens(itertools.takewhile(lambda i: int(i) != self.sep_id, ids))
-        return " ".join(w for w in words if w not in ("[CLS]", "[PAD]")).replace(" ##", "")
+        ids = itertools.takewhile(lambda i: int(i) != self.sep_id, ids)
+        words = [word for word in self.tokens(ids) if word not in ("[CLS]", "[PAD]")]
+        return " ".join(words).replace(" ##", "")
 
 
 def get_tokenizer(vocab_path):
-    """vocab.txt path (or "shapes" for the built-in world's) -> Tokenizer."""
+    """The path of a vocab.txt, or "shapes" for the built-in world's -> Tokenizer."""
     if vocab_path == "shapes":
         from tools import shapes
+
         vocab_path = shapes.ensure() / "vocab.txt"
     if not os.path.isfile(vocab_path):
         fail(f"--vocab {vocab_path}: no such file")
     return Tokenizer(vocab_path)
 
 
-# --------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------
+# Images
 
 class BadImage(Exception):
-    """An image file that is absent, truncated, no image, or a decompression bomb."""
+    """An image file that is absent, truncated, too large, or no image."""
 
 
 def load_image(where):
-    """A path, or (tar, offset, size) in bytes -> PIL image, RGB, upright by its EXIF orientation. Raises BadImage.
-    Transparency is dropped, not blended; 16-bit grey is scaled to 8 bits; more than PIL's 89 M pixels are refused."""
+    """A location (a path or a TarMember) -> PIL image, RGB, upright by its EXIF orientation.
+
+    Transparency is dropped, not blended; 16-bit grey is scaled to 8 bits; more than PIL's limit of
+    89 million pixels are refused. Raises BadImage.
+    """
     try:
-        if not isinstance(where, str):
-            with open(where[0], "rb") as f:
-                f.seek(where[1])
-                where = io.BytesIO(f.read(where[2]))
-        with Image.open(where) as image:
+        file = where if isinstance(where, str) else io.BytesIO(where.read())
+        with Image.open(file) as image:
+            # the size is in the header: refuse a bomb before it is decoded
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} pixels are too many")
             image.load()
             if "exif" in image.info:
                 image = ImageOps.exif_transpose(image)
+
+            # a palette with transparency, and 16 bits: PIL's own conversion loses something
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as e:
-        known = "no image format PIL knows" if isinstance(e, UnidentifiedImageError) else getattr(e, "strerror", None)
-        raise BadImage(known or str(e) or type(e).__name__) from None
+    except UnidentifiedImageError:
+        raise BadImage("no image format PIL knows") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error,
+            Image.DecompressionBombError) as e:
+        reason = getattr(e, "strerror", None)
+        raise BadImage(reason or str(e) or type(e).__name__) from None
 
 
 def open_picture(where):
-    """load_image(), or one line for the user: DataError."""
+    """load_image() with a DataError, one line for the user, in place of BadImage."""
     try:
         return load_image(where)
     except BadImage as e:
         fail(f"{where}: {e}")
 
 
-# Image views: fn(PIL RGB image, size, rng, crop_scale) -> PIL RGB image of size x size pixels.
+# Image views: functions (PIL RGB image, size, rng, crop_scale) -> PIL RGB image of size x size
+# pixels. rng: the sample's random.Random.
 
 def resize(image, size, rng=None, crop_scale=None):
     """The whole picture squeezed to a square (bicubic)."""
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+    if image.size == (size, size):
+        return image
+    return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def center(image, size, rng=None, crop_scale=None):
-    """Short side to `size`, then the middle square."""
+    """The short side to `size`, then the square in the middle."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def crop(image, size, rng, crop_scale):
-    """RandomResizedCrop: a share of the area in crop_scale, aspect 3/4 to 4/3,
-    resized to a square (bicubic, Inception's)."""
+    """RandomResizedCrop: a share of the area in crop_scale, an aspect of 3/4 to 4/3, resized to a
+    square (bicubic; Inception's)."""
+    # up to ten tries to find a crop that lies inside
     width, height = image.size
     for _ in range(10):
-        area, aspect = (width * height * rng.uniform(*crop_scale),
-                        math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
+        area = width * height * rng.uniform(*crop_scale)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-            return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+            box = (left, top, left + w, top + h)
+            return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+    # a picture that is very wide or very high
     return center(image, size)
 
 
 def mirror(image, rng):
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+    if rng.random() < 0.5:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+GREY = (128, 128, 128)      # what moves into a picture from outside
 
 
 def affine(image, a, b, c, d, e, f):
-    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=(128, 128, 128))
+    """Pixel (x, y) of the output is pixel (ax + by + c, dx + ey + f) of the image."""
+    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=GREY)
 
 
-# RandAugment without the operations that change colours (ALBEF's list): fn(image, strength 0..1, sign +-1).
-# Shifts are 10/256 of the side at full strength, so that they mean the same at any resolution.
+# RandAugment without the operations that change colours (ALBEF's list): functions of an image, a
+# magnitude m in 0..1 and a sign. Shifts are 10/256 of the side at full magnitude, so that they mean
+# the same at any resolution.
 RANDAUGMENT = (
-    lambda im, m, s: im,
-    lambda im, m, s: ImageOps.autocontrast(im),
-    lambda im, m, s: ImageOps.equalize(im),
-    lambda im, m, s: ImageEnhance.Brightness(im).enhance(0.1 + 1.8 * m),
-    lambda im, m, s: ImageEnhance.Sharpness(im).enhance(0.1 + 1.8 * m),
-    lambda im, m, s: affine(im, 1, 0.3 * m * s, 0, 0, 1, 0),
-    lambda im, m, s: affine(im, 1, 0, 0, 0.3 * m * s, 1, 0),
-    lambda im, m, s: affine(im, 1, 0, 10 / 256 * im.width * m * s, 0, 1, 0),
-    lambda im, m, s: affine(im, 1, 0, 0, 0, 1, 10 / 256 * im.height * m * s),
-    lambda im, m, s: im.rotate(30 * m * s, fillcolor=(128, 128, 128)),
+    lambda image, m, sign: image,
+    lambda image, m, sign: ImageOps.autocontrast(image),
+    lambda image, m, sign: ImageOps.equalize(image),
+    lambda image, m, sign: ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * m),
+    lambda image, m, sign: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * m),
+    lambda image, m, sign: affine(image, 1, 0.3 * m * sign, 0, 0, 1, 0),
+    lambda image, m, sign: affine(image, 1, 0, 0, 0.3 * m * sign, 1, 0),
+    lambda image, m, sign: affine(image, 1, 0, 10 / 256 * image.width * m * sign, 0, 1, 0),
+    lambda image, m, sign: affine(image, 1, 0, 0, 0, 1, 10 / 256 * image.height * m * sign),
+    lambda image, m, sign: image.rotate(30 * m * sign, fillcolor=GREY),
 )
 
 
 def randaug(image, size, rng, crop_scale):
-    """RandomResizedCrop, then RandAugment(2 operations, magnitude 7 of 10). No flip: left and right are words."""
+    """RandomResizedCrop, then RandAugment (2 operations, magnitude 7 of 10).
+
+    No flip: captions say left and right.
+    """
     image = crop(image, size, rng, crop_scale)
     for _ in range(2):
-        image = rng.choice(RANDAUGMENT)(image, 0.7, rng.choice((-1, 1)))
+        operation = rng.choice(RANDAUGMENT)
+        image = operation(image, 0.7, rng.choice((-1, 1)))
     return image
 
 
@@ -1226,16 +1906,21 @@ def flip(image, size, rng, crop_scale):
 
 
 def jitter(image, rng, brightness, contrast, saturation, hue):
-    """Colour jitter in random order; factors 1 +- the strength, hue +- of the circle (torchvision's ColorJitter)."""
-    steps = [("Brightness", brightness), ("Contrast", contrast), ("Color", saturation), ("hue", hue)]
+    """Colour jitter in random order (torchvision's ColorJitter): factors of 1 +- the strength; the
+    hue moves by +- its strength, a share of the circle."""
+    steps = [("Brightness", brightness), ("Contrast", contrast), ("Color", saturation),
+             ("hue", hue)]
     rng.shuffle(steps)
     for name, strength in steps:
-        if name != "hue":
-            image = getattr(ImageEnhance, name)(image).enhance(rng.uniform(1 - strength, 1 + strength))
-        else:
-            h, s, v = image.convert("HSV").split()
+        # PIL has no enhancer for the hue, a number of 0 to 255
+        if name == "hue":
+            hues, saturations, values = image.convert("HSV").split()
             shift = round(255 * rng.uniform(-strength, strength))
-            image = Image.merge("HSV", (h.point([(i + shift) % 256 for i in range(256)]), s, v)).convert("RGB")
+            hues = hues.point([(i + shift) % 256 for i in range(256)])
+            image = Image.merge("HSV", (hues, saturations, values)).convert("RGB")
+        else:
+            enhancer = getattr(ImageEnhance, name)(image)
+            image = enhancer.enhance(rng.uniform(1 - strength, 1 + strength))
     return image
 
 
@@ -1244,366 +1929,583 @@ def grey(image):
 
 
 def blur(image, rng):
-    """Gaussian blur, sigma 0.1-2 pixels at 224 (scaled with the side)."""
-    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * image.width / 224))
+    """Gaussian blur with a sigma of 0.1 to 2 pixels at 224 pixels, scaled with the side."""
+    sigma = rng.uniform(0.1, 2.0) * image.width / 224
+    return image.filter(ImageFilter.GaussianBlur(sigma))
 
 
 def moco(image, size, rng, crop_scale):
-    """MoCo v2's order: crop, colour jitter (.4 .4 .4 .1) p .8, grey p .2, blur p .5, flip."""
+    """MoCo v2's: crop, colour jitter (.4 .4 .4 .1) p .8, grey p .2, blur p .5, flip."""
     image = crop(image, size, rng, crop_scale)
-    image = jitter(image, rng, 0.4, 0.4, 0.4, 0.1) if rng.random() < 0.8 else image
-    image = grey(image) if rng.random() < 0.2 else image
-    image = blur(image, rng) if rng.random() < 0.5 else image
+    if rng.random() < 0.8:
+        image = jitter(image, rng, 0.4, 0.4, 0.4, 0.1)
+    if rng.random() < 0.2:
+        image = grey(image)
+    if rng.random() < 0.5:
+        image = blur(image, rng)
     return mirror(image, rng)
 
 
 def simclr(image, size, rng, crop_scale):
-    """SimCLR's: crop, flip, colour jitter (.8 .8 .8 .2) p .8, colour drop p .2, blur p .5."""
+    """SimCLR's: crop, flip, colour jitter (.8 .8 .8 .2) p .8, grey p .2, blur p .5."""
     image = mirror(crop(image, size, rng, crop_scale), rng)
-    image = jitter(image, rng, 0.8, 0.8, 0.8, 0.2) if rng.random() < 0.8 else image
-    image = grey(image) if rng.random() < 0.2 else image
-    return blur(image, rng) if rng.random() < 0.5 else image
+    if rng.random() < 0.8:
+        image = jitter(image, rng, 0.8, 0.8, 0.8, 0.2)
+    if rng.random() < 0.2:
+        image = grey(image)
+    if rng.random() < 0.5:
+        image = blur(image, rng)
+    return image
 
 
-IMAGE_VIEWS = {"plain": resize, "resize": resize, "center": center, "crop": crop, "randaug": randaug, "flip": flip,
-               "moco": moco, "simclr": simclr}
+IMAGE_VIEWS = {"plain": resize, "resize": resize, "center": center, "crop": crop,
+               "randaug": randaug, "flip": flip, "moco": moco, "simclr": simclr}
+
+# Mean and standard deviation of each colour, of values 0 to 1.
 NORMS = {"clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-         "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-         "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}         # 0 to 1
+         "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+         "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+         "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
 
 
-# ---------------------------------------------------------------------------------------------------------------- views
-# Other views: fn(views, key, record, rng, c) -> dict of tensors for the batch. c is the caption drawn for this sample.
+# --------------------------------------------------------------------------------------------------
+# Views: what a model asks of a record, by name
 
-def view_caption(views, key, record, rng, c):
-    return views.text(key, record["caption"][c] if isinstance(record["caption"], list) else record["caption"])
+class Draft:
+    """A sample while it is made: what a view gets to see.
+
+    views: the Views; index: the record's position in them; record; rng: the sample's random.Random;
+    caption: the position of the caption drawn, which all text views of a sample share.
+    """
+
+    def __init__(self, views, index, rng, caption=None):
+        self.views, self.index, self.rng = views, index, rng
+        self.record = views.records[index]
+        self.opened = {}
+
+        # drawn first, so that it does not depend on the views
+        captions = self.record.get("caption")
+        if caption is None and views.train and isinstance(captions, list):
+            caption = rng.randrange(len(captions))
+        self.caption = caption or 0
+
+    def location(self, key):
+        """Where the picture of a batch key lies; "image2" is the record's second, if it has two."""
+        if key == "image2" and "image2" in self.record:
+            return self.record["image2"]
+        return self.record["image"]
+
+    def picture(self, key):
+        """The picture of a batch key as PIL RGB image, read once a sample. Raises BadImage."""
+        where = self.location(key)
+        if where not in self.opened:
+            self.opened[where] = load_image(where)
+        return self.opened[where]
+
+    def text(self, key, string):
+        """-> {KEY: (max_text,) ids, KEY_mask: (max_text,), 1 = a token}, int64."""
+        ids, mask = self.views.tokenizer.batch([string], self.views.max_text)
+        return {key: ids[0], key + "_mask": mask[0]}
 
 
-def view_paraphrase(views, key, record, rng, c):
-    """The paraphrase of the caption drawn; the caption itself, and KEY_is_copy = 1, where there is none."""
-    other = record["paraphrase"][c] if record.get("paraphrase") else ""
-    return views.text(key, other or record["caption"][c]) | {key + "_is_copy": torch.tensor(int(not other))}
+# A view is a function (draft, batch key) -> {batch key: tensor}.
+
+def view_image(draft, key):
+    """(3, S, S) float32, augmented and normalised. Raises BadImage."""
+    views = draft.views
+    augment = IMAGE_VIEWS[views.keys[key]]
+    image = augment(draft.picture(key), views.size, draft.rng, views.crop_scale)
+    return {key: views.pixels(image)}
 
 
-def view_question(views, key, record, rng, c):
-    return views.text(key, record["question"])
+def blank_image(draft, key):
+    """The mean colour, never another record's picture."""
+    return {key: torch.zeros(3, draft.views.size, draft.views.size)}
 
 
-def view_answer(views, key, record, rng, c):
-    """One of the ten answers, so that each wording comes as often as annotators gave it.
-    KEY_weight is 1; 0: no answer known."""
-    answers = record["answers"]
-    out = views.text(key, normalize_answer(rng.choice(answers)) if answers else "")
-    return out | {key + "_weight": torch.tensor(float(bool(answers)))}
+def view_objects(draft, key):
+    """The picture at its own size with its objects, mirrored in half of the training samples.
+
+    KEY (3, H, W), boxes (n, 4) xyxy in pixels, labels (n,); "masks" adds masks (n, H, W) uint8.
+    Sizes differ, so these are lists of one tensor. Crowds are no targets. Raises BadImage.
+    """
+    record, views = draft.record, draft.views
+    image = draft.picture(key)
+    if image.size != (record["width"], record["height"]):
+        raise BadImage(f"{image.width}x{image.height} pixels, its annotation says "
+                       f"{record['width']}x{record['height']}")
+
+    # the objects that are no crowds
+    keep = [i for i, crowd in enumerate(record["crowd"]) if not crowd]
+    boxes = [record["boxes"][i] for i in keep]
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    labels = torch.tensor([record["labels"][i] for i in keep], dtype=torch.long)
+    out = {key: views.pixels(image), "labels": labels}
+    if views.keys[key] == "masks":
+        masks = np.zeros((len(keep), image.height, image.width), np.uint8)
+        for n, i in enumerate(keep):
+            masks[n] = decode_mask(record["segmentation"][i], image.height, image.width,
+                                   record["image"])
+        out["masks"] = torch.from_numpy(masks)
+
+    # mirror the picture, its masks and its boxes
+    if views.train and draft.rng.random() < 0.5:
+        for name in out.keys() & {key, "masks"}:
+            out[name] = out[name].flip(-1)
+        x0, y0, x1, y1 = boxes.unbind(1)
+        boxes = torch.stack([image.width - x1, y0, image.width - x0, y1], 1)
+    out["boxes"] = boxes
+    return {name: [tensor] for name, tensor in out.items()}
 
 
-def view_tags(views, key, record, rng, c):
-    """(L,) ids in views.tag_names, each once, padded with -1; L = most tags a record has.
-    Tags outside the list are left out."""
-    ids = [views.tag_ids[t] for t in dict.fromkeys(record.get("tags") or ()) if t in views.tag_ids]
-    return {key: torch.tensor(ids + [-1] * (views.tag_width - len(ids)))}
+def blank_objects(draft, key):
+    """A grey picture of the right size, without objects.
+
+    It has every key that the other samples of its batch have.
+    """
+    size = draft.record["height"], draft.record["width"]
+    out = {key: [torch.full((3, *size), 0.5)], "boxes": [torch.zeros(0, 4)],
+           "labels": [torch.zeros(0, dtype=torch.long)]}
+    if draft.views.keys[key] == "masks":
+        out["masks"] = [torch.zeros(0, *size, dtype=torch.uint8)]
+    return out
 
 
-def view_sentence(views, key, record, rng, c):
-    """One sentence of a graded pair; the key is its name in the record, `s1` or `s2`."""
-    return views.text(key, record[key])
+def view_features(draft, key):
+    """What a frozen model made of the picture: a row of views.features (see store_features)."""
+    return {key: torch.from_numpy(np.array(draft.views.features[draft.index]))}
 
 
-def view_frames(views, key, record, rng, c):
-    """(FRAMES, D) float32 features of a clip, zero padded, and KEY_mask (1 = frame).
-    Of a longer clip FRAMES evenly spread ones."""
-    x = read_frames(record["feature"])
+def view_regions(draft, key):
+    """The max_regions regions with the highest scores, padded with zeros.
+
+    KEY (R, F) float16, KEY_box (R, 4) xyxy in pixels, KEY_label (R,), -1 = none, KEY_mask (R,),
+    1 = a region, KEY_size (2,) width and height of the picture, KEY_global (G,) float16 where the
+    file has it.
+    """
+    # regions lie by falling score: the first ones are the best
+    regions = draft.views.records.regions
+    found = regions[draft.record["regions"]]
+    most = draft.views.max_regions or regions.most
+    n = min(most, len(found["labels"]))
+
+    out = {key: torch.zeros(most, regions.dim, dtype=torch.float16),
+           key + "_box": torch.zeros(most, 4),
+           key + "_label": torch.full((most,), -1),
+           key + "_mask": torch.zeros(most, dtype=torch.long),
+           key + "_size": torch.tensor(found["sizes"].tolist(), dtype=torch.float32)}
+    # np.array copies from the mapped file, which is read-only
+    out[key][:n] = torch.from_numpy(np.array(found["features"][:n]))
+    out[key + "_box"][:n] = torch.from_numpy(np.array(found["boxes"][:n]))
+    out[key + "_label"][:n] = torch.from_numpy(np.array(found["labels"][:n]))
+    out[key + "_mask"][:n] = 1
+    if regions.global_dim:
+        out[key + "_global"] = torch.from_numpy(np.array(found["globals"]))
+    return out
+
+
+FRAMES = 32                 # the most frames of a clip
+
+
+def view_frames(draft, key):
+    """(FRAMES, D) float32 features of a clip, padded with zeros, and KEY_mask, 1 = a frame.
+
+    Of a longer clip FRAMES frames, evenly spread.
+    """
+    x = read_frames(draft.record["feature"])
     if len(x) > FRAMES:
         x = x[np.linspace(0, len(x) - 1, FRAMES).round().astype(int)]
-    out, mask = torch.zeros(FRAMES, x.shape[1]), torch.zeros(FRAMES, dtype=torch.long)
-    out[:len(x)], mask[:len(x)] = torch.from_numpy(x.astype(np.float32)), 1
-    return {key: out, key + "_mask": mask}
+
+    # pad
+    frames = torch.zeros(FRAMES, x.shape[1])
+    frames[:len(x)] = torch.from_numpy(x.astype(np.float32))
+    mask = torch.zeros(FRAMES, dtype=torch.long)
+    mask[:len(x)] = 1
+    return {key: frames, key + "_mask": mask}
 
 
 def read_frames(path):
-    """A clip's .npy -> (frames, D), memory-mapped. DataError if it is damaged or of another shape."""
+    """A clip's .npy -> (frames, D), memory-mapped. DataError if it is damaged or of another
+    shape."""
     try:
         x = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as e:
         fail(f"{path}: not a readable .npy file ({e})")
-    return x if x.ndim == 2 and len(x) else fail(f"{path}: shape {x.shape}, not (frames, D)")
+    if x.ndim != 2 or not len(x):
+        fail(f"{path}: shape {x.shape}, not (frames, D)")
+    return x
 
 
-def view_regions(views, key, record, rng, c):
-    """The max_regions surest regions, padded with zeros: KEY (R, F), KEY_box (R, 4) xyxy pixels,
-    KEY_label (R,), -1 = none, KEY_mask (R,), 1 = a region, KEY_size (2,) width and height of the picture,
-    KEY_global (G,) where the file has it."""
-    regions = views.records.regions
-    found, most = regions[record["regions"]], views.max_regions or regions.most
-    n = min(most, len(found["labels"]))
-    out = {key: torch.zeros(most, regions.dim, dtype=torch.float16), key + "_box": torch.zeros(most, 4),
-           key + "_label": torch.full((most,), -1), key + "_mask": torch.zeros(most, dtype=torch.long)}
-    for name, source in ((key, "features"), (key + "_box", "boxes"), (key + "_label", "labels")):
-        out[name][:n] = torch.from_numpy(np.array(found[source][:n]))
-    out[key + "_mask"][:n] = 1
-    out[key + "_size"] = torch.tensor(found["sizes"].tolist(), dtype=torch.float32)
-    return out | ({key + "_global": torch.from_numpy(np.array(found["globals"]))} if regions.global_dim else {})
+def view_caption(draft, key):
+    captions = draft.record["caption"]
+    return draft.text(key, captions[draft.caption] if isinstance(captions, list) else captions)
 
 
-def view_label(views, key, record, rng, c):
-    return {key: torch.tensor(record["label"])}
+def view_any_caption(draft, key):
+    """A caption and KEY_valid = 1; an empty text and 0 where the record has none."""
+    valid = bool(draft.record.get("caption"))
+    out = view_caption(draft, key) if valid else draft.text(key, "")
+    out[key + "_valid"] = torch.tensor(int(valid))
+    return out
 
 
-def view_labels(views, key, record, rng, c):
-    return {key: torch.tensor(record["labels"], dtype=torch.float32)}
+def view_paraphrase(draft, key):
+    """The paraphrase of the caption drawn; without one that caption itself and KEY_is_copy = 1."""
+    paraphrases = draft.record.get("paraphrase")
+    paraphrase = paraphrases[draft.caption] if paraphrases else ""
+    out = draft.text(key, paraphrase or draft.record["caption"][draft.caption])
+    out[key + "_is_copy"] = torch.tensor(int(not paraphrase))
+    return out
 
 
-def view_any_caption(views, key, record, rng, c):
-    """A caption, or an empty text where the record has none; KEY_valid (1 = there is one)."""
-    there = bool(record.get("caption"))
-    return ((view_caption(views, key, record, rng, c) if there else views.text(key, ""))
-            | {key + "_valid": torch.tensor(int(there))})
-
-
-def view_any_paraphrase(views, key, record, rng, c):
+def view_any_paraphrase(draft, key):
     """As "paraphrase", but an empty text where the record has no caption."""
-    if record.get("caption"):
-        return view_paraphrase(views, key, record, rng, c)
-    return views.text(key, "") | {key + "_is_copy": torch.tensor(0)}
+    if draft.record.get("caption"):
+        return view_paraphrase(draft, key)
+    return draft.text(key, "") | {key + "_is_copy": torch.tensor(0)}
 
 
-def view_features(views, key, record, rng, c):
-    """What a frozen model made of the picture: a row of views.features (see store_features).
-    c: here the record's place."""
-    return {key: torch.from_numpy(np.array(views.features[c]))}
+def view_question(draft, key):
+    return draft.text(key, draft.record["question"])
 
 
-def view_objects(views, key, record, rng, c, masks=False):
-    """The whole picture at its own size with its objects, mirrored in half of the training samples. KEY (3, H, W),
-    boxes (n, 4) xyxy in pixels, labels (n,): lists of tensors in a batch, for sizes differ. Crowds are no targets.
-    Raises BadImage."""
-    image = load_image(record["image"])
-    if image.size != (record["width"], record["height"]):
-        raise BadImage(f"{image.width}x{image.height} pixels, its annotation says {record['width']}x{record['height']}")
-    keep = [i for i, crowd in enumerate(record["crowd"]) if not crowd]
-    boxes = torch.tensor([record["boxes"][i] for i in keep], dtype=torch.float32).reshape(-1, 4)
-    out = {key: views.pixels(image), "labels": torch.tensor([record["labels"][i] for i in keep], dtype=torch.long)}
-    if masks:
-        shapes = [decode_mask(record["segmentation"][i], image.height, image.width, record["image"]) for i in keep]
-        shapes = np.stack(shapes) if shapes else np.zeros((0, image.height, image.width))
-        out["masks"] = torch.from_numpy(shapes.astype(np.uint8))
-    if views.train and rng.random() < 0.5:
-        out |= {k: out[k].flip(-1) for k in (key, "masks") if k in out}
-        boxes = torch.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
-    return {k: [v] for k, v in (out | {"boxes": boxes}).items()}
+def view_answer(draft, key):
+    """One of the annotators' answers, drawn so that each wording comes as often as they gave it,
+    and KEY_weight = 1; an empty text and 0 where no answer is known."""
+    answers = draft.record["answers"]
+    answer = normalize_answer(draft.rng.choice(answers)) if answers else ""
+    return draft.text(key, answer) | {key + "_weight": torch.tensor(float(bool(answers)))}
 
 
-def view_masks(views, key, record, rng, c):
-    """As "objects", with masks (n, H, W) uint8."""
-    return view_objects(views, key, record, rng, c, masks=True)
+def view_sentence(draft, key):
+    """One sentence of a graded pair; the batch key is its name in the record, `s1` or `s2`."""
+    return draft.text(key, draft.record[key])
 
 
-FRAMES = 32                                                 # most frames of a clip
-TEXT_VIEWS = {"caption": view_caption, "paraphrase": view_paraphrase, "question": view_question, "answer": view_answer,
-              "sentence": view_sentence, "any_caption": view_any_caption, "any_paraphrase": view_any_paraphrase}
-OTHER_VIEWS = {"tags": view_tags, "any_tags": view_tags, "label": view_label, "labels": view_labels,
-               "frames": view_frames, "features": view_features, "objects": view_objects, "masks": view_masks,
-               "regions": view_regions}
-VIEW_FNS = IMAGE_VIEWS | TEXT_VIEWS | OTHER_VIEWS
-NEEDS = {"caption": "caption", "paraphrase": "caption", "question": "question", "answer": "answers", "tags": "tags",
-         "label": "label", "labels": "labels", "objects": "boxes", "masks": "segmentation"}
+def view_tags(draft, key):
+    """(L,) ids in views.tag_names, padded with -1; L = the most tags that a record has."""
+    return {key: draft.views.tag_row(draft.record)}
+
+
+def view_label(draft, key):
+    return {key: torch.tensor(draft.record["label"])}
+
+
+def view_labels(draft, key):
+    return {key: torch.tensor(draft.record["labels"], dtype=torch.float32)}
+
+
+class View(NamedTuple):
+    """A row of VIEW_TABLE."""
+
+    make: Callable                  # (draft, batch key) -> {batch key: tensor}
+    needs: str = ""                 # the record key that every record must have
+    side: str = ""                  # "image" or "text": the side of a pair that iter_eval makes
+    evaluated: str = ""             # the view in its place in evaluation, if VIEWS names no other
+    blank: Callable = None          # like make: what stands for an unreadable picture in evaluation
+
+
+VIEW_TABLE = {name: View(view_image, "", "image", "resize", blank_image) for name in IMAGE_VIEWS}
+VIEW_TABLE |= {
+    "caption": View(view_caption, "caption", "text"),
+    "any_caption": View(view_any_caption, side="text"),
+    "paraphrase": View(view_paraphrase, "caption", "text"),
+    "any_paraphrase": View(view_any_paraphrase, side="text"),
+    "question": View(view_question, "question"),
+    "answer": View(view_answer, "answers"),
+    "sentence": View(view_sentence),
+    "tags": View(view_tags, "tags"),
+    "any_tags": View(view_tags),
+    "label": View(view_label, "label"),
+    "labels": View(view_labels, "labels"),
+    "frames": View(view_frames, side="image"),
+    "regions": View(view_regions, side="image"),
+    "features": View(view_features, evaluated="resize"),
+    "objects": View(view_objects, "boxes", blank=blank_objects),
+    "masks": View(view_objects, "segmentation", blank=blank_objects),
+}
 
 
 def view_keys(views):
-    """A model's VIEWS[task] -> {batch key: view name}: all but source, norm and the KEY_eval entries."""
-    return {k: v for k, v in views.items() if k not in ("source", "norm") and not k.endswith("_eval")}
+    """A model's VIEWS[task] -> {batch key: view name}: all but source, norm and the KEY_eval."""
+    keys = {}
+    for key, name in views.items():
+        if key not in ("source", "norm") and not key.endswith("_eval"):
+            keys[key] = name
+    return keys
+
+
+def check_views(views):
+    """Errors: a word in VIEWS[task] that is no source, norm, batch key, KEY_eval or view."""
+    # source and norm
+    for word, known in (("source", SOURCES), ("norm", NORMS)):
+        if word in views and views[word] not in known:
+            fail(f"no {word} '{views[word]}' (there are: {', '.join(known)})")
+
+    # batch keys may have any name; what they ask for must be a view
+    keys = view_keys(views)
+    for key, name in keys.items():
+        if name not in VIEW_TABLE:
+            fail(f"no view '{name}' for '{key}' (there are: {', '.join(VIEW_TABLE)})")
+
+    # KEY_eval may be None; of a picture it must be a view of a picture
+    for word, name in views.items():
+        if not word.endswith("_eval"):
+            continue
+        key = word.removesuffix("_eval")
+        if key not in keys:
+            fail(f"VIEWS has '{word}', but no key '{key}' (its keys: {', '.join(keys)})")
+        known = IMAGE_VIEWS if VIEW_TABLE[keys[key]].evaluated else VIEW_TABLE
+        if name is not None and name not in known:
+            fail(f"no view '{name}' for '{key}' (there are: {', '.join(known)})")
 
 
 def needs(views):
     """The record keys that VIEWS[task] cannot do without, for open_source(need=)."""
-    return tuple(sorted({NEEDS[v] for v in view_keys(views).values() if v in NEEDS}))
+    check_views(views)
+    return tuple(sorted({VIEW_TABLE[name].needs for name in view_keys(views).values()} - {""}))
 
 
 def absent(views):
-    """open_source(missing=) for VIEWS[task]: who looks at regions alone needs no pictures, and often has none (TSV)."""
-    seen = set(view_keys(views).values())
-    return "keep" if "regions" in seen and not seen & set(IMAGE_VIEWS) else "drop"
+    """open_source(missing=) for VIEWS[task]: pictures may be missing where only their regions are
+    looked at, as users of bottom-up-attention files often have no pictures."""
+    names = set(view_keys(views).values())
+    return "keep" if "regions" in names and not names & set(IMAGE_VIEWS) else "drop"
 
 
 class Views(Dataset):
-    """Records + VIEWS[task] -> samples, dicts of tensors: image keys (3, S, S) float32; text keys K (max_text,) int64
-    ids and K_mask (1 = token); image_id, index (place in records), bad (1 = stands in for an unreadable image),
-    all int64 0-d.
+    """Records and VIEWS[task] -> samples, dicts of tensors.
 
-    `ds[i, draw]`: every random choice is a function of (seed, i, draw). `ds[i]` = draw 0. train=False: KEY_eval views
-    ("resize" if there is none; None: the key is not made), caption 0. image_view replaces the training view of every
-    key "image*". A key with view "features" gives rows of the attribute `features`; in evaluation the picture, as
-    `image`, by KEY_eval. A value that is a list of one tensor (objects, whose sizes differ) stays a list
-    of tensors in a batch.
-    tag_names: vocabulary of the "tags" view (default: all tags of these records); give the training one to evaluation.
-    max_regions: width of the "regions" view (default: the most regions that a picture has)."""
+    Of an image view KEY (3, S, S) float32; of a text view KEY (max_text,) int64 ids and KEY_mask
+    (1 = a token); of the others what VIEW_TABLE's function says. Always image_id, index (the
+    record's position) and bad (1 = stands in for an unreadable image), 0-d int64. A value that is
+    a list of one tensor (objects, whose sizes differ) becomes a list of tensors in a batch.
 
-    def __init__(self, records, views, tokenizer, image_size, max_text, train=True, seed=0, crop_scale=(0.2, 1.0),
-                 image_view=None, max_bad=0.1, tag_names=None, max_regions=None):
-        self.records, self.tokenizer, self.size, self.max_text = records, tokenizer, image_size, max_text
-        self.train, self.seed, self.crop_scale, self.max_bad = train, seed, tuple(crop_scale), max_bad
+    `ds[i, draw]`: every random choice is a function of (seed, i, draw). `ds[i]` is draw 0.
+
+    train=False: each KEY has the view KEY_eval ("resize" if there is none; None: it is not made)
+    and caption 0. A key with the view "features" is a row of the attribute `features` in training,
+    and in evaluation the picture, as `image`, in the view KEY_eval.
+    image_view: in place of the training view of each key "image*".
+    max_bad: the largest share of unreadable images in training.
+    tag_names: the vocabulary of the "tags" view (default: all tags of these records); evaluation
+    takes the training one.
+    max_regions: the width of the "regions" view (default: the most regions of a picture).
+    """
+
+    def __init__(self, records, views, tokenizer, image_size, max_text, train=True, seed=0,
+                 crop_scale=(0.2, 1.0), image_view=None, max_bad=0.1, tag_names=None,
+                 max_regions=None):
+        self.records, self.tokenizer = records, tokenizer
+        self.size, self.max_text, self.max_regions = image_size, max_text, max_regions
+        self.train, self.seed, self.max_bad = train, seed, max_bad
+        self.crop_scale = tuple(crop_scale)
+        self.features = None
+
+        # what is asked of each record
+        check_views(views)
         if views.get("source", records.name) != records.name:
             fail(f"these views are of '{views['source']}', the records are '{records.name}'")
-        self.keys, self.features = view_keys(views), None
-        if not train:
-            self.keys = {"image" if v == "features" else k: views.get(k + "_eval", "resize") if v == "features" else v
-                         for k, v in self.keys.items() if views.get(k + "_eval", v) is not None}
-        for key, name in self.keys.items():
-            image = name in IMAGE_VIEWS
-            if image and train and image_view and key.startswith("image"):
-                name = image_view
-            if not train:
-                name = views.get(key + "_eval", "resize" if image else name)
-            if name not in VIEW_FNS or (image and name not in IMAGE_VIEWS):
-                fail(f"no view '{name}' for '{key}' (there are: {', '.join(IMAGE_VIEWS if image else VIEW_FNS)})")
-            self.keys[key] = name
-        if views.get("norm", "clip") not in NORMS:
-            fail(f"no norm '{views['norm']}' (there are: {', '.join(NORMS)})")
         if max_text is not None and max_text < 3:
             fail(f"--max_text {max_text}: [CLS], one token and [SEP] need 3")
+        self.keys = chosen_views(views, train, image_view)
+
+        # normalisation of bytes: x * scale + shift
         mean, std = torch.tensor(NORMS[views.get("norm", "clip")]).view(2, 3, 1, 1)
         self.scale, self.shift = 1 / (255 * std), -mean / std
-        self.max_regions = max_regions
+
+        # the vocabulary of tags, only where they are asked for
         self.tag_names = tag_names
         if {"tags", "any_tags"} & set(self.keys.values()):
             self.tag_names = tag_list(records) if tag_names is None else list(tag_names)
-            self.tag_ids = {t: n for n, t in enumerate(self.tag_names)}
-            self.tag_width = max([1] + [len(r.get("tags") or ()) for r in records])
-        self.seen = self.bad = 0                                    # samples yielded so far, and stand-ins among them
-        self.named = set()                                                  # unreadable files already reported
+            self.tag_ids = {tag: n for n, tag in enumerate(self.tag_names)}
+            self.tag_width = tag_width(records)
+
+        # samples made so far, stand-ins among them, unreadable files that were reported
+        self.seen = self.bad = 0
+        self.named = set()
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, at):
-        sample, trouble = self.sample(*(at if isinstance(at, tuple) else (at,)))
+        sample, trouble = self.sample(*at) if isinstance(at, tuple) else self.sample(at)
         self.report(trouble)
         return sample
 
-    def text(self, key, string):
-        ids = self.tokenizer.encode(string, self.max_text)
-        pad = self.max_text - len(ids)
-        return {key: torch.tensor(ids + [self.tokenizer.pad_id] * pad),
-                key + "_mask": torch.tensor([1] * len(ids) + [0] * pad)}
-
-    def pixels(self, image):
-        """PIL RGB -> (3, H, W) float32, normalised."""
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().mul_(self.scale).add_(self.shift)
-
     def sample(self, i, draw=0, caption=None, keys=None):
-        """-> (sample, list of "file: reason" for the unreadable images met). caption: which one (default: drawn
-        in training, 0 in evaluation). keys: batch keys to make (default: all)."""
+        """-> (sample, list of "file: reason" for the unreadable images met).
+
+        caption: the position of a caption (default: drawn in training, 0 in evaluation). keys: the
+        batch keys to make (default: all).
+        """
         i, trouble = int(i), []
         for attempt in range(100):
+            # no two of (attempt, seed, draw, i) give the same number
             rng = random.Random((attempt << 160) ^ (self.seed << 96) ^ (int(draw) << 40) ^ i)
-            where = i if attempt == 0 else rng.randrange(len(self.records))
-            sample = self.build(where, rng, caption, keys, trouble)
+            # after an unreadable picture another record stands in
+            index = i if attempt == 0 else rng.randrange(len(self.records))
+            sample = self.build(index, rng, caption, keys, trouble)
             if sample is not None:
                 sample["bad"] = torch.tensor(int(bool(trouble)))
                 return sample, trouble
         fail(f"100 unreadable images in a row, the last is {trouble[-1]}")
 
-    def build(self, i, rng, caption, keys, trouble):
-        record, opened = self.records[i], {}
-        c = caption
-        if c is None:
-            c = rng.randrange(len(record["caption"])) if self.train and isinstance(record.get("caption"), list) else 0
-        out = {"image_id": torch.tensor(record["image_id"]), "index": torch.tensor(i)}
+    def build(self, index, rng, caption, keys, trouble):
+        """The sample of a record; None if its picture is unreadable in training.
+
+        Adds a line to `trouble` for each unreadable picture.
+        """
+        draft = Draft(self, index, rng, caption)
+        out = {"image_id": torch.tensor(draft.record["image_id"]), "index": torch.tensor(index)}
         for key, name in self.keys.items():
             if keys is not None and key not in keys:
                 continue
-            if name in ("objects", "masks"):
-                try:
-                    out.update(VIEW_FNS[name](self, key, record, rng, c))
-                except BadImage as e:
-                    trouble.append(f"{record['image']}: {e}")
-                    if self.train:
-                        return None
-                    size = record["height"], record["width"]    # no objects: every sample of a batch has the same keys
-                    out |= {key: [torch.full((3, *size), 0.5)], "boxes": [torch.zeros(0, 4)],
-                            "labels": [torch.zeros(0, dtype=torch.long)]}
-                    out |= {"masks": [torch.zeros(0, *size, dtype=torch.uint8)]} if name == "masks" else {}
-                continue
-            if name not in IMAGE_VIEWS:
-                out.update(VIEW_FNS[name](self, key, record, rng, i if name == "features" else c))
-                continue
-            file = record["image2" if key == "image2" and "image2" in record else "image"]
-            if file not in opened:
-                try:
-                    opened[file] = load_image(file)
-                except BadImage as e:
-                    trouble.append(f"{file if isinstance(file, str) else '%s at byte %d (%d bytes)' % tuple(file)}"
-                                   f": {e}")
-                    if self.train:
-                        return None
-                    opened[file] = None
-            if opened[file] is None:                            # evaluation: the mean colour, never another's picture
-                out[key] = torch.zeros(3, self.size, self.size)
-            else:
-                out[key] = self.pixels(IMAGE_VIEWS[name](opened[file], self.size, rng, self.crop_scale))
+            view = VIEW_TABLE[name]
+            try:
+                out.update(view.make(draft, key))
+            except BadImage as e:
+                # evaluation keeps the place, training looks for another record
+                line = f"{draft.location(key)}: {e}"
+                if line not in trouble:
+                    trouble.append(line)
+                if self.train:
+                    return None
+                out.update(view.blank(draft, key))
         return out
 
+    def pixels(self, image):
+        """PIL RGB -> (3, H, W) float32, normalised."""
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()
+        return x.mul_(self.scale).add_(self.shift)
+
+    def tag_row(self, record):
+        """A record's tags -> (tag_width,) int64 ids, each once, padded with -1. Tags outside
+        tag_names are left out."""
+        tags = dict.fromkeys(record.get("tags") or ())
+        ids = [self.tag_ids[tag] for tag in tags if tag in self.tag_ids]
+        return torch.tensor(ids + [-1] * (self.tag_width - len(ids)))
+
     def tag_rows(self):
-        """(N, L) int64: the "tags" view of every record, without opening a picture."""
-        return torch.stack([view_tags(self, "tags", record, None, 0)["tags"] for record in self.records])
+        """(N, tag_width) int64: the "tags" view of every record, without opening a picture."""
+        return torch.stack([self.tag_row(record) for record in self.records])
 
     def report(self, trouble, samples=1, bad=None):
-        """Counts samples and stand-ins, names each unreadable file once, stops when more than max_bad of 100 or
-        more are bad."""
+        """Counts samples and the stand-ins among them, and names each unreadable file once.
+
+        Errors: more than max_bad of 100 or more training samples are stand-ins.
+        """
+        # bad counts samples, one of which may hold two unreadable pictures
         self.seen += samples
         self.bad += bool(trouble) if bad is None else bad
+
+        # each file is named once
+        done = "another record stands in" if self.train else "evaluated as a grey image"
         for line in trouble:
             if line not in self.named:
                 self.named.add(line)
-                say(f"unreadable image {line}; "
-                    f"{'another record stands in' if self.train else 'evaluated as a grey image'}")
+                say(f"unreadable image {line}; {done}")
+
+        # a few files are damaged in every crawl; many are a mistake
         if self.train and self.seen >= 100 and self.bad > self.max_bad * self.seen:
-            fail(f"{self.bad} of {self.seen} images were unreadable, more than --max_bad {self.max_bad}")
+            fail(f"{self.bad} of {self.seen} images were unreadable, more than "
+                 f"--max_bad {self.max_bad}")
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+def chosen_views(views, train, image_view=None):
+    """VIEWS[task] -> {batch key: view name} as training or evaluation makes them."""
+    if image_view and image_view not in IMAGE_VIEWS:
+        fail(f"--image_view: no view '{image_view}' (there are: {', '.join(IMAGE_VIEWS)})")
+
+    keys = {}
+    for key, name in view_keys(views).items():
+        # training: as it says, or with --image_view
+        if train:
+            forced = image_view and name in IMAGE_VIEWS and key.startswith("image")
+            keys[key] = image_view if forced else name
+            continue
+
+        # evaluation; stored features are of training's records, so it gets the picture itself
+        shown = views.get(key + "_eval", VIEW_TABLE[name].evaluated or name)
+        if shown is not None:
+            keys["image" if name == "features" else key] = shown
+    return keys
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
 
 def collate(samples):
-    """List of sample dicts -> dict of stacked tensors (B, ...); of values that are lists, dict of lists of tensors."""
-    return {key: (sum((s[key] for s in samples), []) if isinstance(value, list)
-                  else torch.stack([s[key] for s in samples]))
-            for key, value in samples[0].items()}
+    """List of samples -> dict of stacked tensors (B, ...); lists of tensors are joined to one."""
+    batch = {}
+    for key, value in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if isinstance(value, list):
+            batch[key] = list(itertools.chain(*values))
+        else:
+            batch[key] = torch.stack(values)
+    return batch
 
 
 def move(batch, device):
     """A batch on a device."""
     def to(x):
-        return [to(part) for part in x] if isinstance(x, list) else x.to(device, non_blocking=True)
+        if isinstance(x, list):
+            return [to(part) for part in x]
+        return x.to(device, non_blocking=True)
+
     return {key: to(value) for key, value in batch.items()}
 
 
-class Plan(Dataset):
-    """plan[t] = the whole batch t, made in one worker: (batch, troubles), or a DataError's message
-    (workers cannot raise it)."""
+class Item(NamedTuple):
+    """What one sample of a batch is made of: arguments of Views.sample()."""
 
-    def __init__(self, dataset, arguments):
-        self.dataset, self.arguments = dataset, arguments           # arguments(t) -> list of arguments of Views.sample
+    record: int
+    draw: int = 0
+    caption: int = None
+    keys: list = None
+    number: int = None              # the sample's `index`, if it is not the record's position
+
+
+class Plan(Dataset):
+    """plan[t] = (the whole batch t, list of troubles), made in one worker.
+
+    items: a function t -> list of Items. A DataError, which cannot leave a worker, is returned as
+    its message.
+    """
+
+    def __init__(self, dataset, items):
+        self.dataset, self.items = dataset, items
 
     def __getitem__(self, t):
-        try:
-            made = [(self.dataset.sample(*a[:4]), a[4:]) for a in self.arguments(t)]
-        except DataError as e:
-            return str(e)
-        for (sample, _), index in made:
-            if index:
-                sample["index"] = torch.tensor(index[0])
-        return collate([s for (s, _), _ in made]), [line for (_, trouble), _ in made for line in trouble]
+        samples, troubles = [], []
+        for item in self.items(t):
+            # a worker cannot raise a SystemExit
+            try:
+                sample, trouble = self.dataset.sample(*item[:4])
+            except DataError as e:
+                return str(e)
+            if item.number is not None:
+                sample["index"] = torch.tensor(item.number)
+            samples.append(sample)
+            troubles += trouble
+        return collate(samples), troubles
 
     def run(self, steps, workers):
-        """Batches for the numbers in `steps`, in their order, made by `workers` processes (0: by this one)."""
+        """Yields the batches of the numbers in `steps`, in order, made by `workers` processes (0:
+        by this one)."""
+        made = map(self.__getitem__, steps)
         if workers:
-            loader = DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=one_thread,
-                                generator=torch.Generator())            # its own generator: the global state stays put
-        for got in loader if workers else map(self.__getitem__, steps):
+            # a generator of its own: the global random state stays as it is
+            made = DataLoader(self, batch_size=None, sampler=steps, num_workers=workers,
+                              worker_init_fn=one_thread, generator=torch.Generator())
+        for got in made:
+            # the troubles are counted here, in the main process
             if isinstance(got, str):
                 raise DataError(got)
-            self.dataset.report(got[1], len(got[0]["bad"]), int(got[0]["bad"].sum()))
-            yield got[0]
+            batch, troubles = got
+            self.dataset.report(troubles, len(batch["bad"]), int(batch["bad"].sum()))
+            yield batch
 
 
 def one_thread(worker):
@@ -1611,33 +2513,50 @@ def one_thread(worker):
 
 
 class Stream:
-    """stream(t) -> this rank's (record, draw) pairs of global step t: a new permutation per pass, the last short batch
-    dropped. The global batch of step t depends on (seed, batch_size * world) alone, so resuming is arithmetic."""
+    """stream(t) -> this rank's Items of global step t.
+
+    Each pass over the data is a new permutation; its last, incomplete batch is dropped. The global
+    batch of step t depends on (seed, batch_size * world) alone, so that resuming is arithmetic.
+    """
 
     def __init__(self, length, batch_size, seed, rank, world):
-        self.length, self.batch, self.total, self.rank, self.seed = length, batch_size, batch_size * world, rank, seed
-        self.steps, self.now, self.order = length // self.total, None, None
+        self.length, self.seed = length, seed
+        self.batch, self.total = batch_size, batch_size * world
+        self.first = rank * batch_size              # this rank's part of the global batch
+        self.steps = length // self.total           # steps of a pass
+        self.now, self.order = None, None           # the pass whose permutation is kept
 
     def __call__(self, t):
+        # the permutation of this pass
         epoch, step = divmod(t, self.steps)
         if epoch != self.now:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.now, self.order = epoch, torch.randperm(self.length, generator=generator)
-        first = self.rank * self.batch
-        places = self.order[step * self.total + first:][:self.batch].tolist()
-        return [(i, t * self.total + first + k) for k, i in enumerate(places)]
+            self.order = torch.randperm(self.length, generator=generator)
+            self.now = epoch
+
+        # this rank's part; the draw is the number of the sample in the whole stream
+        start = step * self.total + self.first
+        records = self.order[start:start + self.batch].tolist()
+        draw = t * self.total + self.first
+        return [Item(record, draw + k) for k, record in enumerate(records)]
 
 
 def batches(dataset, batch_size, seed, rank=0, world=1, start=0, workers=0):
-    """Infinite iterator of collated batches of `batch_size` samples of this rank, beginning with global step `start`.
-    The same batches for any number of workers. Errors: a data set smaller than batch_size * world."""
+    """Infinite iterator of batches of this rank, `batch_size` samples each, from global step
+    `start` on. They are the same for any number of workers.
+
+    Errors: DataError if the data are fewer than batch_size * world.
+    """
     if batch_size * world > len(dataset):
-        fail(f"{len(dataset)} records are fewer than one global batch ({batch_size} x {world} ranks): "
-             "use a smaller --batch_size")
-    return Plan(dataset, Stream(len(dataset), batch_size, seed, rank, world)).run(itertools.count(start), workers)
+        fail(f"{len(dataset)} records are fewer than one global batch ({batch_size} x {world} "
+             "ranks): use a smaller --batch_size")
+    stream = Stream(len(dataset), batch_size, seed, rank, world)
+    return Plan(dataset, stream).run(itertools.count(start), workers)
 
 
 class Chunks:
+    """chunks(t) -> the Items of batch t of a list."""
+
     def __init__(self, items, size):
         self.items, self.size = items, size
 
@@ -1646,107 +2565,150 @@ class Chunks:
 
 
 def unique_images(records):
-    """-> (first: list of the first record of each picture, in order; place: {image_id: its number in that list})."""
-    first, place = [], {}
+    """-> (list of the position of the first record of each picture, {image_id: its position in
+    that list})."""
+    first, position = [], {}
     for i, record in enumerate(records):
-        if place.setdefault(record["image_id"], len(first)) == len(first):
+        if record["image_id"] not in position:
+            position[record["image_id"]] = len(first)
             first.append(i)
-    return first, place
+    return first, position
+
+
+def captions_of(record):
+    """A record's captions as a list."""
+    captions = record.get("caption") or []
+    return [captions] if isinstance(captions, str) else captions
 
 
 def flat_captions(records):
-    """All captions in order -> (list of str, owner (N,) int64: the number of its picture among the unique images)."""
-    _, place = unique_images(records)
+    """All captions in order -> (list of str, owner (N,) int64: the position of a caption's picture
+    among the unique images)."""
+    _, position = unique_images(records)
     texts, owner = [], []
     for record in records:
-        captions = record.get("caption") or []
-        captions = [captions] if isinstance(captions, str) else captions
+        captions = captions_of(record)
         texts += captions
-        owner += [place[record["image_id"]]] * len(captions)
+        owner += [position[record["image_id"]]] * len(captions)
     return texts, torch.tensor(owner, dtype=torch.long)
 
 
-def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", batch_size=64, rank=0, world=1, workers=0,
-              **options):
-    """Every item of a split once: this rank's share, nothing padded, nothing twice (the last batch may be short).
+def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", batch_size=64,
+              rank=0, world=1, workers=0, **options):
+    """Iterator of batches of this rank's share of a split: each item once, nothing padded, the last
+    batch may be short.
 
-    what="image": each picture once, `index` = its number among the unique images; "text": each caption, `index` = its
-    number in flat_captions; "sample": each record, `index` = its number. options: more of Views' arguments."""
+    what="image": each picture, `index` = its position among the unique images; "text": each
+    caption, `index` = its position in flat_captions; "sample": each record, `index` = its position.
+    options: more of Views' arguments.
+    """
+    # of a picture the keys of its side alone, of a caption those of the text
     dataset = Views(records, views, tokenizer, image_size, max_text, train=False, **options)
-    texts = [k for k, v in dataset.keys.items() if v in ("caption", "paraphrase", "any_caption", "any_paraphrase")]
+    keys = [key for key, name in dataset.keys.items() if VIEW_TABLE[name].side == what]
+
+    # what there is to make, in order
+    items = []
     if what == "image":
-        images = [k for k, v in dataset.keys.items() if v in IMAGE_VIEWS or v in ("frames", "regions")]
-        items = [(i, 0, 0, images, n) for n, i in enumerate(unique_images(records)[0])]
+        for number, i in enumerate(unique_images(records)[0]):
+            items.append(Item(i, keys=keys, number=number))
     elif what == "text":
-        counts = ((i, 1 if isinstance(r.get("caption"), str) else len(r.get("caption") or ()))
-                  for i, r in enumerate(records))
-        items = [(i, 0, c, texts, n) for n, (i, c) in enumerate((i, c) for i, k in counts for c in range(k))]
+        for i, record in enumerate(records):
+            for caption in range(len(captions_of(record))):
+                items.append(Item(i, caption=caption, keys=keys, number=len(items)))
     elif what == "sample":
-        items = [(i, 0, 0, None) for i in range(len(records))]
+        items = [Item(i) for i in range(len(records))]
     else:
         raise ValueError(f"what={what!r}: image, text or sample")
+
+    # every world-th of it
     items = items[rank::world]
-    return Plan(dataset, Chunks(items, batch_size)).run(range(math.ceil(len(items) / batch_size)), workers)
+    steps = range(math.ceil(len(items) / batch_size))
+    return Plan(dataset, Chunks(items, batch_size)).run(steps, workers)
 
 
 def store_features(path, key, fn, records, views, tokenizer, image_size, max_text, device,
                    batch_size=64, rank=0, world=1, workers=0):
-    """What the frozen function fn(batch) -> (B, D) makes of every record's picture, under the evaluation views, once
-    -> (N, D) float32, memory-mapped from `path`. A file there is used again when `key` (of model and data) is the one
-    it was made with.
+    """What a frozen function fn(batch) -> (B, D) makes of every record's picture under the
+    evaluation views, computed once -> (N, D) float32, memory-mapped from `path`.
 
-    Every rank does its share and writes its rows into rank 0's file: the folder must be shared."""
-    shape, note = None, path.with_suffix(".json")
-    if not (path.is_file() and note.is_file() and json.loads(note.read_text()) == key):
-        views = {k: v for k, v in views.items() if v == "features" or k in ("source", "norm") or k.endswith("_eval")}
-        made = iter_eval(records, views, tokenizer, image_size, max_text, "sample", batch_size, rank, world, workers)
-        store = None
-        barrier = torch.distributed.barrier if world > 1 else lambda: None
-        for batch in tqdm(made, "features", math.ceil(len(records) / world / batch_size), leave=False,
-                          delay=2, disable=rank > 0):
-            rows = fn(move(batch, device)).float().cpu().numpy()
-            if store is None:
+    key: a JSON value that identifies model and data. A file made with the same key is used again.
+    Every rank computes its share and writes its rows into rank 0's file: the folder is shared.
+    """
+    note = path.with_suffix(".json")
+    if path.is_file() and note.is_file() and json.loads(note.read_text()) == key:
+        return np.load(path, mmap_mode="r")
+
+    def barrier():
+        if world > 1:
+            torch.distributed.barrier()
+
+    # of all views the stored features alone
+    kept = {name for name, view in view_keys(views).items() if view == "features"}
+    kept |= {name + "_eval" for name in kept} | {"source", "norm"}
+    views = {name: view for name, view in views.items() if name in kept}
+    made = iter_eval(records, views, tokenizer, image_size, max_text, "sample", batch_size, rank,
+                     world, workers)
+    steps = math.ceil(len(records) / world / batch_size)
+    store = None
+    for batch in tqdm(made, "features", steps, leave=False, delay=2, disable=rank > 0):
+        rows = fn(move(batch, device)).float().cpu().numpy()
+
+        # the first rows tell D: rank 0 makes the file, then everyone opens it
+        if store is None:
+            if rank == 0:
+                note.unlink(missing_ok=True)
                 shape = (len(records), rows.shape[1])
-                if rank == 0:
-                    note.unlink(missing_ok=True)
-                    np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
-                barrier()
-                store = np.load(path, mmap_mode="r+")
-            store[batch["index"].numpy()] = rows
-        store.flush()
-        barrier()
-        if rank == 0:
-            note.write_text(json.dumps(key))
-        barrier()
+                np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+            barrier()
+            store = np.load(path, mmap_mode="r+")
+        store[batch["index"].numpy()] = rows
+
+    # the note comes last: it says that the file is whole
+    store.flush()
+    barrier()
+    if rank == 0:
+        note.write_text(json.dumps(key))
+    barrier()
     return np.load(path, mmap_mode="r")
 
 
-# ------------------------------------------------------------------------------------------------------ region features
-# What a detector found in N pictures, T regions in all: one safetensors file, memory-mapped, so that its size is not
-# that of RAM.
-#   features (T, F) float16   boxes (T, 4) float32, xyxy in pixels   labels (T,) int64, -1 = none   scores (T,) float32
-#   offsets (N+1,) int64: picture n has rows offsets[n]:offsets[n+1], the surest first
-#   sizes (N, 2) int64: width, height
-#   names (bytes,) uint8, name_ends (N,) int64: the pictures' file names, as bytes   globals (N, G) float16: optional
-# Metadata: detector (text), label_names (JSON list), root (folder that names start from; empty: names are image ids).
+# --------------------------------------------------------------------------------------------------
+# Region features: reading what tools/regions.py makes
+#
+# What a detector found in N pictures, T regions in all, is one safetensors file. It is mapped into
+# memory, so that it may be larger than RAM.
+#   features (T, F) float16   boxes (T, 4) float32, xyxy in pixels   labels (T,) int64, -1 = none
+#   scores (T,) float32       offsets (N+1,) int64: picture n has rows offsets[n]:offsets[n+1], by
+#                             falling score
+#   sizes (N, 2) int64: width, height                     globals (N, G) float16: optional
+#   names (bytes,) uint8, name_ends (N,) int64: the pictures' file names, one behind the other
+# Metadata: detector (text), label_names (JSON list), root (the folder that names start from; empty:
+# names are image ids).
 
-ROW_ARRAYS = {"labels": np.int64, "boxes": np.float32, "scores": np.float32, "features": np.float16}
-SAFE_TYPES = {np.dtype(t): name
-              for name, t in (("I64", np.int64), ("F32", np.float32), ("F16", np.float16), ("U8", np.uint8))}
+ROW_ARRAYS = {"labels": np.int64, "boxes": np.float32, "scores": np.float32,
+              "features": np.float16}
+SAFE_TYPES = {np.dtype(np.int64): "I64", np.dtype(np.float32): "F32", np.dtype(np.float16): "F16",
+              np.dtype(np.uint8): "U8"}
 
 
 def map_safetensors(path):
-    """-> ({name: read-only memory-mapped array}, metadata). Nothing is read but the header."""
+    """-> ({name: read-only memory-mapped array}, metadata). Only the header is read."""
+    types = {name: dtype for dtype, name in SAFE_TYPES.items()}
     try:
+        # 8 bytes with the length of the header, the header in JSON, the arrays
         blob = np.memmap(path, np.uint8, "r")
         start = 8 + int.from_bytes(blob[:8].tobytes(), "little")
-        header = (json.loads(blob[8:start].tobytes()) if start <= len(blob)
-                  else fail(f"{path}: not a whole safetensors file"))
-        metadata, types = header.pop("__metadata__", {}), {name: t for t, name in SAFE_TYPES.items()}
+        if start > len(blob):
+            fail(f"{path}: not a whole safetensors file")
+        header = json.loads(blob[8:start].tobytes())
+        metadata = header.pop("__metadata__", {})
+
+        # each array is a view of the file
         arrays = {}
-        for name, t in header.items():
-            a, b = t["data_offsets"]
-            arrays[name] = blob[start + a:start + b].view(types[t["dtype"]]).reshape(t["shape"])
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            content = blob[start + begin:start + end].view(types[entry["dtype"]])
+            arrays[name] = content.reshape(entry["shape"])
         return arrays, metadata
     except FileNotFoundError:
         fail(f"{path}: no such file")
@@ -1754,499 +2716,211 @@ def map_safetensors(path):
         fail(f"{path}: not a whole safetensors file of regions ({e})")
 
 
-def write_safetensors(path, tensors, metadata):
-    """tensors: {name: list of arrays, to be joined along axis 0}: written one after the other, whole or not at all."""
-    header, at = {"__metadata__": metadata}, 0
-    order = sorted(tensors, key=lambda name: -tensors[name][0].dtype.itemsize)          # so that each begins aligned
-    for name in order:
-        parts = tensors[name]
-        size = sum(p.nbytes for p in parts)
-        shape = [sum(map(len, parts)), *parts[0].shape[1:]]
-        header[name] = {"dtype": SAFE_TYPES[parts[0].dtype], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(f"{path}.tmp", "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            for part in tensors[name]:
-                f.write(np.ascontiguousarray(part).data)
-    os.replace(f"{path}.tmp", path)
-
-
 def picture_name(where, root):
-    """What a picture is called in a regions file: its path from `root`, or TAR@BYTE for a member of a tar."""
-    return os.path.relpath(where, root) if isinstance(where, str) else f"{os.path.basename(where[0])}@{where[1]}"
+    """What a picture is called in a region file: its path from `root`, or a TarMember's name."""
+    return os.path.relpath(where, root) if isinstance(where, str) else where.name()
 
 
 class Regions:
-    """The files of `python data.py regions`, as one. Attributes: dim F, classes K (0: no labels), global_dim G
-    (0: none), most (regions of a picture), label_names, about (what made them). regions[n] -> dict of the arrays
-    of picture n."""
+    """Region files as one. regions[n] -> {name: array} of picture n.
+
+    Attributes: dim F, classes K (0: no labels), global_dim G (0: none), most (regions of a
+    picture), label_names, about (what made them), paths.
+    """
 
     def __init__(self, paths):
         self.paths = list(paths)
         self.files = [map_safetensors(path) for path in self.paths]
+
+        # all files must be of one kind
         kinds = {}
         for path, (arrays, metadata) in zip(self.paths, self.files):
-            absent = [k for k in (*ROW_ARRAYS, "offsets", "sizes", "names", "name_ends") if k not in arrays]
-            if absent:
-                fail(f"{path}: not a regions file, it lacks {', '.join(absent)}")
-            shape = [int(arrays[k].shape[1]) if k in arrays else 0 for k in ("features", "globals")]
-            kinds.setdefault((*shape, metadata.get("label_names", "[]")), path)
+            wanted = (*ROW_ARRAYS, "offsets", "sizes", "names", "name_ends")
+            lacking = [name for name in wanted if name not in arrays]
+            if lacking:
+                fail(f"{path}: not a regions file, it lacks {', '.join(lacking)}")
+            global_dim = arrays["globals"].shape[1] if "globals" in arrays else 0
+            names = metadata.get("label_names", "[]")
+            kinds.setdefault((arrays["features"].shape[1], global_dim, names), path)
         if len(kinds) > 1:
-            fail(f"{' and '.join(kinds.values())} differ in feature size, global feature or label names")
-        (self.dim, self.global_dim, names), = kinds
+            fail(f"{' and '.join(kinds.values())} differ in feature size, global feature or label "
+                 "names")
+
+        # what they have in common
+        self.dim, self.global_dim, names = next(iter(kinds))
         self.label_names = json.loads(names)
         self.classes = len(self.label_names)
-        self.about = "; ".join(dict.fromkeys(metadata["detector"] for _, metadata in self.files))
-        self.ends = np.cumsum([len(arrays["sizes"]) for arrays, _ in self.files])
-        self.most = max(int(np.diff(arrays["offsets"]).max(initial=0)) for arrays, _ in self.files)
+        detectors = [metadata["detector"] for _, metadata in self.files]
+        self.about = "; ".join(dict.fromkeys(detectors))
+
+        # file k holds the pictures ends[k - 1]:ends[k]
+        counts = [np.diff(arrays["offsets"]) for arrays, _ in self.files]
+        self.ends = np.cumsum([len(count) for count in counts])
+        self.most = max(int(count.max(initial=0)) for count in counts)
 
     def __reduce__(self):
-        return Regions, (self.paths,)                               # to another process goes the path, not the content
+        # another process gets the paths, not the content
+        return Regions, (self.paths,)
 
     def __len__(self):
         return int(self.ends[-1])
 
     def __getitem__(self, n):
+        # the file that holds picture n, and its row there
         file = int(np.searchsorted(self.ends, n, "right"))
-        arrays, row = self.files[file][0], n - (int(self.ends[file - 1]) if file else 0)
-        rows = slice(*map(int, arrays["offsets"][row:row + 2]))
-        return ({k: arrays[k][rows] for k in ROW_ARRAYS}
-                | {k: arrays[k][row] for k in ("sizes", "globals") if k in arrays})
+        arrays = self.files[file][0]
+        row = n - (int(self.ends[file - 1]) if file else 0)
+
+        # its regions, and what it has once
+        start, end = map(int, arrays["offsets"][row:row + 2])
+        found = {name: arrays[name][start:end] for name in ROW_ARRAYS}
+        found["sizes"] = arrays["sizes"][row]
+        if "globals" in arrays:
+            found["globals"] = arrays["globals"][row]
+        return found
 
     def tables(self):
-        """For each file: {name of a picture: its number}."""
-        for k, (arrays, _) in enumerate(self.files):
-            first, text, ends = (int(self.ends[k]) - len(arrays["sizes"]), arrays["names"].tobytes(),
-                                 arrays["name_ends"].tolist())
-            yield {os.fsdecode(text[a:b]): first + n for n, (a, b) in enumerate(zip([0] + ends, ends))}
+        """Yields for each file {name of a picture: its number here}."""
+        number = 0
+        for arrays, _ in self.files:
+            text, start, table = arrays["names"].tobytes(), 0, {}
+            for end in arrays["name_ends"].tolist():
+                table[os.fsdecode(text[start:end])] = number
+                number += 1
+                start = end
+            yield table
 
     def attach(self, records):
-        """Records with `regions` = the picture's number here. Those without are left out and counted. A path is looked
-        up from the files' roots, then by ever shorter ends of it; in a file of image ids by the number that ends
-        the file's name."""
-        tables, roots, taken = list(self.tables()), [metadata.get("root", "") for _, metadata in self.files], {}
+        """Records with `regions` = the number of their picture here; the others are left out and
+        counted.
+
+        Errors: a location that fits several pictures, a picture that fits several locations, no
+        picture found at all.
+        """
+        # names are relative to the root of their file
+        roots = [metadata.get("root", "") for _, metadata in self.files]
+        tables = list(zip(roots, self.tables()))
+        files, image_of = ", ".join(self.paths), {}
+
+        # exactly one picture for a record, exactly one image_id for a picture
         out = records.subset([])
         out.regions = self
         for record in records:
-            where, hits = record["image"], []
-            if isinstance(where, str):
-                path = os.path.abspath(where)
-                hits = [t.get(path[len(r) + 1:]) for t, r in zip(tables, roots) if r and path.startswith(r + os.sep)]
-                parts, stem = path.split(os.sep), os.path.splitext(os.path.basename(path))[0]
-                names = ["/".join(parts[k:]) for k in range(1, len(parts))]
-                ids = [stem] + [str(int(n)) for n in re.findall(r"\d+$", stem)]
-            else:
-                names, ids = [picture_name(where, None)], []
-            for name in names if all(h is None for h in hits) else ():
-                hits = [t[name] for t, r in zip(tables, roots) if r and name in t]
-                if hits:
-                    break
-            if all(h is None for h in hits):
-                hits = [t[i] for t, r in zip(tables, roots) if not r for i in ids if i in t]
-            hits = {h for h in hits if h is not None}
-            if len(hits) > 1:
-                fail(f"{where}: {len(hits)} pictures of {', '.join(self.paths)} could be this one")
-            for hit in hits:
-                if taken.setdefault(hit, record["image_id"]) != record["image_id"]:
-                    fail(f"{where}: another picture of these records has the same name in {', '.join(self.paths)}: "
-                         "make its --root fit")
-                out.append({**record, "regions": hit})
-        out.notes.pop("missing", None)                                  # picture files: their regions stand for them
-        if len(out) < len(records):
-            out.notes["without_regions"] = len(records) - len(out)
-            if not len(out):
-                fail(f"{', '.join(self.paths)}: none of the {len(records)} records' pictures is in it, for example "
-                     f"{records[0]['image']} is not; "
-                     f"it holds for example {next((n for t in tables for n in t), 'nothing')}")
-            say(f"{len(records) - len(out)} of {len(records)} records left out: "
-                f"their pictures are not in {', '.join(self.paths)}")
+            where = record["image"]
+            numbers = picture_numbers(where, tables)
+            if len(numbers) > 1:
+                fail(f"{where}: {len(numbers)} pictures of {files} could be this one")
+            for number in numbers:
+                if image_of.setdefault(number, record["image_id"]) != record["image_id"]:
+                    fail(f"{where}: another picture of these records has the same name in {files}")
+                out.append({**record, "regions": number})
+
+        # the regions are there: the picture's own file need not be
+        out.notes.pop("missing", None)
+        lost = len(records) - len(out)
+        if lost and not len(out):
+            example = next((name for _, table in tables for name in table), "nothing")
+            fail(f"{files}: none of the {lost} records' pictures is in it, for example "
+                 f"{records[0]['image']} is not; it holds for example {example}")
+        if lost:
+            out.notes["without_regions"] = lost
+            say(f"{lost} of {len(records)} records left out: their pictures are not in {files}")
         return out
+
+
+def picture_numbers(where, tables):
+    """The numbers of the pictures that a location may be -> set.
+
+    tables: list of (root, {name: number}). A path is looked up as it continues a root, then by
+    ever shorter ends of it; in a table of image ids (root "") by the number at the end of the
+    file's name.
+    """
+    names, ids = [], []
+    if isinstance(where, str):
+        # the path as the file's own root continues it
+        path = os.path.abspath(where)
+        found = set()
+        for root, table in tables:
+            if root and path.startswith(root + os.sep):
+                found.add(table.get(path[len(root) + 1:]))
+        if found - {None}:
+            return found - {None}
+
+        # else its ends, and the number at the end of its name
+        parts = path.split(os.sep)
+        names = ["/".join(parts[k:]) for k in range(1, len(parts))]
+        stem = os.path.splitext(parts[-1])[0]
+        digits = re.findall(r"\d+$", stem)
+        ids = [stem] + [str(int(number)) for number in digits]
+    else:
+        names = [where.name()]
+
+    # the longest name that some file has
+    for name in names:
+        found = {table[name] for root, table in tables if root and name in table}
+        if found:
+            return found
+    return {table[name] for root, table in tables if not root for name in ids if name in table}
 
 
 def with_regions(records, views, files=""):
-    """The records with the regions that VIEWS[task] asks for, from `files` (separated by commas); records as they are
-    where it asks for none. The built-in world needs no file: its stand-in is made beside its pictures, once."""
+    """The records with the regions that VIEWS[task] asks for; as they are where it asks for none.
+
+    files: region files separated by commas. The built-in world brings its own.
+    """
     if "regions" not in view_keys(views).values():
         return records
-    if not files and os.path.exists(os.path.join(records.root, "version.json")) and records.split:
-        files = shapes_regions(records.root, records.split)
+    # the built-in world is known by its version.json
+    root = records.root or ""
+    if not files and os.path.exists(os.path.join(root, "version.json")):
+        own = os.path.join(root, f"regions_{records.split}.safetensors")
+        files = own if os.path.exists(own) else ""
     if not files:
-        fail("this model looks at regions: name their files, --regions FILE (python data.py regions makes them)")
+        fail("this model looks at regions: name their files, --regions FILE "
+             "(python -m tools.regions makes them)")
     return Regions(expand(files, "--regions")).attach(records)
 
 
-def collect_regions(out, items, total, look, metadata, shard=1000, quiet=False, source=""):
-    """Writes the file `out` from look(item) for each item: a dict of name, size (w, h) and ROW_ARRAYS, [globals]; or
-    None for a picture that cannot be read. Goes by parts of `shard` items in the folder out.parts, so that the same
-    command goes on after a stop, kill -9 included, in the memory of one part. `source` tells which items these are.
-    -> number of unreadable pictures. DataError if the parts there are of another command or of other items."""
-    plan = json.dumps({**metadata, "items": total, "shard": shard, "source": source}, indent=1)
-    parts, note = f"{out}.parts", os.path.join(f"{out}.parts", "plan.json")
-    os.makedirs(parts, exist_ok=True)
-    if os.path.exists(note):
-        with open(note, encoding="utf-8") as f:
-            if f.read() != plan:
-                fail(f"{parts}: begun with other settings or other pictures (see {note}): "
-                     "go on with those, or delete the folder")
-    else:
-        with open(f"{note}.tmp", "w", encoding="utf-8") as f:
-            f.write(plan)
-        os.replace(f"{note}.tmp", note)                                     # whole or not there, as the parts
-    items, files, bad = iter(items), [], 0
-    with tqdm(total=total, desc="regions", unit="picture", disable=quiet) as bar:
-        for n in itertools.count():
-            file, found, seen = os.path.join(parts, f"{n:06d}.safetensors"), [], 0
-            done = os.path.exists(file)
-            for item in itertools.islice(items, shard):
-                seen += 1
-                bar.update()
-                found += [] if done else [look(item)]
-            if not seen:
-                break
-            if not done:
-                write_safetensors(file, pack([f for f in found if f], metadata), {"unreadable": str(found.count(None))})
-            files.append(file)
-    mapped = [map_safetensors(file) for file in files]
-    bad = sum(int(m["unreadable"]) for _, m in mapped)
-    if not sum(len(a["sizes"]) for a, _ in mapped):
-        fail(f"{out}: no picture could be read")
-    dims = {a["features"].shape[1]: file for file, (a, _) in zip(files, mapped) if len(a["sizes"])}
-    if len(dims) > 1:
-        fail(" and ".join(f"{file} has features of {dim} numbers" for dim, file in dims.items()) + ": of one detector?")
-    tensors = {k: [a[k] for a, _ in mapped if len(a["sizes"])] for k in mapped[0][0]}
-    for key, first in (("offsets", 1), ("name_ends", 0)):                   # they count on from part to part
-        sums = np.cumsum([0] + [int(a[-1]) for a in tensors[key]])
-        tensors[key] = [a[(first if n else 0):] + s for n, (a, s) in enumerate(zip(tensors[key], sums))]
-    write_safetensors(out, tensors, metadata)
-    for file in files + [note]:                                             # the note last: no part is ever without it
-        os.remove(file)
-    os.rmdir(parts)
-    return bad
+# --------------------------------------------------------------------------------------------------
+# python data.py check
 
+# A key of a source's records, as it stands in the publisher's file.
+TELLING_KEYS = {"questions": "vqa", "videos": "clips", "gold_label": "ve", "identifier": "nlvr2"}
 
-def pack(found, metadata):
-    """What look() gave for some pictures -> {tensor name: [array]}. float16 holds up to 65,504: a larger feature is
-    an error."""
-    dims = {f["features"].shape[1]: f["name"] for f in found}
-    if len(dims) > 1:
-        fail(" and ".join(f"picture {name} has features of {dim} numbers" for dim, name in dims.items())
-             + ": of one detector?")
-    with np.errstate(over="ignore"):                                        # said below, in words
-        out = {k: [np.concatenate([f[k] for f in found]).astype(t)] if found else [np.zeros(0, t)]
-               for k, t in ROW_ARRAYS.items()}
-        wrong = [] if np.isfinite(out["features"][0]).all() else [
-            f["name"] for f in found if not np.isfinite(f["features"].astype(np.float16)).all()]
-    if wrong:
-        fail(f"picture {wrong[0]}: a region's feature is not finite in float16: are these a detector's weights?")
-    names = [os.fsencode(f["name"]) for f in found]                         # a file's name need not be UTF-8
-    out |= {"offsets": [np.cumsum([0] + [len(f["labels"]) for f in found], dtype=np.int64)],
-            "names": [np.frombuffer(b"".join(names), np.uint8)],
-            "name_ends": [np.cumsum([len(n) for n in names], dtype=np.int64)],
-            "sizes": [np.array([f["size"] for f in found], np.int64).reshape(-1, 2)]}
-    if "global_feature" in metadata:
-        out["globals"] = [np.array([f["globals"] for f in found], np.float16)]
-    return out
-
-
-CROP, CROP_DIM = 8, 128
-STAND_IN = ("a stand-in for a detector: the boxes and labels of the data itself, each crop at "
-            f"{CROP}x{CROP} pixels times a fixed random matrix")
-
-
-def box_regions(record, name):
-    """The stand-in's regions of a record with boxes and labels: no detector has seen the picture."""
-    matrix = (np.random.default_rng(0).standard_normal((3 * CROP * CROP, CROP_DIM)).astype(np.float32)
-              / math.sqrt(3 * CROP * CROP))
-    image = load_image(record["image"])
-    boxes = np.array(record["boxes"], np.float32).reshape(-1, 4)
-    crops = [np.asarray(image.resize((CROP, CROP), Image.Resampling.BILINEAR, box=tuple(b))) for b in boxes.tolist()]
-    crops = np.array(crops, np.float32).reshape(-1, 3 * CROP * CROP) / 127.5 - 1
-    return {"name": name, "size": image.size, "boxes": boxes, "labels": np.array(record["labels"], np.int64),
-            "scores": np.ones(len(boxes)), "features": crops @ matrix}
-
-
-def shapes_regions(world, split):
-    """The regions file of the built-in world's split, made if it is not there -> its path."""
-    out = os.path.join(world, f"regions_{split}.safetensors")
-    if os.path.exists(out) and map_safetensors(out)[1].get("detector") == STAND_IN:
-        return out
-    records = open_source("pairs", "shapes", split)
-    names = dict(pair for r in records for pair in zip(r["labels"], r["label_names"]))
-    metadata = {"detector": STAND_IN, "root": world,
-                "label_names": json.dumps([names.get(n, str(n)) for n in range(max(names) + 1)])}
-    mine = f"{out}.{os.getpid()}"                           # each process of a run may come here: the last one stays
-    collect_regions(mine, records, len(records), lambda r: box_regions(r, picture_name(r["image"], world)), metadata)
-    os.replace(mine, out)
-    return out
-
-
-# Torchvision is imported where a detector runs: reading needs none of it.
-
-def checkpoint(path, what):
-    """A state dict of tensors from .safetensors or torch.save."""
-    if not os.path.isfile(path):
-        fail(f"{what} {path}: no such file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError) as e:
-        fail(f"{what} {path}: not a state dict ({str(e).splitlines()[0]})")
-
-
-def published(weights, what):
-    """The state dict behind a torchvision weights entry: from its cache, else downloaded."""
-    from urllib.error import URLError
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError) as e:
-        fail(f"cannot download {weights.url} ({getattr(e, 'reason', e)}): "
-             f"fetch it on a machine with network and name the file: {what} PATH")
-
-
-def fill(model, state, what):
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
-        fail(f"{what}: these are not the weights of {type(model).__name__} ({' '.join(str(e).split())[:200]})")
-
-
-def load_detector(weights, top, min_score, random=False):
-    """Faster R-CNN R50-FPN -> (model in eval mode, label_names, text that says what it is). weights: a file, or
-    "COCO_V1" = torchvision's own. `top` regions an image at most, over min_score, are what its forward gives."""
-    from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-    from torchvision.ops import FrozenBatchNorm2d
-    entry = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
-    state = (None if random else published(entry, "--weights") if weights == entry.name
-             else checkpoint(weights, "--weights"))
-    key = "roi_heads.box_predictor.cls_score.weight"
-    if state is not None and key not in state:
-        fail(f"--weights {weights}: no Faster R-CNN of torchvision (no key {key})")
-    names = entry.meta["categories"]
-    classes = len(names) if random else len(state[key])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)                                                # random weights are the same ones each time
-        model = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d,
-                                               trainable_layers=5),
-                           classes, box_detections_per_img=top, box_score_thresh=min_score)
-    if state is not None:
-        fill(model, state, f"--weights {weights}")
-        for m in model.modules():
-            if isinstance(m, FrozenBatchNorm2d):
-                m.eps = 0.0                                         # as torchvision sets it for its published detector
-    names = names if classes == len(names) else [str(n) for n in range(classes)]
-    kind = "COCO ids" if classes == 91 else "numbered"
-    about = (f"torchvision Faster R-CNN R50-FPN, {classes} labels ({kind}; not the 1,600 of Visual Genome), "
-             f"up to {top} regions over score {min_score}, "
-             f"weights {'RANDOM: it detects nothing' if random else weights}")
-    return model.eval(), names, about
-
-
-@torch.no_grad()
-def detect(model, image):
-    """image: (3, H, W) float32 in 0..1 -> dict of arrays: features (n, 1024) = the box head's for the final boxes,
-    boxes (n, 4) xyxy pixels, labels (n,), scores (n,), the surest first."""
-    images, _ = model.transform([image])
-    maps = model.backbone(images.tensors)
-    proposals, _ = model.rpn(images, maps)
-    found, _ = model.roi_heads(maps, proposals, images.image_sizes)         # boxes in the resized image
-    pooled = model.roi_heads.box_roi_pool(maps, [found[0]["boxes"]], images.image_sizes)
-    features = model.roi_heads.box_head(pooled)                             # (n, 1024)
-    found = model.transform.postprocess(found, images.image_sizes, [tuple(image.shape[-2:])])[0]
-    order = found["scores"].argsort(descending=True)
-    return ({"features": features[order].cpu().numpy()}
-            | {k: found[k][order].cpu().numpy() for k in ("boxes", "labels", "scores")})
-
-
-GLOBAL_MODELS = {"resnet50": "fc", "densenet121": "classifier", "googlenet": "fc"}  # name -> its last layer, which goes
-
-
-def load_global(name, weights, random=False):
-    """A CNN whose pooled output is the image's global feature -> (model in eval mode, text that says what it is)."""
-    from torchvision.models import get_model, get_model_weights
-    entry = get_model_weights(name)["IMAGENET1K_V1"]
-    options = dict(aux_logits=False, transform_input=True, init_weights=True) if name == "googlenet" else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = get_model(name, weights=None, **options)
-    if not random:
-        state = (published(entry, "--global_weights") if weights == entry.name
-                 else checkpoint(weights, "--global_weights"))
-        # torchvision's densenet files still say norm.1
-        old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-        fill(model, {old.sub(r"\1\2", k): v for k, v in state.items() if not k.startswith("aux")},
-             f"--global_weights {weights}")
-    setattr(model, GLOBAL_MODELS[name], torch.nn.Identity())
-    return model.eval(), f"global feature: pooled {name}, weights {'RANDOM' if random else weights}"
-
-
-def extract_regions(args):
-    """`data.py regions --images`: runs the detector over pictures -> number of unreadable ones."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if os.path.isdir(args.images) and not any(f.endswith(".tar") for f in os.listdir(args.images)):
-        pictures = [os.path.join(folder, f) for folder, _, files in sorted(os.walk(args.images)) for f in sorted(files)
-                    if f.lower().endswith(IMAGE_TYPES)]
-        root = os.path.abspath(args.images)
-    else:
-        records = open_source("pairs", args.images, None, args.image_root)
-        pictures, root = list({r["image"]: None for r in records}), os.path.abspath(records.root)
-    if not pictures:
-        fail(f"--images {args.images}: no image files in it")
-    model, names, about = load_detector(args.weights, args.top, args.min_score, args.random_weights)
-    metadata, cnn = {"detector": about, "root": root, "label_names": json.dumps(names)}, None
-    model.to(device)
-    if args.global_feature:
-        cnn, metadata["global_feature"] = load_global(args.global_feature, args.global_weights, args.random_weights)
-        cnn.to(device)
-        mean, std = torch.tensor(NORMS["imagenet"], device=device).view(2, 3, 1, 1)
-    print("\n".join(metadata[k] for k in ("detector", "global_feature") if k in metadata), flush=True)
-
-    def look(where):
-        try:
-            picture = load_image(where)
-            short, long = sorted(picture.size)
-            if short * min(model.transform.min_size[-1] / short, model.transform.max_size / long) < 1:
-                raise BadImage(f"{picture.width}x{picture.height} pixels, too narrow for the detector")
-        except BadImage as e:
-            say(f"unreadable image {where}: {e}; left out")
-            return None
-        def pixels(p):
-            return torch.from_numpy(np.array(p)).permute(2, 0, 1).to(device).float() / 255
-        found = {"name": picture_name(os.path.abspath(where) if isinstance(where, str) else where, root),
-                 "size": picture.size, **detect(model, pixels(picture))}
-        if cnn:
-            with torch.no_grad():
-                found["globals"] = cnn(((pixels(resize(picture, 224)) - mean) / std)[None])[0].cpu().numpy()
-        return found
-
-    listing = hashlib.sha256("\n".join(map(str, pictures)).encode(errors="surrogateescape")).hexdigest()
-    return collect_regions(args.out, pictures, len(pictures), look, metadata, args.shard, source=listing)
-
-
-TSV_FIELDS = {6: "image_id image_w image_h num_boxes boxes features",
-              10: "image_id image_h image_w labels scores attributes attribute_scores num_boxes boxes features"}
-
-
-def tsv_lines(paths):
-    for path in paths:
-        with open(path, encoding="ascii", errors="replace") as f:   # a foreign byte is no base64: said with its line
-            for n, line in enumerate(f, 1):
-                yield f"{path} line {n}", line.rstrip("\r\n")
-
-
-def tsv_regions(item, classes):
-    """A row of bottom-up-attention's TSV: 6 columns (its authors', without labels) or 10 (LXMERT's),
-    arrays in base64."""
-    where, cells = item[0], item[1].split("\t")
-    if len(cells) not in TSV_FIELDS:
-        fail(f"{where}: {' or '.join(map(str, TSV_FIELDS))} columns separated by TAB expected, found {len(cells)}")
-    row = dict(zip(TSV_FIELDS[len(cells)].split(), cells))
-
-    def number(key):                                                        # a count or a length in pixels
-        return (int(row[key]) if row[key].isdigit() and int(row[key])
-                else fail(f"{where}: {key} is '{row[key][:20]}', not a number above 0"))
-    n = number("num_boxes")
-
-    def decode(key, dtype, width=None):
-        try:
-            array = np.frombuffer(base64.b64decode(row[key], validate=True), dtype)
-        except ValueError as e:
-            fail(f"{where}: {key} is not base64 of {np.dtype(dtype).name} ({e})")
-        if len(array) % n or width and len(array) != n * width:
-            fail(f"{where}: {key} holds {len(array)} numbers for {n} boxes")
-        return array.reshape(n, -1)
-    labels, scores = np.full(n, -1), np.ones(n)
-    if "labels" in row:
-        labels, scores = decode("labels", np.int64, 1)[:, 0], decode("scores", np.float32, 1)[:, 0]
-    if labels.max() >= classes:
-        fail(f"{where}: label {labels.max()}, but there are {classes} label names")
-    order = np.argsort(-scores, kind="stable")                      # the surest first; without scores the file's order
-    return {"name": row["image_id"], "size": (number("image_w"), number("image_h")),
-            "labels": labels[order], "scores": scores[order],
-            "boxes": decode("boxes", np.float32, 4)[order], "features": decode("features", np.float32)[order]}
-
-
-def convert_regions(args):
-    """`data.py regions --tsv`: bottom-up-attention files -> a regions file."""
-    if args.global_feature:
-        fail("--global_feature looks at pictures: use --images; --tsv has none")
-    paths = expand(args.tsv, "--tsv")
-    with open(paths[0], encoding="ascii", errors="replace") as f:
-        labeled = f.readline().count("\t") == 9
-    names = [str(n) for n in range(1600)] if labeled else []                # the Visual Genome detector's, by number
-    if args.label_names and labeled:
-        names = [name for _, name in lines_of(args.label_names)]
-    files = ", ".join(os.path.basename(p) for p in paths)
-    metadata = {"detector": f"bottom-up-attention ({files})", "root": "", "label_names": json.dumps(names)}
-    return collect_regions(args.out, tsv_lines(paths), None, lambda item: tsv_regions(item, len(names)),
-                           metadata, args.shard, source=", ".join(f"{p}, {os.path.getsize(p)} bytes" for p in paths))
-
-
-def split_noisy(spec, out, clean=2000, share=0.5, seed=0, image_root=None):
-    """Cuts image-text pairs into two files for a study of stages: OUT/clean.jsonl, `clean` records as they are,
-    and OUT/noisy.jsonl, the others, of which `share` get the captions of another one (a web crawl's mismatches).
-    -> (records noisy, of these mismatched)."""
-    records = open_source("pairs", spec, "train", image_root, need=("caption",))
-    if not 0 < clean < len(records):
-        fail(f"--clean {clean}: between 1 and {len(records) - 1} of the {len(records)} records")
-    order = random.Random(seed).sample(range(len(records)), len(records))
-    noisy = order[clean:]
-    wrong = noisy[:round(share * len(noisy))]                       # already in random order: each takes the next one's
-    source = dict(zip(wrong, wrong[1:] + wrong[:1]))
-    os.makedirs(out, exist_ok=True)
-    for name, indices in (("clean", order[:clean]), ("noisy", noisy)):
-        with open(os.path.join(out, f"{name}.jsonl"), "w", encoding="utf-8") as f:
-            for i in sorted(indices):
-                record = {"image": os.path.abspath(records[i]["image"]), "image_id": records[i]["image_id"],
-                          "caption": records[source.get(i, i)]["caption"]}
-                f.write(json.dumps(record) + "\n")
-    return len(noisy), len(wrong)
-
-
-def regions_main(args):
-    """`data.py regions` -> exit status 0; prints what is in the file it made."""
-    if bool(args.images) == bool(args.tsv):
-        fail("regions: name the pictures (--images) or bottom-up-attention files (--tsv)")
-    bad = (extract_regions if args.images else convert_regions)(args)
-    regions = Regions([args.out])
-    counts = np.diff(regions.files[0][0]["offsets"])
-    rows = {"pictures": len(regions), "unreadable, left out": bad, "regions": int(counts.sum()),
-            "regions a picture": f"{counts.min()} to {counts.max()}, mean {counts.mean():.1f}",
-            "feature size": regions.dim, "labels": regions.classes or "none",
-            "global feature": regions.global_dim or "none",
-            "file": f"{args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB"}
-    print("\n".join(f"  {k:<22}{v}" for k, v in rows.items()))
-    return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------- check
 
 def guess_source(spec):
-    """The source of a file or folder, from its name and first record."""
+    """The source of files or a folder, from the first one's name and first record."""
     if spec == "shapes":
         return "pairs"
+    # a folder, by the files in it
     path = expand(spec)[0]
     if os.path.isdir(path):
         names = os.listdir(path)
-        if any(re.match(r"STS|stsb|sts-", n) for n in names):
+        if any(re.match(r"STS|stsb|sts-", name) for name in names):
             return "sts"
-        if any(n.endswith(".txt") for n in names):
+        kinds = {os.path.splitext(name)[1] for name in names}
+        if ".txt" in kinds:
             return "hashing"
-        return "pairs" if any(n.endswith(".tar") for n in names) else "classes"
-    if path.endswith((".txt", ".csv")):
-        return "hashing" if path.endswith(".txt") else "sts"
-    if not path.endswith((".json", ".jsonl")):
+        return "pairs" if ".tar" in kinds else "classes"
+
+    # a file that is no JSON, by its name
+    kind = os.path.splitext(path)[1]
+    if kind in (".txt", ".csv"):
+        return "hashing" if kind == ".txt" else "sts"
+    if kind not in (".json", ".jsonl"):
         return "pairs"
-    data = read_json(path)
-    head = (data if isinstance(data, dict) else next(iter(data), None) if isinstance(data, list)
-            else next(data, (None, None))[1])
-    keys = {"questions": "vqa", "videos": "clips", "gold_label": "ve", "identifier": "nlvr2"}
-    return next((source for key, source in keys.items() if isinstance(head, dict) and key in head), "pairs")
+
+    # the first record, or the whole where it is one object
+    first = read_json(path)
+    if isinstance(first, list):
+        first = first[0] if first else None
+    elif not isinstance(first, dict):
+        first = next(first, (None, None))[1]
+    if isinstance(first, dict):
+        for key, source in TELLING_KEYS.items():
+            if key in first:
+                return source
+    return "pairs"
 
 
 def trouble_with(where):
@@ -2262,90 +2936,96 @@ def trouble_with(where):
         return str(e)
 
 
+def check_split(records, title):
+    """Opens every file of the records -> ({what: count} to print, list of (location, reason) of
+    the unreadable ones)."""
+    # each file once
+    files = {}
+    for record in records:
+        for key in ("image", "image2", "feature"):
+            if key in record:
+                files[record[key]] = None
+
+    # threads: PIL decodes outside the interpreter's lock
+    troubles = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        reasons = pool.map(trouble_with, files)
+        for where, reason in zip(files, tqdm(reasons, title, len(files), leave=False,
+                                             disable=None)):
+            if reason:
+                troubles.append((where, reason))
+
+    # what to print
+    rows = {"records": len(records), "images": len(files)}
+    counts = [len(r["caption"]) for r in records if isinstance(r.get("caption"), list)]
+    if counts:
+        rows["captions"] = sum(counts)
+        rows["captions an image"] = (f"{min(counts)} to {max(counts)}, "
+                                     f"mean {np.mean(counts):.2f}")
+    rows["missing files"] = sum(reason == "missing" for _, reason in troubles)
+    rows["corrupt files"] = len(troubles) - rows["missing files"]
+    if records.name == "pairs":
+        rows["duplicate captions"] = records.notes.get("duplicates", 0)
+    for note, count in records.notes.items():
+        if note not in ("missing", "duplicates"):
+            rows[note.replace("_", " ")] = count
+    return rows, troubles
+
+
 def check(spec, image_root=None, split=None, source=None):
-    """Prints what is in the files of `spec` and opens every image -> number of missing and corrupt ones."""
+    """Prints what is in the files of `spec` and opens every image -> number of missing and corrupt
+    ones."""
+    # read all splits once to learn their names, then each one
     source = source or guess_source(spec)
-    first = open_source(source, spec, split, image_root, missing="keep")
-    parts, table, listed = [split] if split else first.splits or [None], {}, []
-    for part in parts:
+    everything = open_source(source, spec, split, image_root, missing="keep")
+    table, troubles = {}, []
+    for part in [split] if split else everything.splits or [None]:
         records = open_source(source, spec, part, image_root, missing="keep")
-        files = list({r[k]: None for r in records for k in ("image", "image2", "feature") if k in r})
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:       # PIL decodes outside the interpreter's lock
-            bar = tqdm(pool.map(trouble_with, files), f"opening {part or ''}", len(files), leave=False, disable=None)
-            troubles = [(f, t) for f, t in zip(files, bar) if t]
-        texts = [len(r["caption"]) for r in records if isinstance(r.get("caption"), list)]
-        rows = {"records": len(records), "images": len(files)}
-        if texts:
-            rows |= {"captions": sum(texts),
-                     "captions an image": f"{min(texts)} to {max(texts)}, mean {np.mean(texts):.2f}"}
-        missing = sum(t == "missing" for _, t in troubles)
-        rows |= {"missing files": missing, "corrupt files": len(troubles) - missing}
-        rows |= {"duplicate captions": records.notes.get("duplicates", 0)} if source == "pairs" else {}
-        rows |= {k.replace("_", " "): v for k, v in records.notes.items() if k not in ("missing", "duplicates")}
+        rows, found = check_split(records, f"opening {part or ''}")
         table[part or "all"] = rows
-        listed += troubles
-    print(f"{source}: {spec}" + (f" ({first.protocol})" if first.protocol else ""))
-    if first.label_names:
-        print(f"labels: {len(first.label_names)} "
-              f"({', '.join(first.label_names[:6] + ['...'] * (len(first.label_names) > 6))})")
-    keys = list(dict.fromkeys(k for rows in table.values() for k in rows))
-    widths = {part: max([len(part)] + [len(str(v)) for v in rows.values()]) for part, rows in table.items()}
-    for key, cells in ([("", {p: p for p in table})]
-                       + [(k, {p: str(rows.get(k, 0)) for p, rows in table.items()}) for k in keys]):
-        print(f"  {key:<24}" + "  ".join(cells[p].rjust(widths[p]) for p in table))
-    for file, reason in listed[:10]:
-        print(f"  {file if isinstance(file, str) else f'{file[0]} at byte {file[1]}'}: {reason}")
-    if len(listed) > 10:
-        print(f"  ... and {len(listed) - 10} more")
-    return len(listed)
+        troubles += found
+
+    # what was read, the counts, the first ten unreadable files
+    protocol = f" ({everything.protocol})" if everything.protocol else ""
+    print(f"{source}: {spec}{protocol}")
+    names = everything.label_names
+    if names:
+        more = ", ..." if len(names) > 6 else ""
+        print(f"labels: {len(names)} ({', '.join(names[:6])}{more})")
+    print_table(table)
+    for where, reason in troubles[:10]:
+        print(f"  {where}: {reason}")
+    if len(troubles) > 10:
+        print(f"  ... and {len(troubles) - 10} more")
+    return len(troubles)
+
+
+def print_table(table):
+    """{column: {row: value}} -> printed with a column for each split."""
+    widths = {}
+    for column, values in table.items():
+        widths[column] = max(len(str(cell)) for cell in [column, *values.values()])
+
+    print(" " * 26 + "  ".join(column.rjust(widths[column]) for column in table))
+    for row in dict.fromkeys(itertools.chain(*table.values())):
+        cells = [str(values.get(row, 0)).rjust(widths[column]) for column, values in table.items()]
+        print(f"  {row:<24}" + "  ".join(cells))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
-    one = tasks.add_parser("check", help="count records, open every image; exit status 1 if one is missing or corrupt")
-    one.add_argument("path", help='files or folders separated by commas, or "shapes"')
-    one.add_argument("--image_root", help="the folder the images lie in")
-    one.add_argument("--split", help="only this split (default: each)")
-    one.add_argument("--source", choices=SOURCES, help="what the records are (default: guessed from the files)")
-    two = tasks.add_parser("regions", help="make a file of region features: of pictures, by a detector, "
-                                           "or from bottom-up-attention files")
-    two.add_argument("--images", help="a folder of pictures, a folder of tar shards, or image-text data")
-    two.add_argument("--image_root", help="the folder that the data's images lie in")
-    two.add_argument("--tsv", help="bottom-up-attention files instead, separated by commas")
-    two.add_argument("--out", required=True, help="the file to make; --regions of train.py")
-    two.add_argument("--weights", default="COCO_V1",
-                     help="the detector's, a file or COCO_V1 = torchvision's, downloaded (default)")
-    two.add_argument("--random_weights", action="store_true",
-                     help="a detector that knows nothing, to try the pipeline; the file says so")
-    two.add_argument("--top", type=int, default=100, help="regions a picture at most (default: 100)")
-    two.add_argument("--min_score", type=float, default=0.05,
-                     help="least score of a region (default: 0.05, torchvision's)")
-    two.add_argument("--global_feature", choices=GLOBAL_MODELS,
-                     help="also store a CNN's pooled feature of each picture")
-    two.add_argument("--global_weights", default="IMAGENET1K_V1",
-                     help="its weights, a file or IMAGENET1K_V1 = torchvision's (default)")
-    two.add_argument("--label_names", help="names of the labels in --tsv, one a line (default: 1,600 numbers)")
-    two.add_argument("--shard", type=int, default=1000, help="pictures between two savings (default: 1000)")
-    two.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    three = tasks.add_parser("noisy", help="cut pairs into a small clean and a large noisy file, "
-                                           "to study pre-training in stages")
-    three.add_argument("data", help='image-text pairs, or "shapes"')
-    three.add_argument("--out", required=True, help="the folder that gets clean.jsonl and noisy.jsonl")
-    three.add_argument("--image_root", help="the folder the images lie in")
-    three.add_argument("--clean", type=int, default=2000, help="records of the clean file (default: 2000)")
-    three.add_argument("--share", type=float, default=0.5,
-                       help="share of the noisy file with another record's captions (default: 0.5)")
-    three.add_argument("--seed", type=int, default=0, help="of the choice")
+
+    # check, the one task so far
+    p = tasks.add_parser("check", help="count records and open every image; exit status 1 if one "
+                                       "is missing or corrupt")
+    p.add_argument("path", help='files or folders separated by commas, or "shapes"')
+    p.add_argument("--image_root", help="the folder the images lie in")
+    p.add_argument("--split", help="only this split (default: each)")
+    p.add_argument("--source", choices=SOURCES,
+                   help="what the records are (default: guessed from the files)")
     args = parser.parse_args(argv)
-    if args.task == "regions":
-        return regions_main(args)
-    if args.task == "noisy":
-        noisy, wrong = split_noisy(args.data, args.out, args.clean, args.share, args.seed, args.image_root)
-        print(f"{args.out}: clean.jsonl {args.clean:,} records; noisy.jsonl {noisy:,} records, "
-              f"{wrong:,} with captions of another")
-        return 0
     return int(check(args.path, args.image_root, args.split, args.source) > 0)
 
 

@@ -505,9 +505,13 @@ def default_vocab(loop):
     return str(shapes.ensure() / "vocab.txt")
 
 
+# what a model's Config may want to know of the vocabulary
+VOCAB_FIELDS = ("vocab_size", "pad_id", "cls_id", "sep_id", "mask_id", "first_word")
+
+
 def fit_config(module, cfg, task, tokenizer, stats):
     """Sets what vocabulary and data decide: ids of special words, feature sizes, classes."""
-    for field in ("vocab_size", "pad_id", "cls_id", "sep_id", "mask_id", "first_word"):
+    for field in VOCAB_FIELDS:
         if hasattr(cfg, field):
             setattr(cfg, field, getattr(tokenizer, field))
     if hasattr(module, "setup"):

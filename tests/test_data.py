@@ -1,5 +1,6 @@
 """data.py: every official format on small files written here, every bad input, streams, views,
 and the cuts in ../shared/data."""
+import importlib
 import io
 import json
 import pickle
@@ -19,6 +20,8 @@ from PIL import Image
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
+
+read = data.open_source
 
 torch.set_num_threads(1)
 SHARED = HERE.parent / "shared" / "data"
@@ -58,8 +61,10 @@ def world(tmp_path):
         image.paste((255, 255, 255), (18, 4, 22, 10))
         (tmp_path / "im").mkdir(exist_ok=True)
         image.save(tmp_path / "im" / f"{n}.png")
-        rows.append({"image": f"im/{n}.png", "image_id": 100 + n, "caption": ["a red circle", "a blue square"],
-                     "paraphrase": ["red circle", "blue square"], "tags": ["red"] if n % 2 else ["circle", "red"]})
+        rows.append({"image": f"im/{n}.png", "image_id": 100 + n,
+                     "caption": ["a red circle", "a blue square"],
+                     "paraphrase": ["red circle", "blue square"],
+                     "tags": ["red"] if n % 2 else ["circle", "red"]})
     return lines(tmp_path / "pairs.jsonl", rows)
 
 
@@ -69,24 +74,38 @@ def refused(*parts):
     with pytest.raises(data.DataError) as caught:
         yield
     message = str(caught.value)
-    assert message.startswith("data.py: ") and "\n" not in message and all(part in message for part in parts), message
+    assert message.startswith("data.py: "), message
+    assert "\n" not in message, message
+    assert all(part in message for part in parts), message
 
 
-# ------------------------------------------------------------------------------------------------------- pairs, formats
+# --------------------------------------------------------------------------------------------------
+# Pairs, formats
 
 def test_records_jsonl_json_and_single(tmp_path, world):
-    r = data.open_source("pairs", world, "train", need=("caption", "tags"))
-    assert len(r) == 40 and r.name == "pairs" and r.split == "train" and r.notes["with_paraphrase"] == 40
-    assert r[3]["image"] == str(tmp_path / "im/3.png") and r[3]["image_id"] == 103 and r[-1]["image_id"] == 139
-    assert r[0]["caption"] == ["a red circle", "a blue square"] and r[0]["paraphrase"] == ["red circle", "blue square"]
-    rows = [{"image": "im/0.png", "caption": "one"}, {"image": "im/1.png", "caption": ["two"], "split": "val"}]
-    r = data.open_source("pairs", write(tmp_path / "l.json", rows), None)
-    assert [x["image_id"] for x in r] == [0, 1] and r[0]["caption"] == ["one"] and r.splits == ["val"]
-    assert len(data.open_source("pairs", write(tmp_path / "one.json", rows[0]), "train")) == 1
+    r = read("pairs", world, "train", need=("caption", "tags"))
+    assert len(r) == 40
+    assert r.name == "pairs"
+    assert r.split == "train"
+    assert r.notes["with_paraphrase"] == 40
+    assert r[3]["image"] == str(tmp_path / "im/3.png")
+    assert r[3]["image_id"] == 103
+    assert r[-1]["image_id"] == 139
+    assert r[0]["caption"] == ["a red circle", "a blue square"]
+    assert r[0]["paraphrase"] == ["red circle", "blue square"]
+    rows = [{"image": "im/0.png", "caption": "one"},
+            {"image": "im/1.png", "caption": ["two"], "split": "val"}]
+    r = read("pairs", write(tmp_path / "l.json", rows), None)
+    assert [x["image_id"] for x in r] == [0, 1]
+    assert r[0]["caption"] == ["one"]
+    assert r.splits == ["val"]
+    assert len(read("pairs", write(tmp_path / "one.json", rows[0]), "train")) == 1
     # no split: belongs to all
-    assert len(data.open_source("pairs", lines(tmp_path / "really_jsonl.json", rows), "val")) == 2
-    assert [len(data.open_source("pairs", world, "train", limit=n)) for n in (7, 400)] == [7, 40]
-    picked = [[x["image_id"] for x in data.open_source("pairs", world, "train", limit=7, seed=s)] for s in (1, 1, 2)]
+    assert len(read("pairs", lines(tmp_path / "really_jsonl.json", rows), "val")) == 2
+    assert [len(read("pairs", world, "train", limit=n)) for n in (7, 400)] == [7, 40]
+    picked = []
+    for seed in (1, 1, 2):
+        picked.append([x["image_id"] for x in read("pairs", world, "train", limit=7, seed=seed)])
     assert picked[0] == picked[1] != picked[2] and picked[0] == sorted(picked[0])
 
 
@@ -97,17 +116,17 @@ def test_karpathy(tmp_path):
     for n in range(4):
         picture(tmp_path / "root" / "val2014" / f"{n}.jpg")
     spec = write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
-    got = {s: data.open_source("pairs", spec, s, image_root=str(tmp_path / "root"))
+    got = {s: read("pairs", spec, s, image_root=str(tmp_path / "root"))
            for s in ("train", "val", "test", None)}
     assert [len(got[s]) for s in got] == [2, 1, 1, 4]
     assert got["train"][1]["image_id"] == 1 and got["train"].splits == ["train", "val", "test"]
     assert got["test"][0]["caption"] == [f"caption 3 {k} ." for k in range(8)]
     spec = write(tmp_path / "d2.json", {"images": images[:1], "dataset": "x"})
     with refused("no split 'test'", "it has: train"):
-        data.open_source("pairs", spec, "test", image_root=str(tmp_path / "root"))
+        read("pairs", spec, "test", image_root=str(tmp_path / "root"))
     del images[0]["sentences"][1]["raw"]
     with refused("images[0]", "no key 'raw'"):
-        data.open_source("pairs", write(tmp_path / "d3.json", {"images": images}), "train",
+        read("pairs", write(tmp_path / "d3.json", {"images": images}), "train",
                          image_root=str(tmp_path / "root"))
 
 
@@ -115,56 +134,64 @@ def coco(tmp_path):
     for n in (9, 5):
         picture(tmp_path / "val2017" / f"{n:012d}.jpg")
     images = [{"id": n, "file_name": f"{n:012d}.jpg", "width": 24, "height": 16} for n in (9, 5)]
-    captions = [{"image_id": 5, "id": 1, "caption": "five"}, {"image_id": 9, "id": 2, "caption": "nine\n"},
+    captions = [{"image_id": 5, "id": 1, "caption": "five"},
+                {"image_id": 9, "id": 2, "caption": "nine\n"},
                 {"image_id": 5, "id": 3, "caption": "cinq"}]
-    boxes = [{"image_id": 5, "id": 1, "category_id": 18, "bbox": [1, 2, 3, 4], "iscrowd": 0, "area": 12},
-             {"image_id": 5, "id": 2, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 1, "area": 81},
-             {"image_id": 5, "id": 3, "category_id": 18, "bbox": [5, 5, 1, 1], "iscrowd": 0, "area": 1}]
+    boxes = [{"image_id": 5, "category_id": 18, "bbox": [1, 2, 3, 4], "iscrowd": 0, "area": 12},
+             {"image_id": 5, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 1, "area": 81},
+             {"image_id": 5, "category_id": 18, "bbox": [5, 5, 1, 1], "iscrowd": 0, "area": 1}]
+    boxes = [{**box, "id": n} for n, box in enumerate(boxes, 1)]
     categories = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}]
-    return (write(tmp_path / "annotations/captions_val2017.json", {"images": images, "annotations": captions}),
-            write(tmp_path / "annotations/instances_val2017.json", {"images": images, "annotations": boxes,
-                    "categories": categories}))
+    home = tmp_path / "annotations"
+    return (write(home / "captions_val2017.json", {"images": images, "annotations": captions}),
+            write(home / "instances_val2017.json",
+                  {"images": images, "annotations": boxes, "categories": categories}))
 
 
 def test_coco_captions_and_instances(tmp_path):
     captions, instances = coco(tmp_path)
-    r = data.open_source("pairs", captions, "test")                         # images found in ../val2017, as published
-    assert [x["image_id"] for x in r] == [9, 5] and r[1]["caption"] == ["five", "cinq"] and r[0]["caption"] == ["nine"]
-    r = data.open_source("pairs", f"{captions},{instances}", "train", image_root=str(tmp_path / "val2017"),
+    # images found in ../val2017, as published
+    r = read("pairs", captions, "test")
+    assert [x["image_id"] for x in r] == [9, 5]
+    assert r[1]["caption"] == ["five", "cinq"]
+    assert r[0]["caption"] == ["nine"]
+    r = read("pairs", f"{captions},{instances}", "train", image_root=str(tmp_path / "val2017"),
                          need=("caption", "tags"))
     assert len(r) == 2 and r.label_names == ["person", "dog"] and r.notes["with_tags"] == 1
-    assert r[1]["tags"] == ["person", "dog"]                                # the crowd gives its tag, but no box
+    # the crowd gives its tag, but no box
+    assert r[1]["tags"] == ["person", "dog"]
     assert r[1]["boxes"] == [[1, 2, 4, 6], [5, 5, 6, 6]] and r[1]["labels"] == [1, 1]
     assert r[0]["tags"] == [] and data.tag_list(r) == ["dog", "person"]
-    r = data.open_source("detection", instances, "train")
-    assert (len(r) == 2 and [label for label, crowd in zip(r[0]["labels"], r[0]["crowd"]) if not crowd] == [1, 1]
-            and "caption" not in r[0])
+    r = read("detection", instances, "train")
+    assert len(r) == 2
+    assert [label for label, crowd in zip(r[0]["labels"], r[0]["crowd"]) if not crowd] == [1, 1]
+    assert "caption" not in r[0]
     with refused("no key 'caption'"):
-        data.open_source("pairs", instances, "train", need=("caption",))
+        read("pairs", instances, "train", need=("caption",))
     bad = json.loads(Path(instances).read_text())
     bad["annotations"][0]["category_id"] = 77
     with refused("annotations[0]", "category_id 77"):
-        data.open_source("pairs", write(tmp_path / "instances_bad.json", bad), "train",
+        read("pairs", write(tmp_path / "instances_bad.json", bad), "train",
                          image_root=str(tmp_path / "val2017"))
     with refused("detection reads COCO's instances"):
-        data.open_source("detection", captions, "train")
+        read("detection", captions, "train")
 
 
 def test_tsv(tmp_path, capsys):
     root = tmp_path / "images"
-    urls = ["sub/0.jpg", "http://x.org/a/own.jpg?w=3", "http://x.org/same.jpg", "http://y.org/same.jpg",
-            "http://z.org/gone.jpg", "http://z.org/crc"]
+    urls = ["sub/0.jpg", "http://x.org/a/own.jpg?w=3", "http://x.org/same.jpg",
+            "http://y.org/same.jpg", "http://z.org/gone.jpg", "http://z.org/crc"]
     for name in ("sub/0.jpg", "own.jpg", "same.jpg", "000000003.jpg"):
         picture(root / name)
     (root / f"5_{zlib.crc32(urls[5].encode())}").write_bytes((root / "own.jpg").read_bytes())
     spec = write(tmp_path / "cc.tsv", "".join(f"caption {n}\t{u}\n" for n, u in enumerate(urls)))
-    r = data.open_source("pairs", spec, "train", image_root=str(root))
+    r = read("pairs", spec, "train", image_root=str(root))
     # two rows end in same.jpg: neither may take that file, row 3 has its numbered one
     assert [x["caption"][0][-1] for x in r] == ["0", "1", "3", "5"] and r.notes["missing"] == 2
     assert r[1]["image"].endswith("own.jpg") and r[2]["image"].endswith("000000003.jpg")
     assert "2 of 6 records left out" in capsys.readouterr().err
     with refused("cc2.tsv line 2", "no TAB"):
-        data.open_source("pairs", write(tmp_path / "cc2.tsv", "a\tb\nc d\n"), "train", image_root=str(root))
+        read("pairs", write(tmp_path / "cc2.tsv", "a\tb\nc d\n"), "train", image_root=str(root))
 
 
 def shard(path, members):
@@ -179,306 +206,373 @@ def shard(path, members):
 
 def test_tar_shards(tmp_path, tok):
     jpg = [picture(tmp_path / f"{n}.jpg", color=(80 * n, 0, 0)).read_bytes() for n in range(4)]
-    shard(tmp_path / "cc" / "00000.tar", [("000000000.jpg", jpg[0]), ("000000000.txt", b"a red circle"),
-                                          ("000000000.json", b"{}"),
-                                          ("000000001.json", b'{"caption": "failed download"}'),
-                                          ("000000001.txt", b"gone")])
-    shard(tmp_path / "cc" / "00001.tar", [("000010000.jpg", jpg[1]), ("000010000.json", b'{"caption": "two"}'),
-                                          ("000010001.jpg", jpg[2]), ("000010001.txt", b"  ")])
+    shard(tmp_path / "cc" / "00000.tar",
+          [("000000000.jpg", jpg[0]), ("000000000.txt", b"a red circle"), ("000000000.json", b"{}"),
+           ("000000001.json", b'{"caption": "failed download"}'), ("000000001.txt", b"gone")])
+    shard(tmp_path / "cc" / "00001.tar",
+          [("000010000.jpg", jpg[1]), ("000010000.json", b'{"caption": "two"}'),
+           ("000010001.jpg", jpg[2]), ("000010001.txt", b"  ")])
     shard(tmp_path / "cc" / "00002.tar", [("a/x.jpg", jpg[3]), ("a/x.txt", "caf\u00e9".encode())])
     for spec in (f"{tmp_path}/cc/{{00000..00002}}.tar", str(tmp_path / "cc")):
-        r = data.open_source("pairs", spec, "train", need=("caption",))
+        r = read("pairs", spec, "train", need=("caption",))
         assert [x["caption"] for x in r] == [["a red circle"], ["two"], ["caf\u00e9"]]
-        assert (r.notes == {"missing": 1, "empty_captions": 1, "no_caption_left": 1}
-                and len({x["image_id"] for x in r}) == 3)
+        assert r.notes == {"missing": 1, "empty_captions": 1, "no_caption_left": 1}
+        assert len({x["image_id"] for x in r}) == 3
         assert [data.load_image(x["image"]).getpixel((2, 2))[0] // 50 for x in r] == [0, 1, 4]
-    assert len(data.open_source("pairs", f"{tmp_path}/cc/00001.tar", "val")) == 1
+    assert len(read("pairs", f"{tmp_path}/cc/00001.tar", "val")) == 1
     ds = data.Views(r, PAIRS, tok, 16, 6)
     assert ds[0, 1]["image"].shape == (3, 16, 16)
     broken = Path(shard(tmp_path / "b" / "0.tar", [("1.jpg", jpg[0] * 40)]))
     broken.write_bytes(broken.read_bytes()[:700])
     with refused("0.tar", "not a readable tar"):
-        data.open_source("pairs", str(broken), "train")
+        read("pairs", str(broken), "train")
     with refused("00000.tar", "no such file"):
-        data.open_source("pairs", f"{tmp_path}/nope/{{00000..00001}}.tar", "train")
+        read("pairs", f"{tmp_path}/nope/{{00000..00001}}.tar", "train")
     with refused("no .tar shards"):
         (tmp_path / "empty").mkdir()
-        data.open_source("pairs", str(tmp_path / "empty"), "train")
+        read("pairs", str(tmp_path / "empty"), "train")
+
+
+def test_a_picture_in_a_tar_has_a_name(tmp_path, tok, capsys):
+    """Wherever a message names a picture: in the warnings of training and in the table of check."""
+    tar = shard(tmp_path / "0.tar", [("1.jpg", b"no picture"), ("1.txt", b"a red circle")])
+    r = read("pairs", tar, "train")
+    where = r[0]["image"]
+    assert where == data.TarMember(tar, 512, 10) and str(where) == f"{tar} at byte 512 (10 bytes)"
+    assert data.picture_name(where, "/anywhere") == "0.tar@512"
+    assert pickle.loads(pickle.dumps(where)) == where
+
+    capsys.readouterr()
+    assert data.Views(r, PAIRS, tok, 16, 8, train=False)[0]["bad"] == 1
+    named = f"{where}: no image format PIL knows"
+    assert f"unreadable image {named}; evaluated as a grey image" in capsys.readouterr().err
+    assert data.main(["check", tar]) == 1
+    assert named in capsys.readouterr().out
+    with refused(named):
+        data.open_picture(where)
 
 
 def test_several_files_and_ids(tmp_path):
     for name in "abcd":
-        picture(tmp_path / "r1" / f"{name}.jpg"), picture(tmp_path / "r2" / f"{name}.jpg")
+        picture(tmp_path / "r1" / f"{name}.jpg")
+        picture(tmp_path / "r2" / f"{name}.jpg")
     one = lines(tmp_path / "1.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 7},
                                        {"image": "b.jpg", "caption": "x", "image_id": 0}])
     two = lines(tmp_path / "2.jsonl", [{"image": "a.jpg", "caption": "x", "image_id": 6},
                                        {"image": "b.jpg", "caption": "x", "image_id": 0}])
     both = f"{tmp_path}/r1,{tmp_path}/r2"
-    r = data.open_source("pairs", f"{one},{two}", "train", image_root=both)
+    r = read("pairs", f"{one},{two}", "train", image_root=both)
     assert [x["image_id"] for x in r][:2] == [7, 0] and len({x["image_id"] for x in r}) == 4
     assert r[2]["image"] == str(tmp_path / "r2" / "a.jpg")
     # the same pictures: the same ids
-    r = data.open_source("pairs", f"{one},{two}", "train", image_root=str(tmp_path / "r1"))
-    assert [x["image_id"] for x in r] == [7, 0, 7, 0] and r.notes == {"duplicates": 2, "repeated_images": 2}
+    r = read("pairs", f"{one},{two}", "train", image_root=str(tmp_path / "r1"))
+    assert [x["image_id"] for x in r] == [7, 0, 7, 0]
+    assert r.notes == {"duplicates": 2, "repeated_images": 2}
     rows = [{"image": f"{c}.jpg", "caption": "x"} for c in "abca"]
-    r = data.open_source("pairs", lines(tmp_path / "3.jsonl", rows), "train", image_root=str(tmp_path / "r1"))
+    r = read("pairs", lines(tmp_path / "3.jsonl", rows), "train", image_root=str(tmp_path / "r1"))
     assert [x["image_id"] for x in r] == [0, 1, 2, 0]
-    names = [dict(row, image_id=i) for row, i in zip(rows, ("p", "q", "p", "p"))]           # names instead of numbers
-    r = data.open_source("pairs", lines(tmp_path / "4.jsonl", names), "train", image_root=str(tmp_path / "r1"))
+    # names instead of numbers
+    names = [dict(row, image_id=i) for row, i in zip(rows, ("p", "q", "p", "p"))]
+    r = read("pairs", lines(tmp_path / "4.jsonl", names), "train", image_root=str(tmp_path / "r1"))
     assert [x["image_id"] for x in r] == [0, 1, 0, 0]
     names[1]["image_id"] = 3
     with refused("5.jsonl line 2", "image_id"):
-        data.open_source("pairs", lines(tmp_path / "5.jsonl", names), "train", image_root=str(tmp_path / "r1"))
+        read("pairs", lines(tmp_path / "5.jsonl", names), "train", image_root=str(tmp_path / "r1"))
     with refused("line 1", "'image_id' is -1"):
-        data.open_source("pairs", lines(tmp_path / "6.jsonl", [dict(rows[0], image_id=-1)]), "train",
+        read("pairs", lines(tmp_path / "6.jsonl", [dict(rows[0], image_id=-1)]), "train",
                 image_root=str(tmp_path / "r1"))
     with refused("--image_root names 2 folders for 1"):
-        data.open_source("pairs", one, "train", image_root=both)
+        read("pairs", one, "train", image_root=both)
 
 
-# -------------------------------------------------------------------------------------------------------- other sources
+# --------------------------------------------------------------------------------------------------
+# Other sources
 
 def vqa_files(tmp_path, **extra):
-    picture(tmp_path / "images" / "COCO_val2014_000000000042.jpg"), picture(tmp_path / "images" / "own.png")
-    questions = [{"image_id": 42, "question": "What is it?", "question_id": 420}, {"image_id": 42, "question": "red?",
-            "question_id": 421},
+    picture(tmp_path / "images" / "COCO_val2014_000000000042.jpg")
+    picture(tmp_path / "images" / "own.png")
+    questions = [{"image_id": 42, "question": "What is it?", "question_id": 420},
+                 {"image_id": 42, "question": "red?", "question_id": 421},
                  {"image_id": 7, "question": "blue?", "question_id": 70, "image": "own.png"}]
-    answers = [{"question_id": q, "image_id": 42,
-                "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(words)]}
-               for q, words in ((420, ["Yes."] * 7 + ["two"] * 3), (421, ["no"] * 10), (70, ["2"] * 10))]
-    return (write(tmp_path / "q.json", {"data_subtype": "val2014", "questions": questions, **extra}),
+    given = {420: ["Yes."] * 7 + ["two"] * 3, 421: ["no"] * 10, 70: ["2"] * 10}
+    answers = []
+    for question_id, words in given.items():
+        rows = [{"answer": word, "answer_id": n} for n, word in enumerate(words)]
+        answers.append({"question_id": question_id, "image_id": 42, "answers": rows})
+    asked = {"data_subtype": "val2014", "questions": questions, **extra}
+    return (write(tmp_path / "q.json", asked),
             write(tmp_path / "a.json", {"data_subtype": "val2014", "annotations": answers}))
 
 
 def test_vqa(tmp_path, tok):
     questions, answers = vqa_files(tmp_path)
-    r = data.open_source("vqa", f"{questions},{answers}", "train")          # images/ beside the files is found
-    assert [x["question_id"] for x in r] == [420, 421, 70] and [x["image_id"] for x in r] == [42, 42, 7]
-    assert r[0]["image"].endswith("COCO_val2014_000000000042.jpg") and r[0]["answers"] == ["Yes."] * 7 + ["two"] * 3
+    # images/ beside the files is found
+    r = read("vqa", f"{questions},{answers}", "train")
+    assert [x["question_id"] for x in r] == [420, 421, 70]
+    assert [x["image_id"] for x in r] == [42, 42, 7]
+    assert r[0]["image"].endswith("COCO_val2014_000000000042.jpg")
+    assert r[0]["answers"] == ["Yes."] * 7 + ["two"] * 3
     assert data.answer_list(r) == ["2", "no", "yes"] and data.answer_list(r, 2) == ["2", "no"]
     assert data.stats(r)["answers"] == ["2", "no", "yes"]
-    ds = data.Views(r, dict(source="vqa", image="plain", text="question", answer="answer"), tok, 16, 8)
+    views = dict(source="vqa", image="plain", text="question", answer="answer")
+    ds = data.Views(r, views, tok, 16, 8)
     seen = Counter(tok.decode(ds[0, d]["answer"]) for d in range(400))
-    assert set(seen) == {"yes", "[UNK]"} and 0.62 < seen["yes"] / 400 < 0.78    # "two" -> "2", not in this vocabulary
+    # "two" -> "2", not in this vocabulary
+    assert set(seen) == {"yes", "[UNK]"} and 0.62 < seen["yes"] / 400 < 0.78
     s = ds[0, 1]
-    assert s["answer_mask"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0] and s["answer_weight"] == 1.0 \
-            and tok.decode(s["text"]) == "what is it ?"
-    r = data.open_source("vqa", questions, "test", image_root=str(tmp_path / "images"))
+    assert s["answer_mask"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert s["answer_weight"] == 1.0
+    assert tok.decode(s["text"]) == "what is it ?"
+    r = read("vqa", questions, "test", image_root=str(tmp_path / "images"))
     assert r[0]["answers"] is None and r.notes["without_answers"] == 3
-    ds = data.Views(r, dict(source="vqa", image="plain", text="question", answer="answer"), tok, 16, 8, train=False)
+    ds = data.Views(r, views, tok, 16, 8, train=False)
     assert ds[0]["answer_weight"] == 0.0
-    assert len(list(data.iter_eval(r, dict(source="vqa", image="plain", text="question"), tok, 16, 8,
-                                   "sample"))[0]["index"]) == 3
+    del views["answer"]
+    batch = next(data.iter_eval(r, views, tok, 16, 8, "sample"))
+    assert len(batch["index"]) == 3
     with refused("needs the questions file"):
-        data.open_source("vqa", answers, "train")
+        read("vqa", answers, "train")
     with refused("no key 'answers'"):
-        data.open_source("vqa", questions, "train", image_root=str(tmp_path / "images"), need=("answers",))
+        read("vqa", questions, "train", image_root=str(tmp_path / "images"), need=("answers",))
     whole = json.loads(Path(questions).read_text())
     with refused("questions[3]", "420 occurs twice"):
         twice = dict(whole, questions=whole["questions"] + whole["questions"][:1])
-        data.open_source("vqa", write(tmp_path / "q2.json", twice), "test",
+        read("vqa", write(tmp_path / "q2.json", twice), "test",
                          image_root=str(tmp_path / "images"))
     del whole["data_subtype"], whole["questions"][1:]
     with refused("questions[0]", "no key 'image'", "data_subtype"):
-        data.open_source("vqa", write(tmp_path / "q3.json", whole), "test")
+        read("vqa", write(tmp_path / "q3.json", whole), "test")
     with refused("neither 'questions' nor 'annotations'"):
-        data.open_source("vqa", write(tmp_path / "q4.json", {"images": []}), "test")
+        read("vqa", write(tmp_path / "q4.json", {"images": []}), "test")
 
 
 def test_ve(tmp_path, tok):
-    picture(tmp_path / "1.jpg"), picture(tmp_path / "x.png")
-    rows = [{"Flickr30K_ID": "1", "gold_label": g, "sentence2": "it is red", "pairID": f"1#{k}"}
-            for k, g in enumerate(["entailment", "-", "contradiction"])] + [{"image": "x.png", "gold_label": "neutral",
-                    "sentence2": "blue"}]
-    r = data.open_source("ve", lines(tmp_path / "ve.jsonl", rows), "val", need=("caption", "label"))
-    assert [x["label"] for x in r] == [0, 2, 1] and r.notes == {"without_majority_label": 1} \
-            and r[0]["image_id"] == r[1]["image_id"]
-    assert r.label_names == ["entailment", "neutral", "contradiction"] and data.stats(r)["num_labels"] == 3
+    picture(tmp_path / "1.jpg")
+    picture(tmp_path / "x.png")
+    rows = [{"image": "x.png", "gold_label": "neutral", "sentence2": "blue"}]
+    for k, label in enumerate(["contradiction", "-", "entailment"]):
+        rows.insert(0, {"Flickr30K_ID": "1", "gold_label": label, "sentence2": "it is red",
+                        "pairID": f"1#{k}"})
+    r = read("ve", lines(tmp_path / "ve.jsonl", rows), "val", need=("caption", "label"))
+    assert [x["label"] for x in r] == [0, 2, 1]
+    assert r.notes == {"without_majority_label": 1}
+    assert r[0]["image_id"] == r[1]["image_id"]
+    assert r.label_names == ["entailment", "neutral", "contradiction"]
+    assert data.stats(r)["num_labels"] == 3
     views = dict(source="ve", image="plain", text="caption", label="label")
     ds = data.Views(r, views, tok, 16, 8)
     assert ds[1, 0]["label"] == 2 and tok.decode(ds[2, 0]["text"]) == "blue"
-    assert (data.flat_captions(r)[0] == ["it is red", "it is red", "blue"]
-            and data.flat_captions(r)[1].tolist() == [0, 0, 1])
+    assert data.flat_captions(r)[0] == ["it is red", "it is red", "blue"]
+    assert data.flat_captions(r)[1].tolist() == [0, 0, 1]
     assert sum(len(b["index"]) for b in data.iter_eval(r, views, tok, 16, 8, "text")) == 3
     with refused("b.jsonl line 1", "gold_label 'maybe'"):
-        data.open_source("ve", lines(tmp_path / "b.jsonl", [dict(rows[0], gold_label="maybe")]), "val")
+        read("ve", lines(tmp_path / "b.jsonl", [dict(rows[0], gold_label="maybe")]), "val")
     with refused("c.jsonl line 1", "no key 'sentence2'", "it has: Flickr30K_ID, gold_label"):
-        data.open_source("ve", lines(tmp_path / "c.jsonl", [{"Flickr30K_ID": "1", "gold_label": "neutral"}]), "val")
+        row = {"Flickr30K_ID": "1", "gold_label": "neutral"}
+        read("ve", lines(tmp_path / "c.jsonl", [row]), "val")
 
 
 def test_nlvr2(tmp_path, tok):
-    for name in ("dev/dev-850-0-img0.png", "dev/dev-850-0-img1.png", "images/train/63/train-9-1-img0.png",
-            "images/train/63/train-9-1-img1.png",
+    for name in ("dev/dev-850-0-img0.png", "dev/dev-850-0-img1.png",
+                 "images/train/63/train-9-1-img0.png", "images/train/63/train-9-1-img1.png",
                  "l.png", "r.png"):
         picture(tmp_path / name, color=(255, 255, 255) if "img1" in name else (0, 0, 0))
     rows = [{"identifier": "dev-850-0-3", "sentence": "left is red", "label": "True"},
             {"identifier": "train-9-1-0", "directory": 63, "sentence": "red", "label": "False"},
             {"identifier": "x-1-1-1", "sentence": "blue", "label": "True", "left_image": "l.png",
              "right_image": "r.png"}]
-    r = data.open_source("nlvr2", lines(tmp_path / "dev.json", rows), "val")
+    r = read("nlvr2", lines(tmp_path / "dev.json", rows), "val")
     assert [x["label"] for x in r] == [1, 0, 1] and r.notes == {}
-    ds = data.Views(r, dict(source="nlvr2", image="plain", image2="plain", norm="half", text="caption", label="label"),
-                    tok, 16, 8)
+    views = dict(source="nlvr2", image="plain", image2="plain", norm="half", text="caption",
+                 label="label")
+    ds = data.Views(r, views, tok, 16, 8)
     s = ds[0, 0]
-    assert s["image"].max() == -1 and s["image2"].min() == 1                # left is image 0, right is image 1
+    # left is image 0, right is image 1
+    assert s["image"].max() == -1 and s["image2"].min() == 1
     with refused("line 1", "label 'yes'"):
-        data.open_source("nlvr2", lines(tmp_path / "e.jsonl", [dict(rows[0], label="yes")]), "val")
+        read("nlvr2", lines(tmp_path / "e.jsonl", [dict(rows[0], label="yes")]), "val")
 
 
 def test_sts(tmp_path):
     home = tmp_path / "STS12-en-test"
-    write(home / "STS.input.MSRvid.txt", "a\tb\nc\td\ne\tf\n"), write(home / "STS.gs.MSRvid.txt", "4.4\n\n0\n")
-    write(home / "STS.input.OnWN.txt", "g\th\ni\tj\n"), write(home / "STS.gs.OnWN.txt", "1.0\n\n")
-    (write(tmp_path / "STS12-en-train" / "STS.input.X.txt", "a\tb\n"),
-     write(tmp_path / "STS12-en-train" / "STS.gs.X.txt", "1\n"))
+    write(home / "STS.input.MSRvid.txt", "a\tb\nc\td\ne\tf\n")
+    write(home / "STS.gs.MSRvid.txt", "4.4\n\n0\n")
+    write(home / "STS.input.OnWN.txt", "g\th\ni\tj\n")
+    write(home / "STS.gs.OnWN.txt", "1.0\n\n")
+    write(tmp_path / "STS12-en-train" / "STS.input.X.txt", "a\tb\n")
+    write(tmp_path / "STS12-en-train" / "STS.gs.X.txt", "1\n")
     row = "main-captions\tMSRvid\t2012test\t0000\t{}\t\"A man, with\tA man.\n"
     for part, scores in (("dev", "5.000"), ("test", "2.5"), ("train", "0")):
         write(tmp_path / "stsbenchmark" / f"sts-{part}.csv", row.format(scores))
-    r = data.open_source("sts", str(home), "test")
-    assert ([(x["s1"], x["score"], x["dataset"], x["subset"]) for x in r]
-            == [("a", 4.4, "STS12", "MSRvid"), ("e", 0.0, "STS12", "MSRvid"), ("g", 1.0, "STS12", "OnWN")]
-            and r.notes == {"unscored": 2})
-    r = data.open_source("sts", str(tmp_path), "test")                  # the train folders of STS12 are not test data
+    r = read("sts", str(home), "test")
+    rows = [(x["s1"], x["score"], x["dataset"], x["subset"]) for x in r]
+    assert rows == [("a", 4.4, "STS12", "MSRvid"), ("e", 0.0, "STS12", "MSRvid"),
+                    ("g", 1.0, "STS12", "OnWN")]
+    assert r.notes == {"unscored": 2}
+    # the train folders of STS12 are not test data
+    r = read("sts", str(tmp_path), "test")
     assert [x["dataset"] for x in r] == ["STS12"] * 3 + ["STSB"] and r[3]["s1"] == '"A man, with'
-    assert [x["score"] for x in data.open_source("sts", str(tmp_path), "val")] == [5.0]
+    assert [x["score"] for x in read("sts", str(tmp_path), "val")] == [5.0]
     # a file named: whatever split
-    assert len(data.open_source("sts", str(tmp_path / "stsbenchmark" / "sts-dev.csv"), "test")) == 1
+    assert len(read("sts", str(tmp_path / "stsbenchmark" / "sts-dev.csv"), "test")) == 1
     with refused("no split 'val'", "it has: test"):
-        data.open_source("sts", str(home), "val")
+        read("sts", str(home), "val")
     with refused("s.csv line 2", "7 columns", "found 2"):
-        data.open_source("sts", write(tmp_path / "s.csv", row.format("1") + "a\tb\n"), "test")
+        read("sts", write(tmp_path / "s.csv", row.format("1") + "a\tb\n"), "test")
     with refused("t.csv line 1", "score 'x' is not a number"):
-        data.open_source("sts", write(tmp_path / "t.csv", row.format("x")), "test")
+        read("sts", write(tmp_path / "t.csv", row.format("x")), "test")
     with refused("score 7.0 is not in 0 to 5"):
-        data.open_source("sts", write(tmp_path / "u.csv", row.format("7")), "test")
+        read("sts", write(tmp_path / "u.csv", row.format("7")), "test")
     with refused("no STS data"):
         (tmp_path / "void").mkdir()
-        data.open_source("sts", str(tmp_path / "void"), "test")
+        read("sts", str(tmp_path / "void"), "test")
     write(home / "STS.gs.OnWN.txt", "1\n")
     with refused("STS.input.OnWN.txt: 2 sentence pairs, but 1 scores"):
-        data.open_source("sts", str(home), "test")
+        read("sts", str(home), "test")
 
 
 def test_hashing(tmp_path, tok):
-    picture(tmp_path / "coco" / "val2014" / "a.jpg"), picture(tmp_path / "coco" / "b.jpg")
+    picture(tmp_path / "coco" / "val2014" / "a.jpg")
+    picture(tmp_path / "coco" / "b.jpg")
     test = write(tmp_path / "lists" / "test.txt", "data/coco/val2014/a.jpg 0 1 1\nb.jpg 0 0 0 \n")
     write(tmp_path / "lists" / "database.txt", "b.jpg 1 0 0\n")
     root = str(tmp_path / "coco")
-    r = data.open_source("hashing", test, "test", image_root=root)          # the authors' "data/coco/" is left off
-    assert (r[0]["labels"] == [0, 1, 1] and r[0]["image"].endswith("coco/val2014/a.jpg")
-            and r.notes == {"without_label": 1})
+    # the authors' "data/coco/" is left off
+    r = read("hashing", test, "test", image_root=root)
+    assert r[0]["labels"] == [0, 1, 1]
+    assert r[0]["image"].endswith("coco/val2014/a.jpg")
+    assert r.notes == {"without_label": 1}
     ds = data.Views(r, dict(source="hashing", image="center", labels="labels"), None, 16, None)
     assert ds[0, 0]["labels"].tolist() == [0.0, 1.0, 1.0]
-    assert len(data.open_source("hashing", str(tmp_path / "lists"), "database", image_root=root)) == 1
+    assert len(read("hashing", str(tmp_path / "lists"), "database", image_root=root)) == 1
     with refused("no split 'train'", "database, test"):
-        data.open_source("hashing", str(tmp_path / "lists"), "train", image_root=root)
+        read("hashing", str(tmp_path / "lists"), "train", image_root=root)
     with refused("line 2", "3 labels expected, found 2"):
-        data.open_source("hashing", write(tmp_path / "w.txt", "b.jpg 1 0 0\nb.jpg 1 0\n"), "test", image_root=root)
+        uneven = write(tmp_path / "w.txt", "b.jpg 1 0 0\nb.jpg 1 0\n")
+        read("hashing", uneven, "test", image_root=root)
 
 
 def test_classes(tmp_path, tok):
     for name in ("train/cat/1.jpg", "train/ant/2.PNG", "train/ant/deep/0.jpg", "val/cat/3.jpg"):
         picture(tmp_path / "in" / name)
     write(tmp_path / "in" / "train" / "cat" / "notes.txt", "no picture")
-    train, val, test = (data.open_source("classes", str(tmp_path / "in"), s) for s in ("train", "val", "test"))
+    train, val, test = (read("classes", str(tmp_path / "in"), s) for s in ("train", "val", "test"))
     assert [(x["class_name"], x["label"]) for x in train] == [("ant", 0), ("ant", 0), ("cat", 1)]
-    assert val[0]["label"] == 1 and len(test) == 1 and val.label_names == ["ant", "cat"]  # not 0, though val has no ant
-    flat = data.open_source("classes", str(tmp_path / "in" / "train"), "test")
+    # not 0, though val has no ant
+    assert val[0]["label"] == 1 and len(test) == 1 and val.label_names == ["ant", "cat"]
+    flat = read("classes", str(tmp_path / "in" / "train"), "test")
     assert len(flat) == 3 and data.stats(flat) == {"num_labels": 2, "label_names": ["ant", "cat"]}
     with refused("no class folders"):
-        data.open_source("classes", str(tmp_path / "in" / "val" / "cat"), "train")
+        read("classes", str(tmp_path / "in" / "val" / "cat"), "train")
 
 
 def test_clips(tmp_path):
-    videos = [{"video_id": f"video{n}", "split": s} for n, s in enumerate(["train", "validate", "test", "test"])]
-    sentences = [{"caption": f"c{n}{k}", "video_id": f"video{n}", "sen_id": k} for n in range(4) for k in range(3)]
-    spec = write(tmp_path / "videodatainfo.json", {"info": {}, "videos": videos, "sentences": sentences})
+    videos, sentences = [], []
+    for n, split in enumerate(["train", "validate", "test", "test"]):
+        videos.append({"video_id": f"video{n}", "split": split})
+        for k in range(3):
+            sentences.append({"caption": f"c{n}{k}", "video_id": f"video{n}", "sen_id": k})
+    spec = write(tmp_path / "videodatainfo.json",
+                 {"info": {}, "videos": videos, "sentences": sentences})
     for n in range(4):
         (tmp_path / "features").mkdir(exist_ok=True)
         np.save(tmp_path / "features" / f"video{n}.npy", np.zeros((5, 8), np.float32))
-    r = data.open_source("clips", spec, "test", need=("caption",))
-    assert [x["video_id"] for x in r] == ["video2", "video3"] and r[0]["caption"] == ["c20", "c21",
-            "c22"] and r.protocol == "full"
-    assert len(data.open_source("clips", spec, "val", image_root=str(tmp_path / "features"))) == 1
+    r = read("clips", spec, "test", need=("caption",))
+    assert [x["video_id"] for x in r] == ["video2", "video3"]
+    assert r[0]["caption"] == ["c20", "c21", "c22"]
+    assert r.protocol == "full"
+    assert len(read("clips", spec, "val", image_root=str(tmp_path / "features"))) == 1
     assert np.load(r[0]["feature"]).shape == (5, 8) and len({x["image_id"] for x in r}) == 2
     for mark in ",;":
         rows = "key,vid_key,video_id,sentence\nret0,msr3,video3,a cat\n".replace(",", mark)
         table = write(tmp_path / "1ka.csv", rows)
         spec2 = f"{spec},{table},{tmp_path / 'features'}"
-        test, train = data.open_source("clips", spec2, "test"), data.open_source("clips", spec2, "train")
-        assert [(x["video_id"], x["caption"]) for x in test] == [("video3", ["a cat"])] and test.protocol == "1k-A"
+        test, train = read("clips", spec2, "test"), read("clips", spec2, "train")
+        assert [(x["video_id"], x["caption"]) for x in test] == [("video3", ["a cat"])]
+        assert test.protocol == "1k-A"
         assert [x["video_id"] for x in train] == ["video0", "video1", "video2"]
     assert data.main(["check", spec]) == 0
     (tmp_path / "features" / "video0.npy").write_bytes(b"xx")
     assert data.main(["check", spec]) == 1
     with refused("line 1", "video_id and sentence"):
-        data.open_source("clips", f"{spec},{write(tmp_path / 'x.csv', 'a,b')}", "test")
+        read("clips", f"{spec},{write(tmp_path / 'x.csv', 'a,b')}", "test")
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# --------------------------------------------------------------------------------------------------
+# Bad input
 
 def test_bad_records(tmp_path, world, capsys):
     good = {"image": "im/0.png", "caption": "a"}
     bad = tmp_path / "bad.jsonl"
     with refused("--data missing.json: no such file"):
-        data.open_source("pairs", "missing.json", "train")
+        read("pairs", "missing.json", "train")
     with refused("--data is empty"):
-        data.open_source("pairs", ",", "train")
+        read("pairs", ",", "train")
     with refused("no source 'nope'", "pairs, vqa"):
-        data.open_source("nope", world, "train")
+        read("nope", world, "train")
     with refused("--image_root /nowhere: no such directory"):
-        data.open_source("pairs", world, "train", image_root="/nowhere")
-    for row, *parts in (({"image": "im/0.png", "text": "a"}, "line 2", "no key 'caption'", "it has: image"),
-                        ({"file": "im/0.png", "caption": "a"}, "line 2", "no key 'image'", "it has: file, caption"),
-                        ({"image": 3, "caption": "a"}, "line 2", "'image' is int"),
-                        ({"image": "im/0.png", "caption": 5}, "line 2", "'caption' is int"),
-                        ({"image": "im/0.png", "caption": ["a", 5]}, "line 2", "'caption' must be"),
-                        (dict(good, paraphrase=["a", "b"]), "line 2", "'paraphrase'", "(1)"),
-                        (dict(good, tags="red"), "line 2", "'tags'"),
-                        (dict(good, boxes=[[1, 2, 3]]), "line 2", "'boxes'"),
-                        (dict(good, boxes=[[1, 2, 3, 4]], labels=[1, 2]), "line 2", "2 labels for 1 boxes"),
-                        (["im/0.png", "a"], "line 2", "object", "list")):
-        with refused("bad.jsonl", *parts):
-            data.open_source("pairs", lines(bad, [good, row]), "train", need=("caption",))
+        read("pairs", world, "train", image_root="/nowhere")
+    for row, *parts in (
+            ({"image": "im/0.png", "text": "a"}, "no key 'caption'", "it has: image"),
+            ({"file": "im/0.png", "caption": "a"}, "no key 'image'", "it has: file, caption"),
+            ({"image": 3, "caption": "a"}, "'image' is int"),
+            ({"image": "im/0.png", "caption": 5}, "'caption' is int"),
+            ({"image": "im/0.png", "caption": ["a", 5]}, "'caption' must be"),
+            (dict(good, paraphrase=["a", "b"]), "'paraphrase'", "(1)"),
+            (dict(good, tags="red"), "'tags'"),
+            (dict(good, boxes=[[1, 2, 3]]), "'boxes'"),
+            (dict(good, boxes=[[1, 2, 3, 4]], labels=[1, 2]), "2 labels for 1 boxes"),
+            (["im/0.png", "a"], "object", "list")):
+        with refused("bad.jsonl line 2", *parts):
+            read("pairs", lines(bad, [good, row]), "train", need=("caption",))
     with refused("record 1", "no key 'image'"):
-        data.open_source("pairs", write(tmp_path / "bad.json", [good, {}]), "train")
+        read("pairs", write(tmp_path / "bad.json", [good, {}]), "train")
     with refused("bad.jsonl line 2: not JSON"):
-        data.open_source("pairs", write(bad, json.dumps(good) + '\n{"image": "im'), "train")    # a half-written file
+        # a half-written file
+        read("pairs", write(bad, json.dumps(good) + '\n{"image": "im'), "train")
     with refused("b2.json line 1: not JSON"):
-        data.open_source("pairs", write(tmp_path / "b2.json", '[{"image": }]'), "train")
+        read("pairs", write(tmp_path / "b2.json", '[{"image": }]'), "train")
     with refused("neither records, Karpathy's, COCO's", "foo"):
-        data.open_source("pairs", write(tmp_path / "b3.json", {"foo": 1}), "train")
+        read("pairs", write(tmp_path / "b3.json", {"foo": 1}), "train")
     with refused("unknown format"):
-        data.open_source("pairs", write(tmp_path / "b.xml", "<a/>"), "train")
+        read("pairs", write(tmp_path / "b.xml", "<a/>"), "train")
     with refused("no records"):
-        data.open_source("pairs", write(bad, ""), "train")
+        read("pairs", write(bad, ""), "train")
     with refused("no split 'test'", "it has: train, val"):
-        data.open_source("pairs", lines(bad, [dict(good, split="train"), dict(good, split="val")]), "test")
+        read("pairs", lines(bad, [dict(good, split="train"), dict(good, split="val")]), "test")
     bad.write_bytes(b'{"image": "\xff\xfe"}\n')
     with refused("not UTF-8"):
-        data.open_source("pairs", str(bad), "train")
+        read("pairs", str(bad), "train")
     with refused("none of the 2 image files is there", "no/0.png", "--image_root right?"):
-        data.open_source("pairs", lines(bad, [dict(good, image="no/0.png"), dict(good, image="no/1.png")]), "train")
+        gone = [dict(good, image="no/0.png"), dict(good, image="no/1.png")]
+        read("pairs", lines(bad, gone), "train")
     capsys.readouterr()
-    r = data.open_source("pairs", lines(bad, [good, dict(good, image="no/1.png")]), "train")
+    r = read("pairs", lines(bad, [good, dict(good, image="no/1.png")]), "train")
     err = capsys.readouterr().err
-    assert len(r) == 1 and r.notes["missing"] == 1 and "1 of 2 records left out" in err and "bad.jsonl line 2" in err
+    assert len(r) == 1
+    assert r.notes["missing"] == 1
+    assert "1 of 2 records left out" in err
+    assert "bad.jsonl line 2" in err
 
 
 def test_empty_captions_are_counted(tmp_path, world):
-    rows = [{"image": "im/0.png", "caption": ["a", " ", "b"], "paraphrase": ["A", "x", "B"]}, {"image": "im/1.png",
-            "caption": ["", "\n"]},
+    rows = [{"image": "im/0.png", "caption": ["a", " ", "b"], "paraphrase": ["A", "x", "B"]},
+            {"image": "im/1.png", "caption": ["", "\n"]},
             {"image": "im/2.png", "caption": "", "split": "test"}, {"image": "im/3.png"}]
-    r = data.open_source("pairs", lines(tmp_path / "e.jsonl", rows), "train")
-    assert r.notes == {"empty_captions": 3, "no_caption_left": 1, "with_paraphrase": 1, "without_caption": 1}
-    assert r[0]["caption"] == ["a", "b"] and r[0]["paraphrase"] == ["A", "B"] and "caption" not in r[1]
+    r = read("pairs", lines(tmp_path / "e.jsonl", rows), "train")
+    assert r.notes == {"empty_captions": 3, "no_caption_left": 1, "with_paraphrase": 1,
+                       "without_caption": 1}
+    assert r[0]["caption"] == ["a", "b"]
+    assert r[0]["paraphrase"] == ["A", "B"]
+    assert "caption" not in r[1]
 
 
 def test_vocabulary(tmp_path, tok):
-    assert ((tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id, tok.first_word, tok.vocab_size)
-            == (0, 2, 3, 4, 5, 6, len(WORDS)))
+    assert (tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id) == (0, 2, 3, 4, 5)
+    assert (tok.first_word, tok.vocab_size) == (6, len(WORDS))
     ids = tok.encode("A Red circles, [MASK] zebra?", 20)
-    assert tok.tokens(ids) == "[CLS] a red circle ##s , [UNK] [UNK] [UNK] [UNK] ? [SEP]".split()  # [MASK] is plain text
+    # [MASK] is plain text
+    assert tok.tokens(ids) == "[CLS] a red circle ##s , [UNK] [UNK] [UNK] [UNK] ? [SEP]".split()
     assert tok.decode(ids) == "a red circles , [UNK] [UNK] [UNK] [UNK] ?" and tok.mask_id not in ids
     assert tok.encode("a red circle", 4) == [3, 6, 7, 4] and tok.encode("", 9) == [3, 4]
     with refused("vocab2.txt", "lacks [SEP], [MASK]"):
@@ -492,17 +586,21 @@ def test_vocabulary(tmp_path, tok):
 
 
 def test_normalize_answer():
-    for text, wanted in {"Two": "2", "a dog": "dog", "The  dog": "dog", "none": "0", "dont": "don't",
-                         "couldn'tve": "couldn't've", "t-shirt": "t shirt", "yes!": "yes", "yes !": "yes",
-                         "1,000": "1000", "1,000 - 2": "1000 2", "3.5": "3.5", "St. John": "st john", "it's": "it's",
-                         "black/white": "black white", "black / white": "black white", "yall'll": "y'all'll",
-                         "twas": "'twas", "hes": "he's", "shell": "shell", "ten\n": "10", "an": "", "": "",
-                         "man (left)": "man left", "p.m.": "pm", "somebody'd": "somebodyd", "its": "its"}.items():
+    answers = {
+        "Two": "2", "a dog": "dog", "The  dog": "dog", "none": "0", "dont": "don't",
+        "couldn'tve": "couldn't've", "t-shirt": "t shirt", "yes!": "yes", "yes !": "yes",
+        "1,000": "1000", "1,000 - 2": "1000 2", "3.5": "3.5", "St. John": "st john",
+        "it's": "it's", "black/white": "black white", "black / white": "black white",
+        "yall'll": "y'all'll", "twas": "'twas", "hes": "he's", "shell": "shell", "ten\n": "10",
+        "an": "", "": "", "man (left)": "man left", "p.m.": "pm", "somebody'd": "somebodyd",
+        "its": "its"}
+    for text, wanted in answers.items():
         assert data.normalize_answer(text) == wanted, text
     assert len(data.CONTRACTIONS) == 114
 
 
-# --------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------
+# Images
 
 def test_image_modes(tmp_path):
     base = Image.new("RGB", (8, 6), (200, 100, 50))
@@ -531,15 +629,17 @@ def truncated(path):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_images(tmp_path, monkeypatch):
-    write(tmp_path / "text.jpg", "no picture"), write(tmp_path / "void.jpg", "")
+    write(tmp_path / "text.jpg", "no picture")
+    write(tmp_path / "void.jpg", "")
     Image.new("RGB", (40, 40)).save(tmp_path / "p.png")
     (tmp_path / "q.png").write_bytes((tmp_path / "p.png").read_bytes()[:60])
-    for name, reason in (("text.jpg", "no image format"), ("void.jpg", "no image format"), ("none.jpg", "No such file"),
-            ("q.png", "."),
-                         (truncated(tmp_path / "t.jpg").name, "truncated")):
+    truncated(tmp_path / "t.jpg")
+    for name, reason in (("text.jpg", "no image format"), ("void.jpg", "no image format"),
+                         ("none.jpg", "No such file"), ("q.png", "."), ("t.jpg", "truncated")):
         with pytest.raises(data.BadImage, match=reason):
             data.load_image(str(tmp_path / name))
-    for limit in (1500, 700):                                               # PIL warns of the first, refuses the second
+    # PIL warns of the first, refuses the second
+    for limit in (1500, 700):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(data.BadImage, match="too many|decompression bomb"):
             data.load_image(str(tmp_path / "p.png"))
@@ -547,7 +647,8 @@ def test_bad_images(tmp_path, monkeypatch):
 
 def test_image_views():
     wide = Image.new("RGB", (60, 30))
-    wide.paste((255, 0, 0), (0, 0, 30, 30))                                 # left half red, right half black
+    # left half red, right half black
+    wide.paste((255, 0, 0), (0, 0, 30, 30))
     for name, view in data.IMAGE_VIEWS.items():
         for d in range(12):
             out = view(wide, 20, random.Random(d), (0.2, 1.0))
@@ -555,35 +656,45 @@ def test_image_views():
         assert (view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes()
                 == view(wide, 20, random.Random(3), (0.2, 1.0)).tobytes())
     left = [data.randaug(wide, 20, random.Random(d), (0.9, 1.0)) for d in range(200)]
-    assert all(im.getpixel((4, 10))[0] >= im.getpixel((15, 10))[0] for im in left)              # randaug never mirrors
-    flips = [data.flip(wide, 20, random.Random(d), (0.9, 1.0)).getpixel((2, 10))[0] > 128 for d in range(200)]
+    # randaug never mirrors
+    assert all(im.getpixel((4, 10))[0] >= im.getpixel((15, 10))[0] for im in left)
+    flips = [data.flip(wide, 20, random.Random(d), (0.9, 1.0)) for d in range(200)]
+    flips = [image.getpixel((2, 10))[0] > 128 for image in flips]
     assert 70 < sum(flips) < 130
-    assert data.center(wide, 20).getpixel((2, 2))[0] > 200 and data.center(wide, 20).getpixel((17, 2))[0] < 50
+    assert data.center(wide, 20).getpixel((2, 2))[0] > 200
+    assert data.center(wide, 20).getpixel((17, 2))[0] < 50
     side = [range_shown(data.crop, d) for d in range(300)]
     assert min(side) > 0.15 and max(side) <= 1.0 and np.mean(side) < 0.8
 
 
 def range_shown(view, d):
     """Share of a gradient picture's range that a crop shows."""
-    ramp = Image.fromarray(np.repeat(np.arange(250, dtype=np.uint8)[None, :, None], 250, 0).repeat(3, 2))
+    ramp = np.arange(250, dtype=np.uint8)[None, :, None]
+    ramp = Image.fromarray(ramp.repeat(250, 0).repeat(3, 2))
     pixels = np.asarray(view(ramp, 32, random.Random(d), (0.2, 1.0)))[..., 0]
     return (float(pixels.max()) - float(pixels.min())) / 249
 
 
-# ---------------------------------------------------------------------------------------------------------------- views
+# --------------------------------------------------------------------------------------------------
+# Views
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_samples(world, tok):
-    r = data.open_source("pairs", world, "train")
+    r = read("pairs", world, "train")
     ds = data.Views(r, PAIRS, tok, 16, 8)
     s = ds[4, 9]
-    assert s["image"].shape == (3, 16, 16) and s["image"].dtype == torch.float32 and s["image"].is_contiguous()
-    assert s["text"].shape == s["text_mask"].shape == (8,) and s["text"].dtype == s["text_mask"].dtype == torch.int64
-    assert (s["image_id"], s["index"], s["bad"]) == (104, 4, 0) and s["image_id"].dtype == s["bad"].dtype == torch.int64
-    assert s["text_mask"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0] and s["text"][5:].tolist() == [0, 0, 0]
+    assert s["image"].shape == (3, 16, 16)
+    assert s["image"].dtype == torch.float32
+    assert s["image"].is_contiguous()
+    assert s["text"].shape == s["text_mask"].shape == (8,)
+    assert s["text"].dtype == s["text_mask"].dtype == torch.int64
+    assert (s["image_id"], s["index"], s["bad"]) == (104, 4, 0)
+    assert s["image_id"].dtype == s["bad"].dtype == torch.int64
+    assert s["text_mask"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert s["text"][5:].tolist() == [0, 0, 0]
     plain = data.Views(r, dict(PAIRS, image="plain"), tok, 16, 8)[4, 9]["image"]
     # norm "half": x / 127.5 - 1
     assert torch.allclose(plain[:, 3, 3], torch.tensor([24, 231, 7]) / 127.5 - 1, atol=1e-5)
@@ -596,14 +707,17 @@ def test_samples(world, tok):
         both[tok.decode(s["text"]), tok.decode(s["text2"]), int(s["text2_is_copy"])] += 1
     # always that caption's paraphrase
     assert set(both) == {("a red circle", "red circle", 0), ("a blue square", "blue square", 0)}
-    assert ds.tag_names == ["red", "circle"] and ds[0]["tags"].tolist() == [1, 0] and ds[1]["tags"].tolist() == [0, -1]
+    assert ds.tag_names == ["red", "circle"]
+    assert ds[0]["tags"].tolist() == [1, 0]
+    assert ds[1]["tags"].tolist() == [0, -1]
     given = data.Views(r, dict(tags="tags"), tok, 16, 8, tag_names=["circle"])
     assert given[0]["tags"].tolist() == [0, -1] and given[1]["tags"].tolist() == [-1, -1]
     assert not torch.equal(s["image"], s["image2"])
     forced = data.Views(r, dict(PAIRS, image="randaug"), tok, 16, 8, image_view="plain")
     assert torch.equal(forced[4, 1]["image"], plain)
     evaluation = data.Views(r, dict(PAIRS, text2="paraphrase"), tok, 16, 8, train=False)
-    assert same(evaluation[4], evaluation[4, 77]) and tok.decode(evaluation[4]["text"]) == "a red circle"
+    assert same(evaluation[4], evaluation[4, 77])
+    assert tok.decode(evaluation[4]["text"]) == "a red circle"
     assert torch.equal(evaluation[4]["image"], plain)
     assert data.needs(dict(PAIRS, tags="tags")) == ("caption", "tags")
     for wrong in (dict(PAIRS, image="nope"), dict(PAIRS, norm="nope"), dict(PAIRS, source="vqa"),
@@ -616,50 +730,114 @@ def test_samples(world, tok):
         data.Views(r, PAIRS, tok, 16, 2)
 
 
+@pytest.mark.parametrize("change, words", [
+    (dict(image="nope"), "no view 'nope' for 'image'"),
+    (dict(nrom="clip"), "no view 'clip' for 'nrom'"),
+    (dict(text_eval="nope"), "no view 'nope' for 'text'"),
+    (dict(image_eval="tags"), "no view 'tags' for 'image'"),
+    (dict(imge_eval="center"), "VIEWS has 'imge_eval', but no key 'imge'"),
+    (dict(norm_eval="clip"), "VIEWS has 'norm_eval', but no key 'norm'"),
+    (dict(norm="clipp"), "no norm 'clipp'"),
+    (dict(source="pair"), "no source 'pair'"),
+])
+def test_an_unknown_word_in_views_is_refused(world, tok, change, words):
+    """By whatever reads VIEWS first, in training too, also where evaluation alone would use it."""
+    with refused(words):
+        data.needs({**PAIRS, **change})
+    with refused(words):
+        data.Views(read("pairs", world, "train"), {**PAIRS, **change}, tok, 16, 8)
+
+
+def test_an_unknown_image_view_is_refused(world, tok):
+    with refused("--image_view", "no view 'caption'"):
+        data.Views(read("pairs", world, "train"), PAIRS, tok, 16, 8, image_view="caption")
+
+
+def test_every_view_of_the_models_is_known():
+    for name in ("codis", "conlip", "cookie", "mct", "imagebert"):
+        for views in importlib.import_module(f"models.{name}").VIEWS.values():
+            data.check_views(views)
+
+
+def test_stored_features(world, tok):
+    """In training a row of the stored array; in evaluation the picture in its own view."""
+    r = read("pairs", world, "train")
+    views = dict(source="pairs", features="features", features_eval="center", norm="half",
+                 text="caption")
+    ds = data.Views(r, views, tok, 16, 8)
+    ds.features = np.arange(80.0).reshape(40, 2)
+    assert ds[7, 3]["features"].tolist() == [14, 15] and "image" not in ds[7, 3]
+
+    evaluation = data.Views(r, views, tok, 16, 8, train=False)
+    assert evaluation.keys == {"image": "center", "text": "caption"}
+    del views["features_eval"]
+    assert data.Views(r, views, tok, 16, 8, train=False).keys["image"] == "resize"
+
+
+@pytest.mark.parametrize("asked, wanted", [
+    (dict(text="caption"), {}),
+    (dict(tags="tags"), {"tags": ["red", "circle"], "num_labels": 2, "tag_width": 2}),
+    (dict(tags="any_tags"), {"tags": ["red", "circle"], "num_labels": 2, "tag_width": 2}),
+])
+def test_stats_of_pairs(world, asked, wanted):
+    assert data.stats(read("pairs", world, "train"), views=asked) == wanted
+
+
 def test_missing_paraphrase_says_so(tmp_path, world, tok):
-    r = data.open_source("pairs", lines(tmp_path / "n.jsonl", [{"image": "im/0.png", "caption": ["a red circle"]}]),
-                         "train")
+    row = {"image": "im/0.png", "caption": ["a red circle"]}
+    r = read("pairs", lines(tmp_path / "n.jsonl", [row]), "train")
     s = data.Views(r, dict(text="caption", star="paraphrase"), tok, 16, 8)[0, 1]
     assert s["star_is_copy"] == 1 and torch.equal(s["text"], s["star"])
 
 
 def test_randomness_is_local(world, tok):
-    r = data.open_source("pairs", world, "train", limit=30)
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    r = read("pairs", world, "train", limit=30)
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     for name in data.IMAGE_VIEWS:
         ds = data.Views(r, dict(PAIRS, image=name), tok, 16, 8, seed=5)
         a = ds[3, 12]
-        random.random(), torch.rand(3)
+        random.random()
+        torch.rand(3)
         assert same(a, ds[3, 12])
-        random.setstate(before[0]), torch.set_rng_state(before[2])
+        random.setstate(before[0])
+        torch.set_rng_state(before[2])
     for workers in (0, 1):
         next(data.batches(ds, 4, seed=0, workers=workers))
-    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all() \
-            and torch.equal(torch.get_rng_state(), before[2])
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
     ds = data.Views(r, PAIRS, tok, 16, 8, seed=5)
-    assert not same(ds[3, 12], ds[3, 13]) and not same(ds[3, 12], data.Views(r, PAIRS, tok, 16, 8, seed=6)[3, 12])
+    assert not same(ds[3, 12], ds[3, 13])
+    assert not same(ds[3, 12], data.Views(r, PAIRS, tok, 16, 8, seed=6)[3, 12])
 
 
-# -------------------------------------------------------------------------------------------------------------- streams
+# --------------------------------------------------------------------------------------------------
+# Streams
 
 def take(it, n):
     return [next(it) for _ in range(n)]
 
 
 def test_stream(world, tok):
-    r = data.open_source("pairs", world, "train", limit=39)
+    r = read("pairs", world, "train", limit=39)
     ds = data.Views(r, PAIRS, tok, 16, 8)
     whole = take(data.batches(ds, 6, seed=3), 15)
     assert all(b["image"].shape == (6, 3, 16, 16) and b["text"].shape == (6, 8) for b in whole)
     passes = [torch.cat([b["index"] for b in whole[k:k + 6]]).tolist() for k in (0, 6)]
-    assert all(len(set(p)) == 36 for p in passes) and passes[0] != passes[1]  # a permutation each, 3 left over dropped
-    for workers in (0, 1, 2):                                               # resuming is arithmetic, workers or none
+    # a permutation each, 3 left over dropped
+    assert all(len(set(p)) == 36 for p in passes) and passes[0] != passes[1]
+    # resuming is arithmetic, workers or none
+    for workers in (0, 1, 2):
         for t, b in enumerate(take(data.batches(ds, 6, seed=3, start=4, workers=workers), 5)):
             assert same(b, whole[4 + t])
     ranks = [take(data.batches(ds, 3, seed=3, rank=k, world=2), 15) for k in range(2)]
-    for t in range(15):                                                     # the ranks' shares make up the same batch
-        assert all(torch.equal(torch.cat([ranks[0][t][k], ranks[1][t][k]]), whole[t][k]) for k in whole[t])
+    # the ranks' shares make up the same batch
+    for t in range(15):
+        for key, value in whole[t].items():
+            assert torch.equal(torch.cat([ranks[0][t][key], ranks[1][t][key]]), value)
     assert not same(next(data.batches(ds, 6, seed=4)), whole[0])
     with refused("39 records are fewer than one global batch (20 x 2 ranks)", "--batch_size"):
         data.batches(ds, 20, seed=0, world=2)
@@ -668,33 +846,42 @@ def test_stream(world, tok):
 def test_unreadable_images_are_replaced(tmp_path, world, tok, capsys):
     for n in (3, 17):
         truncated(tmp_path / "bad.jpg").rename(tmp_path / "im" / f"{n}.png")
-    r = data.open_source("pairs", world, "train")
+    r = read("pairs", world, "train")
     streams = []
     for workers in (0, 2):
         capsys.readouterr()
         ds = data.Views(r, PAIRS, tok, 16, 8)
         streams.append(take(data.batches(ds, 8, seed=1, workers=workers), 10))
         err = capsys.readouterr().err
-        assert (ds.seen == 80 and ds.bad == 4 and err.count("im/3.png") == err.count("im/17.png") == 1
-                and "stands in" in err)
-    assert all(same(a, b) for a, b in zip(*streams))                                    # the same stand-ins
+        assert ds.seen == 80
+        assert ds.bad == 4
+        assert err.count("im/3.png") == err.count("im/17.png") == 1
+        assert "stands in" in err
+    # the same stand-ins
+    assert all(same(a, b) for a, b in zip(*streams))
     stand_ins = [(i.item(), x.item()) for b in streams[0]
                  for i, x, bad in zip(b["index"], b["image_id"], b["bad"]) if bad]
-    assert len(stand_ins) == 4 and all(i not in (3, 17) and x == 100 + i for i, x in stand_ins)  # a whole other record
+    # a whole other record
+    assert len(stand_ins) == 4 and all(i not in (3, 17) and x == 100 + i for i, x in stand_ins)
     capsys.readouterr()
-    for b in data.iter_eval(r, PAIRS, tok, 16, 8, "image", batch_size=40):      # evaluation keeps its place, as grey
-        assert b["index"].tolist() == list(range(40)) and b["bad"].nonzero().flatten().tolist() == [3, 17]
+    # evaluation keeps its place, as grey
+    for b in data.iter_eval(r, PAIRS, tok, 16, 8, "image", batch_size=40):
+        assert b["index"].tolist() == list(range(40))
+        assert b["bad"].nonzero().flatten().tolist() == [3, 17]
         assert b["image"][3].abs().max() == 0
     assert "evaluated as a grey image" in capsys.readouterr().err
     for workers in (0, 1):
         with refused("of 104 images were unreadable", "--max_bad 0.01"):
-            take(data.batches(data.Views(r, PAIRS, tok, 16, 8, max_bad=0.01), 8, seed=1, workers=workers), 15)
+            ds = data.Views(r, PAIRS, tok, 16, 8, max_bad=0.01)
+            take(data.batches(ds, 8, seed=1, workers=workers), 15)
     for n in range(39):
         write(tmp_path / "im" / f"{n}.png", "no picture")
     ds = data.Views(r, PAIRS, tok, 16, 8, seed=6)
-    assert [int(ds[0, d]["index"]) for d in range(3)] == [39, 39, 39]       # it searches on until it finds a good one
+    # it searches on until it finds a good one
+    assert [int(ds[0, d]["index"]) for d in range(3)] == [39, 39, 39]
     write(tmp_path / "im" / "39.png", "no picture")
-    for workers in (0, 1):                                                          # a worker's error is one line too
+    # a worker's error is one line too
+    for workers in (0, 1):
         with refused("unreadable images in a row"):
             next(data.batches(data.Views(r, PAIRS, tok, 16, 8), 8, seed=1, workers=workers))
 
@@ -704,7 +891,7 @@ def test_iter_eval(tmp_path, world, tok):
             for n, c in enumerate([5, 1, 7, 6, 5])]
     # a picture met before: one image, its caption too
     rows.append({"image": "im/1.png", "caption": "a blue square"})
-    r = data.open_source("pairs", lines(tmp_path / "ragged.jsonl", rows), "test")
+    r = read("pairs", lines(tmp_path / "ragged.jsonl", rows), "test")
     texts, owner = data.flat_captions(r)
     assert len(texts) == 25 and owner.tolist() == [0] * 5 + [1] + [2] * 7 + [3] * 6 + [4] * 5 + [1]
     for what, n in (("image", 5), ("text", 25), ("sample", 6)):
@@ -715,12 +902,15 @@ def test_iter_eval(tmp_path, world, tok):
                                         world=world_size, workers=workers):
                     assert 1 <= len(b["index"]) <= 2
                     for k, i in enumerate(b["index"].tolist()):
-                        assert i not in got                                             # nothing twice
+                        # nothing twice
+                        assert i not in got
                         got[i] = {key: v[k] for key, v in b.items()}
-            assert sorted(got) == list(range(n))                                        # and nothing missing
-        assert ("image" in got[0], "text" in got[0]) == {"image": (1, 0), "text": (0, 1), "sample": (1, 1)}[what]
+            # and nothing missing
+            assert sorted(got) == list(range(n))
+        assert ("image" in got[0]) == (what != "text") and ("text" in got[0]) == (what != "image")
         if what == "text":
-            assert all(got[i]["text"].tolist()[:5] == tok.encode(t, 8)[:5] for i, t in enumerate(texts))
+            for i, text in enumerate(texts):
+                assert got[i]["text"].tolist()[:5] == tok.encode(text, 8)[:5]
             assert tok.decode(got[24]["text"]) == "a blue square"
     with pytest.raises(ValueError):
         next(data.iter_eval(r, PAIRS, tok, 16, 8, "nothing"))
@@ -728,7 +918,7 @@ def test_iter_eval(tmp_path, world, tok):
 
 def test_records_and_plans_are_picklable(world, tok):
     """Workers are spawned, not forked, on macOS."""
-    r = data.open_source("pairs", world, "train")
+    r = read("pairs", world, "train")
     again = pickle.loads(pickle.dumps(r))
     assert list(again) == list(r) and again.notes == r.notes
     plan = data.Plan(data.Views(r, PAIRS, tok, 16, 8), data.Stream(len(r), 4, 0, 0, 1))
@@ -738,13 +928,16 @@ def test_records_and_plans_are_picklable(world, tok):
 
 
 def test_masks_by_hand():
-    square = [[2, 1, 5, 1, 5, 4, 2, 4]]                                         # x 2-5, y 1-4 of 7 wide, 6 high
+    # x 2-5, y 1-4 of 7 wide, 6 high
+    square = [[2, 1, 5, 1, 5, 4, 2, 4]]
     wanted = np.zeros((6, 7), bool)
     wanted[1:4, 2:5] = True
     assert (data.decode_mask(square, 6, 7) == wanted).all()
-    runs = {"size": [6, 7], "counts": [13, 3, 3, 3, 3, 3, 14]}                  # down the columns, outside first
+    # down the columns, outside first
+    runs = {"size": [6, 7], "counts": [13, 3, 3, 3, 3, 3, 14]}
     assert data.encode_mask(wanted) == runs and (data.decode_mask(runs, 6, 7) == wanted).all()
-    assert (data.decode_mask(runs | {"counts": "=33000;"}, 6, 7) == wanted).all()    # as the reference packs them
+    # as the reference packs them
+    assert (data.decode_mask(runs | {"counts": "=33000;"}, 6, 7) == wanted).all()
     assert data.encode_mask(np.ones((2, 3), bool)) == {"size": [2, 3], "counts": [0, 6]}
     assert data.encode_mask(np.zeros((2, 3), bool)) == {"size": [2, 3], "counts": [6]}
     for bad in ({"counts": [3, 4]}, {"size": [6, 7]}, [[1, 2, 3]], "no mask"):
@@ -754,64 +947,88 @@ def test_masks_by_hand():
 
 @pytest.mark.needs("pycocotools")
 def test_masks_are_those_of_pycocotools():
-    """Polygons of every kind (outside the picture, crossing themselves, thin), and all three ways of run lengths."""
+    """Polygons of every kind (outside the picture, crossing themselves, thin), and all three ways
+    of run lengths."""
     from pycocotools import mask
     rng = np.random.default_rng(0)
     for trial in range(300):
         height, width = rng.integers(3, 50, 2)
-        polygons = [(rng.random(2 * rng.integers(3, 9)) * 1.6 - 0.3) * max(height, width) for _ in range(1 + trial % 2)]
-        polygons = [(p.round(0 if trial % 3 else 2)).tolist() for p in polygons]
+        polygons = []
+        for _ in range(1 + trial % 2):
+            points = (rng.random(2 * rng.integers(3, 9)) * 1.6 - 0.3) * max(height, width)
+            polygons.append(points.round(0 if trial % 3 else 2).tolist())
         packed = mask.merge(mask.frPyObjects(polygons, int(height), int(width)))
         wanted = mask.decode(packed).astype(bool)
         found = data.decode_mask(polygons, height, width)
         assert (found == wanted).all(), (polygons, height, width)
-        for counts in (packed["counts"], packed["counts"].decode(), data.encode_mask(wanted)["counts"]):
+        runs = data.encode_mask(wanted)
+        for counts in (packed["counts"], packed["counts"].decode(), runs["counts"]):
             assert (data.decode_mask({"counts": counts}, height, width) == wanted).all()
-        own = mask.frPyObjects(data.encode_mask(wanted) | {"size": [int(height), int(width)]}, int(height), int(width))
+        height, width = int(height), int(width)
+        own = mask.frPyObjects(runs | {"size": [height, width]}, height, width)
         assert own["counts"] == packed["counts"]
 
 
 @pytest.mark.parametrize("view", ["objects", "masks"])
 def test_a_picture_without_pixels_in_a_batch_of_detection(tmp_path, tok, view):
-    """Whichever place in the batch it has, it is evaluated: grey, at its own size, without objects."""
+    """Whichever place in the batch it has, it is evaluated: grey, at its own size, without
+    objects."""
     instances = json.loads(Path(coco(tmp_path)[1]).read_text())
     for a in instances["annotations"]:
         x, y, w, h = a["bbox"]
-        a.update(image_id=9 if a["id"] == 3 else 5, iscrowd=0, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
+        outline = [x, y, x + w, y, x + w, y + h, x, y + h]
+        a.update(image_id=9 if a["id"] == 3 else 5, iscrowd=0, segmentation=[outline])
     path = write(tmp_path / "annotations/instances_val2017.json", instances)
     for n in (9, 5):
-        picture(tmp_path / "val2017/000000000005.jpg"), picture(tmp_path / "val2017/000000000009.jpg")
+        picture(tmp_path / "val2017/000000000005.jpg")
+        picture(tmp_path / "val2017/000000000009.jpg")
         truncated(tmp_path / "val2017" / f"{n:012d}.jpg")
-        r = data.open_source("detection", path, "val")
+        r = read("detection", path, "val")
         bad = [x["image_id"] for x in r].index(n)
-        batch, = data.iter_eval(r, {"source": "detection", "image": view, "norm": "none"}, tok, 16, 8)
+        views = {"source": "detection", "image": view, "norm": "none"}
+        batch, = data.iter_eval(r, views, tok, 16, 8)
         keys = ["boxes", "labels"] + ["masks"] * (view == "masks")
-        assert batch["image"][bad].shape == (3, 16, 24) and batch["image"][bad].unique().tolist() == [0.5]
-        assert all(len(batch[k]) == 2 and len(batch[k][bad]) == 0 < len(batch[k][1 - bad]) for k in keys)
+        assert batch["image"][bad].shape == (3, 16, 24)
+        assert batch["image"][bad].unique().tolist() == [0.5]
+        for key in keys:
+            assert len(batch[key]) == 2 and len(batch[key][bad]) == 0 < len(batch[key][1 - bad])
 
 
-# ---------------------------------------------------------------------------------------------------------------- check
+# --------------------------------------------------------------------------------------------------
+# Check
 
 def test_check(tmp_path, world, capsys):
     assert data.main(["check", world]) == 0
     out = capsys.readouterr().out
-    for row in ("records 40", "images 40", "captions 80", "captions an image 2 to 2, mean 2.00", "missing files 0",
-            "corrupt files 0",
-                "duplicate captions 0", "with paraphrase 40"):
+    for row in ("records 40", "images 40", "captions 80", "captions an image 2 to 2, mean 2.00",
+                "missing files 0", "corrupt files 0", "duplicate captions 0", "with paraphrase 40"):
         assert row in " ".join(out.split()), row
     truncated(tmp_path / "im" / "3.jpg").rename(tmp_path / "im" / "3.png")
     (tmp_path / "im" / "9.png").unlink()
     assert data.main(["check", world]) == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert "missing files 1" in out and "corrupt files 1" in out and "im/3.png: " in out and "im/9.png: missing" in out
+    assert "missing files 1" in out
+    assert "corrupt files 1" in out
+    assert "im/3.png: " in out
+    assert "im/9.png: missing" in out
     with refused("no such file"):
         data.main(["check", "nope.json"])
     with refused("it has: train"):
-        data.main(["check", lines(tmp_path / "s.jsonl", [{"image": "im/0.png", "caption": "a", "split": "train"}]),
-                   "--split", "val"])
+        row = {"image": "im/0.png", "caption": "a", "split": "train"}
+        data.main(["check", lines(tmp_path / "s.jsonl", [row]), "--split", "val"])
 
 
-# ------------------------------------------------------------------------------------------- the cuts of real data sets
+def test_the_command_line_makes_no_region_file(capsys):
+    with pytest.raises(SystemExit):
+        data.main(["regions", "--images", ".", "--out", "x"])
+    assert "invalid choice: 'regions'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        data.main(["--help"])
+    assert "--tsv" not in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# The cuts of real data sets
 
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 
@@ -820,57 +1037,69 @@ real = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not her
 def test_real_flickr8k():
     spec, root = str(SHARED / "flickr8k/dataset_flickr8k.json"), str(SHARED / "flickr8k/images")
     tok = data.get_tokenizer(str(SHARED / "bert-base-uncased-vocab.txt"))
-    assert ((tok.vocab_size, tok.first_word, tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id)
-            == (30522, 999, 0, 100, 101, 102, 103))
-    assert tok.encode("Unaffable cats\u2019 caf\u00e9!", 20) == [101, 14477, 20961, 3468, 8870, 1521, 7668, 999, 102]
-    train, val = (data.open_source("pairs", spec, s, image_root=root, need=("caption",)) for s in ("train", "val"))
+    assert (tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id) == (0, 100, 101, 102, 103)
+    assert (tok.vocab_size, tok.first_word) == (30522, 999)
+    ids = tok.encode("Unaffable cats\u2019 caf\u00e9!", 20)
+    assert ids == [101, 14477, 20961, 3468, 8870, 1521, 7668, 999, 102]
+    train = read("pairs", spec, "train", image_root=root, need=("caption",))
+    val = read("pairs", spec, "val", image_root=root, need=("caption",))
     assert (len(train), len(val), len(data.flat_captions(val)[0])) == (4500, 500, 2500)
     with refused("no split 'test'", "it has: train, val"):
-        data.open_source("pairs", spec, "test")
+        read("pairs", spec, "test")
     b = next(data.batches(data.Views(train, dict(PAIRS, norm="clip"), tok, 64, 30), 16, seed=0))
-    assert b["image"].shape == (16, 3, 64, 64) and b["bad"].sum() == 0 and (b["text_mask"].sum(1) > 4).all()
+    assert b["image"].shape == (16, 3, 64, 64)
+    assert b["bad"].sum() == 0
+    assert (b["text_mask"].sum(1) > 4).all()
 
 
 @real
 def test_real_coco_vqa_ve_nlvr2():
     home = SHARED / "coco/annotations"
-    r = data.open_source("pairs", f"{home}/captions_val2017.json,{home}/instances_val2017.json", "val")
-    assert (len(r) == 80 and len(data.flat_captions(r)[0]) == 400 and r.notes == {"with_tags": 78}
-            and len(r.label_names) == 80)
+    r = read("pairs", f"{home}/captions_val2017.json,{home}/instances_val2017.json", "val")
+    assert len(r) == 80
+    assert len(data.flat_captions(r)[0]) == 400
+    assert r.notes == {"with_tags": 78}
+    assert len(r.label_names) == 80
     assert all(data.trouble_with(x["image"]) is None for x in r.subset(range(5)))
-    r = data.open_source("detection", f"{home}/instances_val2017.json", "val")
+    r = read("detection", f"{home}/instances_val2017.json", "val")
     x1, y1, x2, y2 = np.array([b for x in r for b in x["boxes"]]).T
     assert (x2 > x1).all() and (y2 > y1).all()
     home = SHARED / "vqa"
-    spec = f"{home}/v2_OpenEnded_mscoco_train2014_questions.json,{home}/v2_mscoco_train2014_annotations.json"
-    r = data.open_source("vqa", spec, "train",
+    spec = (f"{home}/v2_OpenEnded_mscoco_train2014_questions.json,"
+            f"{home}/v2_mscoco_train2014_annotations.json")
+    r = read("vqa", spec, "train",
                          need=("answers",))
-    assert (len(r) == 82 and len({x["image_id"] for x in r}) == 50
-            and all(len(x["answers"]) == 10 for x in r) and r.notes == {})
+    assert len(r) == 82
+    assert len({x["image_id"] for x in r}) == 50
+    assert all(len(x["answers"]) == 10 for x in r)
+    assert r.notes == {}
     root = str(SHARED / "flickr8k/images")
-    sizes = [len(data.open_source("ve", str(SHARED / f"snli_ve/snli_ve_{s}.jsonl"), s, image_root=root))
+    sizes = [len(read("ve", str(SHARED / f"snli_ve/snli_ve_{s}.jsonl"), s, image_root=root))
              for s in ("dev", "test")]
     assert sizes == [2178, 2650]
-    r = data.open_source("nlvr2", str(SHARED / "nlvr2/dev.json"), "val")
-    assert (len(r) == 8 and r.notes == {}
-            and all(x["image"].endswith("img0.png") and x["image2"].endswith("img1.png") for x in r))
+    r = read("nlvr2", str(SHARED / "nlvr2/dev.json"), "val")
+    assert len(r) == 8
+    assert r.notes == {}
+    assert all(x["image"].endswith("img0.png") and x["image2"].endswith("img1.png") for x in r)
 
 
 @real
 def test_real_text_lists_and_clips():
-    sizes = {s: len(data.open_source("sts", str(SHARED / f"sts/{s}-en-test"), "test"))
+    sizes = {s: len(read("sts", str(SHARED / f"sts/{s}-en-test"), "test"))
              for s in ("STS12", "STS13", "STS14", "STS15")}
-    assert sizes == {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000}        # the published counts
-    assert len(data.open_source("sts", str(SHARED / "sts"), "val")) == 1500
+    # the published counts
+    assert sizes == {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000}
+    assert len(read("sts", str(SHARED / "sts"), "val")) == 1500
     for name, labels in (("coco", 80), ("nus_wide", 21)):
-        r = data.open_source("hashing", str(SHARED / f"hashing/{name}_test.txt"), "test", missing="keep")
+        r = read("hashing", str(SHARED / f"hashing/{name}_test.txt"), "test", missing="keep")
         assert len(r) == 300 and len(r[0]["labels"]) == labels and r.notes["missing"] == 300
     clips = str(SHARED / "msrvtt/test_videodatainfo.json")
-    r = data.open_source("clips", clips, "test", missing="keep")
+    r = read("clips", clips, "test", missing="keep")
     assert len(r) == 60 and all(len(x["caption"]) == 20 for x in r)
-    r = data.open_source("clips", f"{clips},{SHARED}/msrvtt/MSRVTT_JSFUSION_test.csv", "test", missing="keep")
+    r = read("clips", f"{clips},{SHARED}/msrvtt/MSRVTT_JSFUSION_test.csv", "test", missing="keep")
     assert len(r) == 1000 and r.protocol == "1k-A"
-    r = data.open_source("pairs", str(SHARED / "cc/Validation_GCC-1.1.0-Validation.tsv"), "train", missing="keep")
+    spec = str(SHARED / "cc/Validation_GCC-1.1.0-Validation.tsv")
+    r = read("pairs", spec, "train", missing="keep")
     assert len(r) == 500 and r.notes["missing"] == 500
 
 

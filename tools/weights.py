@@ -452,13 +452,13 @@ ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu"}
 def anatomy(tower):
     """What shapes do not reveal of a transformer, by the names of Hugging Face's config.json."""
     about = {"position_embedding_type": "absolute"}
-    for module in tower.modules():
-        if hasattr(module, "heads"):
-            about["num_attention_heads"] = module.heads
-        elif isinstance(module, nn.LayerNorm):
-            about["layer_norm_eps"] = module.eps
-        elif type(module) in ACTIVATIONS:
-            about["hidden_act"] = ACTIVATIONS[type(module)]
+    for part in tower.modules():
+        if hasattr(part, "heads"):
+            about["num_attention_heads"] = part.heads
+        elif isinstance(part, nn.LayerNorm):
+            about["layer_norm_eps"] = part.eps
+        elif type(part) in ACTIVATIONS:
+            about["hidden_act"] = ACTIVATIONS[type(part)]
     return about
 
 

@@ -2344,7 +2344,9 @@ class Views(Dataset):
             # no two of (attempt, seed, draw, i) give the same number
             rng = random.Random((attempt << 160) ^ (self.seed << 96) ^ (int(draw) << 40) ^ i)
             # after an unreadable picture another record stands in
-            index = i if attempt == 0 else rng.randrange(len(self.records))
+            index = i
+            if attempt:
+                index, caption = rng.randrange(len(self.records)), None
             sample = self.build(index, rng, caption, keys, trouble)
             if sample is not None:
                 sample["bad"] = torch.tensor(int(bool(trouble)))
@@ -2517,13 +2519,16 @@ class Stream:
 
     Each pass over the data is a new permutation; its last, incomplete batch is dropped. The global
     batch of step t depends on (seed, batch_size * world) alone, so that resuming is arithmetic.
+
+    units: what a pass goes over, a number of records or caption_units().
     """
 
-    def __init__(self, length, batch_size, seed, rank, world):
-        self.length, self.seed = length, seed
+    def __init__(self, units, batch_size, seed, rank, world):
+        self.units, self.seed = units, seed
+        self.length = units if isinstance(units, int) else len(units)
         self.batch, self.total = batch_size, batch_size * world
         self.first = rank * batch_size              # this rank's part of the global batch
-        self.steps = length // self.total           # steps of a pass
+        self.steps = self.length // self.total      # steps of a pass
         self.now, self.order = None, None           # the pass whose permutation is kept
 
     def __call__(self, t):
@@ -2536,21 +2541,37 @@ class Stream:
 
         # this rank's part; the draw is the number of the sample in the whole stream
         start = step * self.total + self.first
-        records = self.order[start:start + self.batch].tolist()
+        mine = self.order[start:start + self.batch]
         draw = t * self.total + self.first
-        return [Item(record, draw + k) for k, record in enumerate(records)]
+        if isinstance(self.units, int):
+            return [Item(record, draw + k) for k, record in enumerate(mine.tolist())]
+        pairs = self.units[mine].tolist()
+        return [Item(record, draw + k, caption) for k, (record, caption) in enumerate(pairs)]
 
 
-def batches(dataset, batch_size, seed, rank=0, world=1, start=0, workers=0):
+def caption_units(records):
+    """Every caption of every record -> (N, 2) int32: the record, and which of its captions. A
+    record without captions, or with a single string, is there once."""
+    counts = [max(1, len(captions_of(record))) for record in records]
+    counts = torch.tensor(counts)
+    owners = torch.arange(len(counts)).repeat_interleave(counts)
+    firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.stack([owners, torch.arange(len(owners)) - firsts], 1).int()
+
+
+def batches(dataset, batch_size, seed, rank=0, world=1, start=0, workers=0, units=None):
     """Infinite iterator of batches of this rank, `batch_size` samples each, from global step
     `start` on. They are the same for any number of workers.
 
+    units: None, a pass goes over records and draws a caption of each; caption_units(), over
+    captions, each of them once.
     Errors: DataError if the data are fewer than batch_size * world.
     """
-    if batch_size * world > len(dataset):
-        fail(f"{len(dataset)} records are fewer than one global batch ({batch_size} x {world} "
+    stream = Stream(len(dataset) if units is None else units, batch_size, seed, rank, world)
+    if not stream.steps:
+        what = "records" if units is None else "captions"
+        fail(f"{stream.length} {what} are fewer than one global batch ({batch_size} x {world} "
              "ranks): use a smaller --batch_size")
-    stream = Stream(len(dataset), batch_size, seed, rank, world)
     return Plan(dataset, stream).run(itertools.count(start), workers)
 
 

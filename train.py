@@ -27,6 +27,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -62,13 +63,14 @@ class Loop:
     # -- schedule: how long, how fast
     steps: int = 0                  # optimizer steps; 0 = by epochs
     epochs: float = 1.0             # passes over the data, where steps is 0
+    epoch_of: Literal["images", "captions"] = "images"      # a pass: images, each with a caption drawn
     batch_size: int = 32            # samples per optimizer step, over all processes
     accum: int = 1                  # forward-backward passes per optimizer step
-    optimizer: str = "adamw"        # adamw, adam or sgd (momentum 0.9)
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"    # sgd has momentum 0.9
     lr: float = 1e-4                # peak learning rate
     beta2: float = 0.999            # second Adam coefficient; the first is 0.9
     weight_decay: float = 0.0       # as the optimizer defines it
-    schedule: str = "cosine"        # after warm-up: cosine, linear, constant or step
+    schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"    # after warm-up
     warmup_steps: float = 0.0       # steps from warmup_lr to lr; below 1: share of all steps
     warmup_lr: float = 0.0          # first learning rate of the warm-up
     min_lr: float = 0.0             # last learning rate of cosine and linear
@@ -82,7 +84,7 @@ class Loop:
     init: str = ""                  # start from the weights of this run
     resume: bool = False            # go on from OUT/state.pt
     device: str = ""                # cuda or cpu (default: cuda where there is one)
-    amp: str = "auto"               # bf16, fp16 or fp32; auto = bf16 on CUDA, else fp32
+    amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"   # auto = bf16 on CUDA, else fp32
     compile: bool = False           # torch.compile
     log_every: int = 20             # steps per line of log.jsonl
     save_every: int = 500           # steps per checkpoint
@@ -94,7 +96,7 @@ class Loop:
     eval_split: str = ""            # their split (default: test; without one, val)
     eval_limit: int = 0             # their number of records; 0 = all
     rerank_k: int = 0               # candidates that match() re-ranks; 0 = eval.py's default
-    rerank: str = ""                # itm or sum (default: eval.py's)
+    rerank: Literal["", "itm", "sum"] = ""                  # re-ranking (default: eval.py's)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,7 +135,10 @@ def add_flags(parser, cls, shown, title=""):
         told = show(shown[field.name])
         text = f"{comment} [{told}]" if told else comment
         options = {"help": text.replace("%", "%%"), "metavar": type(default).__name__.upper()}
-        if isinstance(default, bool):
+        if get_args(field.type):                                    # a Literal
+            options |= {"choices": get_args(field.type), "metavar": "WORD"}
+            options["help"] = f"{', '.join(filter(None, get_args(field.type)))}: {options['help']}"
+        elif isinstance(default, bool):
             options |= {"nargs": "?", "const": True, "type": boolean}
         elif isinstance(default, tuple):
             inner = type(default[0]) if default else str
@@ -250,8 +255,15 @@ def settings(module, preset, task, given, stage=0):
         chosen.update(level)
 
     def fill(cls):
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: chosen[name] for name in names if name in chosen})
+        values = {}
+        for field in dataclasses.fields(cls):
+            words = get_args(field.type)
+            if field.name in chosen:
+                values[field.name] = chosen[field.name]
+            if words and values.get(field.name, field.default) not in words:
+                raise Stop(f"{field.name} is {values[field.name]!r}, and not one of "
+                           f"{', '.join(filter(None, words))}")
+        return cls(**values)
     return fill(Loop), fill(module.Config)
 
 
@@ -588,8 +600,9 @@ def describe(run, records, module, news):
     # schedule, settings, and where the weights came from
     first, last = (learning_rate(step, total, loop) for step in (0, max(0, total - 1)))
     yield (f"  {total:,} steps of {loop.batch_size} = {data.ranks()[1]} processes x {loop.accum} x "
-           f"{run.micro}, {total / run.epoch_steps:.2f} epochs; {run.precision} on {run.device}; "
-           f"{loop.optimizer} lr {first:.2g} -> {loop.lr:.2g} -> {last:.2g} ({loop.schedule})")
+           f"{run.micro}, {total / run.epoch_steps:.2f} epochs of {loop.epoch_of}")
+    yield (f"  {run.precision} on {run.device}; {loop.optimizer} lr {first:.2g} -> {loop.lr:.2g} -> "
+           f"{last:.2g} ({loop.schedule})")
     yield "  " + " ".join(f"{key}={value}" for key, value in info["config"].items())
     for line in news + getattr(run.raw, "remarks", []):
         yield "  " + line
@@ -640,7 +653,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     workers = loop.workers if loop.workers >= 0 else (os.cpu_count() or 1) // 4
 
     # steps, not epochs: the stream of samples has no end, and one permutation follows the other
-    epoch_steps = max(1, len(records) // loop.batch_size)
+    units = data.caption_units(records) if loop.epoch_of == "captions" else None
+    epoch_steps = max(1, len(records if units is None else units) // loop.batch_size)
     total = loop.steps
     if not total and "steps" not in given:              # `--steps 0` trains nothing, and saves
         total = math.ceil(loop.epochs * epoch_steps)
@@ -670,7 +684,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
         torch.manual_seed(loop.seed + rank)
     if rank == 0:
         print("\n".join(describe(run, records, module, news)))
-    stream = data.batches(samples, micro, loop.seed, rank, world, start * loop.accum, workers)
+    stream = data.batches(samples, micro, loop.seed, rank, world, start * loop.accum, workers,
+                          units)
     run_loop(run, stream, start)
     return raw, info
 

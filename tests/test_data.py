@@ -1107,3 +1107,29 @@ def test_real_text_lists_and_clips():
 def test_real_truncated_jpegs():
     bad = [p.name for p in sorted((SHARED / "voc").rglob("*.jpg")) if data.trouble_with(str(p))]
     assert bad == ["000001.jpg", "2007_000027.jpg"]
+
+
+def test_an_epoch_of_captions_goes_over_each_caption_once(tmp_path, tok):
+    """5, 1 and 2 captions: 8 samples a pass, each caption with its own picture; resuming and ranks
+    are arithmetic as for images."""
+    records = data.Records("pairs", "train")
+    for i, count in enumerate((5, 1, 2)):
+        picture(tmp_path / f"{i}.png")
+        captions = [" ".join(["red"] * (n + 1)) for n in range(count)]
+        records.append({"image": str(tmp_path / f"{i}.png"), "image_id": i, "caption": captions})
+    units = data.caption_units(records)
+    assert units.tolist() == [[0, n] for n in range(5)] + [[1, 0], [2, 0], [2, 1]]
+
+    views = data.Views(records, PAIRS, tok, 16, 8)
+
+    def passes(start, steps, **ranks):
+        stream = data.batches(views, 2, 3, start=start, units=units, **ranks)
+        batches = [next(stream) for _ in range(steps)]
+        return [(int(i), int(m.sum()) - 2) for b in batches
+                for i, m in zip(b["image_id"], b["text_mask"])]
+    wanted = sorted((i, n + 1) for i, n in units.tolist())
+    first, second = passes(0, 4), passes(4, 4)
+    assert sorted(first) == sorted(second) == wanted and first != second
+    assert passes(2, 6) == (first + second)[4:]
+    ranks = [passes(0, 2, rank=rank, world=2) for rank in (0, 1)]
+    assert ranks[0][:2] + ranks[1][:2] + ranks[0][2:] + ranks[1][2:] == first

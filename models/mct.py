@@ -58,9 +58,10 @@ Deviations from the paper
         resized by torch (not PIL) and padded to multiples of 32 for C4 too; no precise BN; images
         without objects are kept. Autocast is for the backbone alone: boxes need float32. Batch norm
         is synchronised over processes on CUDA, plain on a CPU.
-     8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of
-        the paper), reads word pieces, clips gradients at 2 and takes the hardest negative of its
-        own process' batch (VSE++).
+     8. GRU retrieval reads word pieces, clips gradients at 2 and takes the hardest negative of its
+        own process' batch (VSE++). Its epochs go over captions, as VSE++'s. Those of pre-training
+        go over images and draw one of the captions [?]: the paper says neither, and compares its
+        200 epochs with MoCo's.
      9. Tagging: PMI is clipped at 0, tags count as co-occurring with themselves, SVD vectors
         U sqrt(S) have at most V dimensions. The paper names neither optimizer nor length (here Adam
         1e-3, 30 epochs), nor the loss of Stock-sup (here binary cross-entropy summed over the tags,
@@ -80,7 +81,7 @@ import math
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -102,22 +103,22 @@ from torchvision.ops import MultiScaleRoIAlign
 @dataclass
 class Config:
     image_size: int = 224           # pixels a side
-    block: str = "bottleneck"       # residual block: "bottleneck" (ResNet-50) or "basic"
+    block: Literal["bottleneck", "basic"] = "bottleneck"    # residual block, as in ResNet-50
     layers: tuple = (3, 4, 6, 3)    # blocks in the four stages
-    stem: str = "imagenet"          # first convolution: 7x7 ("imagenet") or 3x3 ("small", for tiny)
+    stem: Literal["imagenet", "small"] = "imagenet"         # first convolution: 7x7, or 3x3
     vision_width: int = 64          # channels of the first stage, with the small stem
     width: int = 768                # D of the text encoder
     text_layers: int = 12           # its layers
     text_heads: int = 12            # its attention heads
     mlp_ratio: int = 4              # hidden width of a feed-forward block over D
-    act: str = "gelu"               # "gelu" or "relu", of the text encoder
+    act: Literal["gelu", "relu"] = "gelu"                   # activation of the text encoder
     dropout: float = 0.1            # in the text encoder, as BERT
     init_std: float = 0.02          # standard deviation of the text encoder's initial weights
     max_text: int = 30              # tokens of a caption, [CLS] and [SEP] included
     positions: int = 512            # position embeddings of the text encoder, as BERT
     vocab_size: int = 30522         # [data] words in the vocabulary file
     pad_id: int = 0                 # [data] [PAD] in the vocabulary file
-    heads: str = "distinct"         # "distinct" intra- and inter-modal heads, or "unified"
+    heads: Literal["distinct", "unified"] = "distinct"      # one head a space, or one for both
     head_hidden: int = 2048         # hidden width of a head
     intra_dim: int = 128            # d of the intra-modal embeddings
     inter_dim: int = 1024           # d of the inter-modal embeddings
@@ -169,12 +170,12 @@ PRESETS = {
         linear=dict(lr=3.0),                                        # 2,000 pictures are 480 steps
         detection=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
         segmentation=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
-        retrieval_gru=dict(epochs=6),
+        retrieval_gru=dict(epochs=1.2),
         tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),
 }
 
 # Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults,
-# [V] = VSE++'s code, [-] = ours.
+# [V] = VSE++'s code, [-] = ours, [?] = a reading where the paper says nothing.
 # Data: COCO 2017, --data captions_train2017.json,instances_train2017.json (tags: its 80 objects),
 # or Stock with --preset stock (caption = title). Below, pre-training is
 # `train.py --model mct --preset base --init_text bert.safetensors`, R = its directory.
@@ -200,7 +201,7 @@ PRESETS = {
 #   tags from captions: --tag_words nouns.txt.
 RECIPE = {
     "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200,
-                     batch_size=512),
+                     batch_size=512, epoch_of="images"),    # [?] MoCo's are, beside which it stands
     "linear": dict(optimizer="sgd", lr=30.0, weight_decay=0.0, schedule="step",
                    milestones="0.5,0.6666666,0.8333333", gamma=0.2, epochs=60, batch_size=256),
     "detection": dict(optimizer="sgd", lr=0.02, batch_size=16, steps=24000,
@@ -214,7 +215,8 @@ RECIPE = {
                          detect_sizes=(640, 672, 704, 736, 768, 800)),                  # [M]
     "retrieval_gru": dict(optimizer="adam", lr=2e-4, schedule="step", milestones="0.5", gamma=0.1,
                           clip=2.0,                         # [V]
-                          epochs=150, batch_size=128),      # 30 epochs of 5 captions an image
+                          epochs=30, batch_size=128,        # 15 at each rate
+                          epoch_of="captions"),             # 113K x 5 pairs; so does [V]
     "tagging": dict(optimizer="adam", lr=1e-3, schedule="cosine", epochs=30,
                     batch_size=256),                        # [-]
     "tag_supervised": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine",

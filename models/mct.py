@@ -171,7 +171,7 @@ PRESETS = {
         detection=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
         segmentation=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
         retrieval_gru=dict(epochs=1.2),
-        tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),
+        tag_supervised=dict(batch_size=64, steps=600, lr=0.02, workers=1)),
 }
 
 # Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults,

@@ -43,24 +43,32 @@ Deviations from the paper
         too. Batch norm buffers of the momentum copy are its own running averages, not an EMA; all
         are averaged over processes after each step. The text copy runs without dropout.
      5. tau is 0.07 as printed (MoCo-v2 has 0.2). Captions are cut at 30 tokens. Query and key of a
-        caption are the caption and its back-translation, made offline (`paraphrase`); without one,
-        the caption is used twice.
+        caption are the caption and one of its back-translations, drawn anew each time. They are
+        made offline (`paraphrase` of a record, or `--paraphrase FILE`), while the paper translates
+        both views during training. A caption without any is used twice as it is.
      6. lambda_ic and lambda_ci depend on K, as their losses are sums over the queue: `tiny` keeps
         lambda K = 3.3.
      7. Detection: torchvision's Faster R-CNN (R50-C4 of its parts: conv4 features, RoIAlign 14x14,
-        conv5 and MoCo's extra norm as box head) where the paper has Detectron2. Differences:
-        torchvision's anchors, RoIAlign without the shift of half a pixel, smooth L1 with beta 1/9
-        (not 0) for boxes, no precise BN, images without objects are kept. Weight decay is 0 on
-        norms, as there. Segmentation: torchvision's Mask R-CNN R50-FPN, batch norm in FPN.
-        Batch norm is synchronised over processes on CUDA, plain on a CPU.
-     8. GRU retrieval draws one of an image's captions per pass over images (5 passes = 1 epoch of
-        the paper), reads word pieces, clips gradients at 2 and takes the hardest negative of its
-        own process' batch (VSE++).
+        conv5 and MoCo's extra norm as box head) where the paper has Detectron2. Segmentation:
+        torchvision's Mask R-CNN R50-FPN, batch norm in FPN. As in Detectron2: numbers of anchors,
+        proposals and RoIs, thresholds, RoIAlign with as many samples as a box needs, first weights
+        of the heads, weight decay 0 on norms. Other than there: RoIAlign without the shift of half
+        a pixel; smooth L1 with beta 1/9 (not 0) for boxes; RPN losses are means over the anchors
+        drawn (not over 256 a picture); mask targets are interpolated (not cut at 0.5); pictures are
+        resized by torch (not PIL) and padded to multiples of 32 for C4 too; no precise BN; images
+        without objects are kept. Autocast is for the backbone alone: boxes need float32. Batch norm
+        is synchronised over processes on CUDA, plain on a CPU.
+     8. GRU retrieval reads word pieces, clips gradients at 2 and takes the hardest negative of its
+        own process' batch (VSE++). Its epochs go over captions, as VSE++'s. Those of pre-training
+        go over images and draw one of the captions [?]: the paper says neither, and compares its
+        200 epochs with MoCo's.
      9. Tagging: PMI is clipped at 0, tags count as co-occurring with themselves, SVD vectors
         U sqrt(S) have at most V dimensions. The paper names neither optimizer nor length (here Adam
-        1e-3, 30 epochs), nor the loss of Stock-sup (here BCE, SGD).
+        1e-3, 30 epochs), nor the loss of Stock-sup (here binary cross-entropy summed over the tags,
+        SGD; at first each tag has odds 1 to V).
     10. Frozen features and evaluations see the middle square of the picture, its short side resized
-        to `image_size` (MoCo: 256, then the middle 224; the paper does not say).
+        to `image_size` (MoCo: 256, then the middle 224; the paper does not say). All crops are
+        resized bicubically, MoCo's bilinearly.
     11. For `tiny` alone: `block`, `layers`, `vision_width`, `stem` (3x3 with stride 2, then
         torchvision's max pool as after the 7x7), `act`, `init_std` (BERT's 0.02 is for 768
         channels: with 128 channels it maps all captions to one point, cosine 0.9999), `fpn_width`,
@@ -69,16 +77,18 @@ Deviations from the paper
 Run: python models/mct.py      (5 s: parameters and every loss of every task on a random batch)
 """
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -93,22 +103,22 @@ from torchvision.ops import MultiScaleRoIAlign
 @dataclass
 class Config:
     image_size: int = 224           # pixels a side
-    block: str = "bottleneck"       # residual block: "bottleneck" (ResNet-50) or "basic"
+    block: Literal["bottleneck", "basic"] = "bottleneck"    # residual block, as in ResNet-50
     layers: tuple = (3, 4, 6, 3)    # blocks in the four stages
-    stem: str = "imagenet"          # first convolution: 7x7 ("imagenet") or 3x3 ("small", for tiny)
+    stem: Literal["imagenet", "small"] = "imagenet"         # first convolution: 7x7, or 3x3
     vision_width: int = 64          # channels of the first stage, with the small stem
     width: int = 768                # D of the text encoder
     text_layers: int = 12           # its layers
     text_heads: int = 12            # its attention heads
     mlp_ratio: int = 4              # hidden width of a feed-forward block over D
-    act: str = "gelu"               # "gelu" or "relu", of the text encoder
+    act: Literal["gelu", "relu"] = "gelu"                   # activation of the text encoder
     dropout: float = 0.1            # in the text encoder, as BERT
     init_std: float = 0.02          # standard deviation of the text encoder's initial weights
     max_text: int = 30              # tokens of a caption, [CLS] and [SEP] included
     positions: int = 512            # position embeddings of the text encoder, as BERT
     vocab_size: int = 30522         # [data] words in the vocabulary file
     pad_id: int = 0                 # [data] [PAD] in the vocabulary file
-    heads: str = "distinct"         # "distinct" intra- and inter-modal heads, or "unified"
+    heads: Literal["distinct", "unified"] = "distinct"      # one head a space, or one for both
     head_hidden: int = 2048         # hidden width of a head
     intra_dim: int = 128            # d of the intra-modal embeddings
     inter_dim: int = 1024           # d of the inter-modal embeddings
@@ -160,12 +170,12 @@ PRESETS = {
         linear=dict(lr=3.0),                                        # 2,000 pictures are 480 steps
         detection=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
         segmentation=dict(batch_size=4, steps=250, lr=0.01, warmup_steps=20),
-        retrieval_gru=dict(epochs=6),
-        tag_supervised=dict(batch_size=64, steps=600, lr=0.1, workers=1)),
+        retrieval_gru=dict(epochs=1.2),
+        tag_supervised=dict(batch_size=64, steps=600, lr=0.02, workers=1)),
 }
 
 # Values without a mark are the paper's section 4. [M] = MoCo's code, [D] = Detectron2's defaults,
-# [V] = VSE++'s code, [-] = ours.
+# [V] = VSE++'s code, [-] = ours, [?] = a reading where the paper says nothing.
 # Data: COCO 2017, --data captions_train2017.json,instances_train2017.json (tags: its 80 objects),
 # or Stock with --preset stock (caption = title). Below, pre-training is
 # `train.py --model mct --preset base --init_text bert.safetensors`, R = its directory.
@@ -191,7 +201,7 @@ PRESETS = {
 #   tags from captions: --tag_words nouns.txt.
 RECIPE = {
     "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200,
-                     batch_size=512),
+                     batch_size=512, epoch_of="images"),    # [?] MoCo's are, beside which it stands
     "linear": dict(optimizer="sgd", lr=30.0, weight_decay=0.0, schedule="step",
                    milestones="0.5,0.6666666,0.8333333", gamma=0.2, epochs=60, batch_size=256),
     "detection": dict(optimizer="sgd", lr=0.02, batch_size=16, steps=24000,
@@ -205,7 +215,8 @@ RECIPE = {
                          detect_sizes=(640, 672, 704, 736, 768, 800)),                  # [M]
     "retrieval_gru": dict(optimizer="adam", lr=2e-4, schedule="step", milestones="0.5", gamma=0.1,
                           clip=2.0,                         # [V]
-                          epochs=150, batch_size=128),      # 30 epochs of 5 captions an image
+                          epochs=30, batch_size=128,        # 15 at each rate
+                          epoch_of="captions"),             # 113K x 5 pairs; so does [V]
     "tagging": dict(optimizer="adam", lr=1e-3, schedule="cosine", epochs=30,
                     batch_size=256),                        # [-]
     "tag_supervised": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine",
@@ -576,6 +587,7 @@ class QueueLSE(torch.autograd.Function):
         return lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         mean, = ctx.saved_tensors
         return grad[:, None] * mean / ctx.tau, None, None, None
@@ -643,6 +655,7 @@ class QueueHinge(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         total, number = ctx.saved_tensors
         return grad[:, None] * total, -grad * number, None, None, None
@@ -653,7 +666,8 @@ def vse_loss(image_emb, text_emb, ids, margin):
 
     image_emb, text_emb: (B, d) unit norm -> 0-d. j runs over other images than i.
     """
-    scores = image_emb.float() @ text_emb.float().T                 # (B, B)
+    with torch.autocast(image_emb.device.type, enabled=False):
+        scores = image_emb.float() @ text_emb.float().T             # (B, B), not in bf16
     own = scores.diagonal()
     others = scores.masked_fill(ids[:, None] == ids, -torch.inf)
 
@@ -671,12 +685,12 @@ def pmi_vectors(rows, vocab, dim):
     -> (vocab, dim) float32, unit rows of U sqrt(S); 0 for a tag that no row has.
     """
     # n_ij, counted over flat indices i * vocab + j of all pairs of tags in a row
-    counts = torch.zeros(vocab * vocab)
+    counts = torch.zeros(vocab * vocab, device=rows.device)
     for part in rows.split(4096):
         first, second = part[:, :, None], part[:, None, :]
         both = (first >= 0) & (second >= 0)                         # (rows, L, L)
         pairs = (first * vocab + second)[both]
-        counts.index_add_(0, pairs, torch.ones(len(pairs)))
+        counts.index_add_(0, pairs, counts.new_ones(len(pairs)))
     counts = counts.view(vocab, vocab)
 
     # tags that never meet: log 0 = -inf, clipped to 0
@@ -694,6 +708,39 @@ def pmi_vectors(rows, vocab, dim):
 
 # --------------------------------------------------------------------------------------------------
 # Detectors: torchvision's, around our ResNet
+
+class Float32Boxes:
+    """What torchvision's detectors do with pictures; everything behind the backbone in float32.
+
+    torchvision makes anchors in the type of the features, and proposals and true boxes follow. In
+    bf16 that rounds coordinates above 128 to whole pixels, and those above 512 to fours.
+    """
+
+    def forward(self, images, targets=None):
+        """Lists, as torchvision documents -> a dict of losses; in evaluation a list of dicts."""
+        # normalised, resized, in one batch
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        images, targets = self.transform(images, targets)
+
+        # autocast is for the backbone alone
+        features = self.backbone(images.tensors)
+        with torch.autocast(images.tensors.device.type, enabled=False):
+            features = {level: x.float() for level, x in features.items()}
+            proposals, rpn_losses = self.rpn(images, features, targets)
+            found, losses = self.roi_heads(features, proposals, images.image_sizes, targets)
+
+        if self.training:
+            return losses | rpn_losses
+        return self.transform.postprocess(found, images.image_sizes, sizes)
+
+
+class C4(Float32Boxes, FasterRCNN):
+    """Faster R-CNN on the features of one stage."""
+
+
+class FPN(Float32Boxes, MaskRCNN):
+    """Mask R-CNN on a feature pyramid."""
+
 
 class C4Head(nn.Module):
     """conv5 as the box head of R50-C4, with MoCo's extra norm: (R, 1024, 14, 14) -> (R, 2048)."""
@@ -717,14 +764,14 @@ def c4_detector(cfg, classes, **settings):
     anchors = AnchorGenerator((tuple(cfg.anchors),), (ratios,))
     rpn_head = RPNHead(width // 2, len(ratios) * len(cfg.anchors))
 
-    return FasterRCNN(body, rpn_anchor_generator=anchors, rpn_head=rpn_head,
-                      box_roi_pool=MultiScaleRoIAlign(["0"], 14, 0),
-                      box_head=C4Head(net.layer4, width),
-                      box_predictor=FastRCNNPredictor(width, classes + 1), **settings)
+    return C4(body, rpn_anchor_generator=anchors, rpn_head=rpn_head,
+              box_roi_pool=MultiScaleRoIAlign(["0"], 14, 0),        # 0: samples as the box needs
+              box_head=C4Head(net.layer4, width),
+              box_predictor=FastRCNNPredictor(width, classes + 1), **settings)
 
 
 def fpn_detector(cfg, classes, **settings):
-    """Mask R-CNN on a feature pyramid. With fpn_width 256 its heads are torchvision's."""
+    """Mask R-CNN on four stages of the ResNet and a fifth level above them."""
     width, channels = feature_dim(cfg), cfg.fpn_width
     stages = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
     widths = [width // 8, width // 4, width // 2, width]
@@ -734,11 +781,33 @@ def fpn_detector(cfg, classes, **settings):
     sizes = tuple((side,) for side in cfg.anchors)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
 
-    return MaskRCNN(body, rpn_anchor_generator=anchors,
-                    box_head=TwoMLPHead(7 * 7 * channels, 4 * channels),
-                    box_predictor=FastRCNNPredictor(4 * channels, classes + 1),
-                    mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
-                    mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1), **settings)
+    levels = list(stages.values())                                  # the fifth is the RPN's alone
+    return FPN(body, rpn_anchor_generator=anchors,
+               box_roi_pool=MultiScaleRoIAlign(levels, 7, 0),
+               box_head=TwoMLPHead(7 * 7 * channels, 4 * channels),
+               box_predictor=FastRCNNPredictor(4 * channels, classes + 1),
+               mask_roi_pool=MultiScaleRoIAlign(levels, 14, 0),
+               mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+               mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1), **settings)
+
+
+@torch.no_grad()
+def init_heads(heads):
+    """Detectron2's initial weights of the RoI heads, where torchvision's differ."""
+    box, mask = heads.box_predictor, heads.mask_predictor
+    spreads = {box.cls_score: 0.01, box.bbox_pred: 0.001}
+    if mask is not None:
+        spreads[mask.mask_fcn_logits] = 0.001
+    for layer, std in spreads.items():
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+
+    # the pyramid's box head, and the bias before the mask's logits
+    if mask is not None:
+        for layer in (heads.box_head.fc6, heads.box_head.fc7):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(mask.conv5_mask.bias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -847,6 +916,9 @@ class Mct(nn.Module):
             self.fc = nn.Linear(width, num_labels)
             nn.init.normal_(self.fc.weight, std=0.01)
             nn.init.zeros_(self.fc.bias)
+            if self.task == "tag_supervised":
+                # at first a picture is expected to have one tag, not half of all of them
+                nn.init.constant_(self.fc.bias, -math.log(num_labels))
 
         elif self.task == "retrieval_gru":
             self.image_fc = nn.Linear(width, cfg.joint_dim)
@@ -873,6 +945,7 @@ class Mct(nn.Module):
             box_batch_size_per_image=cfg.rois,
             rpn_pre_nms_top_n_train=before_train, rpn_pre_nms_top_n_test=before_test,
             rpn_post_nms_top_n_train=kept_train, rpn_post_nms_top_n_test=kept_test)
+        init_heads(self.detector.roi_heads)
 
         # statistics of all processes, where that is possible
         if world() > 1 and dist.get_backend() == "nccl":
@@ -992,10 +1065,10 @@ class Mct(nn.Module):
 
     def check_batch_size(self, size):
         """A group of batch norm needs two samples: of one alone the statistics are the sample."""
-        groups = self.cfg.bn_groups
-        if self.training and world() == 1 and (size % groups or size == groups):
+        groups = self.cfg.bn_groups if world() == 1 else 1
+        if self.training and (size % groups or size == groups):
             raise SystemExit(f"models/mct.py: a batch of {size} is not {groups} virtual groups of "
-                             "2 or more: set --bn_groups")
+                             "2 or more: set --bn_groups or --batch_size")
 
     def queue(self, side, space):
         """The keys of one side in one space, as a loss takes them."""
@@ -1100,17 +1173,25 @@ class Mct(nn.Module):
         return self.one_loss(loss, "cross_entropy")
 
     def loss_retrieval_gru(self, batch):
+        if self.training and len(batch["image_id"]) < 2:
+            raise SystemExit("models/mct.py: VSE++ finds its negatives in the batch of a process, "
+                             "and this one has one picture: set --batch_size")
         loss = vse_loss(self.encode_image(batch), self.encode_text(batch), batch["image_id"],
                         self.cfg.margin)
         return self.one_loss(loss, "vse")
 
     def prepare(self, samples):
         """Before the first step of tagging: vectors of the tags, from the training records."""
-        if self.task == "tagging":
+        if self.task != "tagging":
+            return
+
+        # one process computes: V x V counts take memory, and the sign of a vector is left open
+        if rank() == 0:
             vocab, dim = self.tag_vectors.shape
-            self.tag_vectors.copy_(pmi_vectors(samples.tag_rows(), vocab, dim))
-            if world() > 1:
-                dist.broadcast(self.tag_vectors, 0)     # SVD leaves the sign of a vector open
+            rows = samples.tag_rows().to(self.tag_vectors.device)
+            self.tag_vectors.copy_(pmi_vectors(rows, vocab, dim))
+        if world() > 1:
+            dist.broadcast(self.tag_vectors, 0)
 
     def embed_tags(self, batch):
         """An image in the space of the tags' vectors -> (B, d) unit norm."""
@@ -1130,13 +1211,17 @@ class Mct(nn.Module):
         return self.one_loss(loss, "cosine")
 
     def loss_tag_supervised(self, batch):
-        """Binary cross-entropy over the tags, mean over images and tags."""
+        """Binary cross-entropy, summed over the tags, mean over images.
+
+        A mean over 18,157 tags would leave gradients that weight decay outweighs.
+        """
         tags, logits = batch["tags"], self.tag_scores(batch).float()                # (B, V)
 
         # 1 where the image has the tag; the first column takes the padding (-1) and is dropped
         truth = logits.new_zeros(len(tags), 1 + logits.shape[1])
         truth = truth.scatter_(1, tags + 1, 1.0)[:, 1:]
-        return self.one_loss(F.binary_cross_entropy_with_logits(logits, truth), "bce")
+        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / len(tags)
+        return self.one_loss(loss, "bce")
 
     def loss_detection(self, batch):
         """torchvision's losses, summed. image: list of (3, H, W) in 0..1; boxes: list of (n, 4)
@@ -1184,7 +1269,9 @@ class Mct(nn.Module):
         supervised tagger."""
         if self.task == "tag_supervised":
             return self.fc(self.visual_features(batch))
-        return self.embed_tags(batch) @ self.tag_vectors.T
+        embedded = self.embed_tags(batch)
+        with torch.autocast(embedded.device.type, enabled=False):
+            return embedded @ self.tag_vectors.T
 
     def detect(self, batch):
         """A list of B dicts: boxes (n, 4) xyxy in pixels of `image`, labels (n,) from 0, scores
@@ -1197,8 +1284,13 @@ class Mct(nn.Module):
         return found
 
     def adapt(self, state):
-        """Weights of a run of another task -> under this task's names: the ResNet is elsewhere in a
-        detector."""
+        """Weights of another run -> under this task's names: the ResNet is elsewhere in a detector.
+
+        The queues stay behind, and begin anew: their image ids and tags are those of the data of
+        that run, where other pictures may have the same numbers.
+        """
+        memory = ("queue_", "ptr")
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(memory)}
         if any(name.startswith("detector.") for name in state):
             return state
         adapted = {}

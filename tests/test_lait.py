@@ -649,9 +649,9 @@ def kept_image(body):
     "<body><div role=main><div class='thumb tright'><div class=thumbinner><img class=thumbimage "
     "src='//upload.wikimedia.org/wikipedia/commons/thumb/a/a.jpg' width=220 height=147></div></div>"
     "</div></body>",
-    "<body><main><figure typeof='mw:File/Thumb'><img src=a.jpg width=250 height=167></figure></main>",
+    "<main><figure typeof='mw:File/Thumb'><img src=a.jpg width=250 height=167></figure></main>",
     # words that speak of a layout, or of what is far outside
-    "<body class='sidebar'><main id=banner><article class='related'><img src=a.jpg></article></main>",
+    "<body class='sidebar'><main id=banner><article class='related'><img src=a.jpg></article>",
     "<div class='sidebar'><div><div><div><div><div><img src=a.jpg></div></div></div></div></div>",
     "<div class='sidebar'><main><img src=a.jpg></main></div>"])
 def test_class_words_of_a_layout_cost_no_picture(html):
@@ -671,7 +671,8 @@ def test_class_words_of_a_margin_cost_its_picture(html):
 
 def test_a_picture_ends_with_its_image():
     """... or with what is around it, closed or not."""
-    for html in ("<picture><source srcset=a.webp><img src=a.jpg><p>x<img src=b.jpg>",
+    for html in ("<picture><source srcset=a.webp><img src=a.jpg>x<img src=b.jpg>",
+                 "<picture><source data-srcset=a.webp><img src=a.jpg><p>x<img src=b.jpg>",
                  "<div><picture><source srcset=a.webp><img src=a.jpg></div><img src=b.jpg>",
                  "<div><picture><source srcset=x.webp></div><img src=a.jpg><img src=b.jpg>",
                  "<picture><source srcset=x.webp><p><img src=a.jpg><img src=b.jpg>"):
@@ -705,6 +706,14 @@ def test_a_placeholder_and_its_noscript_are_one_image(html, alts):
     if len(images) == 1:
         assert images[0]["sources"][0] in ("a.jpg", "b.jpg")
         assert images[0]["before"] == images[0]["after"] == ""
+
+
+def test_lazy_images_keep_their_addresses_in_many_places():
+    html = ("<img data-lazy-srcset='a.jpg 100w, b.jpg 900w' data-srcset='c.jpg 2x' "
+            "data-lazy-src=d.jpg data-original=e.jpg data-src=f.jpg src=blank.gif>")
+    image, = lait.parse(html, "").images
+    assert sorted(image["sources"][:6]) == [f"{name}.jpg" for name in "abcdef"]
+    assert image["sources"][-1] == "blank.gif" and image["sources"].index("b.jpg") < 3
 
 
 def test_the_first_readable_source_is_taken(tmp_path):
@@ -788,7 +797,7 @@ DUTCH = ("De hond loopt door het huis en de tuin van een man die niet op tijd is
 @pytest.mark.parametrize("text,declared,english", [
     # a shop: 200 words of menus around a sentence or two
     (MENU * 20 + FILLER[:100], "en-GB", True), (MENU * 20 + FILLER[:100], None, False),
-    (MENU * 20, "en", False), (FILLER, None, True), (FILLER * 30, "en", True),
+    (MENU * 20, "en", False), (MENU * 20 + "the", "en", False), (FILLER, None, True), (FILLER * 30, "en", True),
     (GERMAN, "en", False), (FRENCH, "en", False), (DUTCH, "en", False), (FILLER, "de", True),
     ("Un chien", "en", True), ("Un chien", "fr", False), ("Короткая страница", "en", False),
     (MENU * 20 + FILLER[:100], "eng", False)])
@@ -1061,6 +1070,8 @@ def test_own_filters(web, tmp_path):
     (["--in", "web", "--shard", "3/3"], "I/N"), (["--in", "web", "--shard", "x"], "I/N"),
     (["--merge"], "no candidates here"), (["--in", "web", "--part", "0"], "at least 1"),
     (["--in", "web", "--vocab", "nowhere"], "--vocab nowhere: no such file"),
+    (["--in", "web", "--vocab", "web/a.txt"], "not a BERT vocabulary"),
+    (["--in", "web", "--spam", "web/latin.txt"], "--spam web/latin.txt: not UTF-8 text"),
     (["--in", "web", "--score", "nowhere"], "no run here"),
     (["--in", "web", "--spam", "nowhere"], "nowhere"),
     (["--in", "web", "--min_score", "0.5"], "were not scored"), (["--in", "web/a.txt"], "in it")])
@@ -1069,6 +1080,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch, flags, message):
     (tmp_path / "empty").mkdir()
     Web(tmp_path / "web").good()
     (tmp_path / "web/a.txt").write_text("x")
+    (tmp_path / "web/latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(SystemExit) as e:
         lait.main(["--out", "out", *flags])
     assert message in str(e.value) and "\n" not in str(e.value)

@@ -41,10 +41,11 @@ Deviations from the paper
   2. The paper names no threshold. Default: the 95 % quantile of the scores that 2,000 of the texts
      get with other pictures.
   3. Its classifiers of unnatural and of unsafe images are not published. natural() measures
-     flatness, colors and shape. safe() reads the page's own label and words in addresses and
-     texts, and does not look at the picture.
+     flatness, colors, edges, long lines and shape. safe() reads the page's own label and words in
+     addresses and texts, and does not look at the picture.
   4. "Heuristic rules", "normal length", "high ratio" and "too many images" are not quantified
-     there: the flags' defaults are ours.
+     there: the flags' defaults are ours. Without --score a text of the image's own that is shorter
+     than --min_words ("Broccoli") stays where the image has no longer one.
   5. The language is told by function words and the declared language; "the same image" means the
      same bytes.
 """
@@ -309,8 +310,8 @@ SPAM = (
 NAMELESS = frozenset(
     "the and for img image images photo photos photograph picture pictures pic logo icon banner "
     "thumbnail thumb avatar untitled featured default placeholder cover header hero screenshot "
-    "figure fig gallery slide slideshow attachment file download zoom enlarge click view open close "
-    "home menu search share facebook twitter instagram pinterest youtube email print".split())
+    "figure fig gallery slide slideshow attachment file download zoom enlarge click view open "
+    "close home menu search share facebook twitter instagram pinterest youtube email print".split())
 
 # What is cut out of a text
 SPANS = re.compile("|".join((
@@ -332,7 +333,8 @@ TITLES = re.compile(
 # ... unless a word follows that often begins one ...
 BEGINNING = re.compile(r"(?:The|This|That|These|It|He|She|They|We|You|There|In|On|At|And|But)\b")
 # ... and these where a number follows.
-NUMBERED = re.compile(r"\b(?:Nos?|Figs?|pp?|[Vv]ol|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\.$")
+NUMBERED = re.compile(
+    r"\b(?:Nos?|Figs?|pp?|[Vv]ol|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\.$")
 
 
 def split_sentences(text):
@@ -486,7 +488,7 @@ class Page(HTMLParser):
 
     images: list of dicts: sources (addresses, the largest picture first); alt, title, caption,
             before, after (texts); score (is it the page's dominant image? by where it stands and
-            what it says of itself)
+            what it says of itself); lazy (a placeholder?), noscript (in one?)
     text:   all that the page shows
     lang, title, rating, base: as the page declares them; lang and base may be None
     """
@@ -619,7 +621,8 @@ class Page(HTMLParser):
 
         # content or margin by its tag; what is inside such a margin stays there. Articles have
         # headers of their own, with the title and often the picture.
-        place, is_main = parent.place, tag == "main" or attrs.get("role", "") == "main"
+        is_main = tag == "main" or attrs.get("role") == "main"
+        place = parent.place
         if place < 0 or tag in ("nav", "footer", "aside") or tag == "header" and place == 0:
             place = -1
         elif is_main or tag in ("article", "figure"):
@@ -657,8 +660,7 @@ class Page(HTMLParser):
 
         image = {"sources": sources, "alt": attrs.get("alt", "")[:2000],
                  "title": attrs.get("title", "")[:2000], "caption": "", "before": "", "after": "",
-                 "score": self.place_score(attrs, sources),
-                 "lazy": looks_lazy(attrs),
+                 "score": self.place_score(attrs, sources), "lazy": looks_lazy(attrs),
                  "noscript": any(element.tag == "noscript" for element in self.stack)}
         if self.figures:
             image["caption"] = self.figures[-1].caption
@@ -699,9 +701,17 @@ class Page(HTMLParser):
         gets what this one says."""
         if not self.flow or not isinstance(self.flow[-1][1], int):
             return False
+
+        # one of the two stands in a <noscript>, the other is a placeholder
         other = self.images[self.flow[-1][1]]
-        shown, lazy = (image, other) if image["noscript"] else (other, image)
-        if not shown["noscript"] or lazy["noscript"] or shown["score"] <= -3 or not lazy["lazy"]:
+        shown, lazy = other, image
+        if image["noscript"]:
+            shown, lazy = image, other
+        if not shown["noscript"] or lazy["noscript"] or not lazy["lazy"]:
+            return False
+
+        # pixels that count visitors stand in a <noscript> too
+        if shown["score"] <= -3:
             return False
 
         # the picture's addresses come before its placeholder's
@@ -734,7 +744,7 @@ class Page(HTMLParser):
 def ends_unsaid(tag, following):
     """Does an open element end where the following one begins? HTML lets some stay unclosed."""
     if tag == "picture":
-        return following not in UNSEEN
+        return following not in UNSEEN | {"noscript"}
     if tag == "p":
         return following not in UNSEEN | {"noscript", "picture"}
     if tag in ("li", "tr") and following == tag:
@@ -1030,8 +1040,7 @@ def file_names(source, name, page):
     if address.netloc or address.scheme:
         if not re.fullmatch(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?", host):
             raise Dropped("broken address")
-        usual = {"https": 443}.get(address.scheme, 80)
-        hosts = [host] if port in (None, usual) else [f"{host}:{port}", host]
+        hosts = [host] if port is None else [f"{host}:{port}", host]
         names = []
         for folder in hosts:
             plain = f"{folder}/{path.lstrip('/')}"
@@ -1661,7 +1670,7 @@ def pack(path, lines, root, limit, counts):
 # what is not looked at where the setting of this name has its default
 LIMITS = {
     "safe": "unsafe content: only labels and words were read, no picture was looked at (--safe)",
-    "natural": "unnatural pictures: told by flatness, number of colors and shape, "
+    "natural": "unnatural pictures: told by flatness, colors, edges, long lines and shape, "
                "no trained classifier (--natural)",
     "vocab": "out-of-vocabulary rule: off, no --vocab was given",
 }
@@ -1737,7 +1746,8 @@ def read_flags(argv):
         help="BERT's vocab.txt for the out-of-vocabulary rule (default: that rule is off)")
     add("--max_oov", type=float, default=0.3,
         help="largest share of a sentence's words outside the vocabulary [0.3]")
-    add("--min_words", type=int, default=4, help="least words of a sentence [4]")
+    add("--min_words", type=int, default=4, help="least words of a sentence; without --score, a "
+        "shorter one that is the image's own stays where it has no longer one [4]")
     add("--max_words", type=int, default=40, help="most words of a sentence [40]")
     add("--spam", default="", help="file of phrases, one a line, instead of the built-in spam list")
 

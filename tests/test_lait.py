@@ -797,7 +797,8 @@ DUTCH = ("De hond loopt door het huis en de tuin van een man die niet op tijd is
 @pytest.mark.parametrize("text,declared,english", [
     # a shop: 200 words of menus around a sentence or two
     (MENU * 20 + FILLER[:100], "en-GB", True), (MENU * 20 + FILLER[:100], None, False),
-    (MENU * 20, "en", False), (MENU * 20 + "the", "en", False), (FILLER, None, True), (FILLER * 30, "en", True),
+    (MENU * 20, "en", False), (MENU * 20 + "the", "en", False), (FILLER, None, True),
+    (FILLER * 30, "en", True),
     (GERMAN, "en", False), (FRENCH, "en", False), (DUTCH, "en", False), (FILLER, "de", True),
     ("Un chien", "en", True), ("Un chien", "fr", False), ("Короткая страница", "en", False),
     (MENU * 20 + FILLER[:100], "eng", False)])

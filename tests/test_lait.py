@@ -823,7 +823,7 @@ def beside_one_picture(tmp_path, html, *flags):
      "Serves: 4 people for lunch"),
     ("<p>Serves: 4 people for lunch</p><img src=/img/a.jpg alt='IMG_3.jpg'>",
      "Serves: 4 people for lunch"),
-    ("<p>Serves: 4</p><img src=/img/a.jpg alt=''>", None),
+    ("<p>Serves four</p><img src=/img/a.jpg alt=''>", None),
     ("<img src=/img/a.jpg alt=Broccoli title='A plate of green broccoli'>",
      "A plate of green broccoli")])
 def test_without_a_score_a_short_alt_beats_the_text_around(tmp_path, html, text):

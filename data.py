@@ -492,9 +492,10 @@ def is_list_of(value, kind):
 
 
 def clean_captions(where, raw, reading):
-    """-> (captions, paraphrases): lists of strings of equal length; paraphrases may be None.
+    """-> (captions, paraphrases): lists of equal length; paraphrases may be None.
 
-    Empty captions are left out, with their paraphrase, and counted.
+    A paraphrase is a string, or a list of strings where a caption has several wordings. Empty
+    captions are left out, with their paraphrase, and counted.
     """
     # one caption or several
     captions = get(where, raw, "caption", (str, list))
@@ -510,7 +511,11 @@ def clean_captions(where, raw, reading):
     if paraphrases is not None:
         if not isinstance(paraphrases, list) or len(paraphrases) != len(captions):
             fail(f"{where}: key 'paraphrase' must hold one string per caption ({len(captions)}), "
-                 "in the captions' order")
+                 "in the captions' order; several wordings of a caption are a list in its place")
+        for paraphrase in paraphrases:
+            if not isinstance(paraphrase, str) and not is_list_of(paraphrase, str):
+                fail(f"{where}: key 'paraphrase' holds {paraphrase!r}, which is neither a string "
+                     "nor a list of strings")
 
     # empty captions go, and their paraphrases with them
     keep = [i for i, caption in enumerate(captions) if caption.strip()]
@@ -1581,6 +1586,86 @@ def caption_tags(records, path):
     return out
 
 
+def wordings(paraphrase):
+    """A caption's paraphrase in a record, one string, several or None -> list of those that are
+    not empty."""
+    several = [paraphrase] if isinstance(paraphrase, str) else paraphrase or []
+    return [wording for wording in several if wording.strip()]
+
+
+def same_words(caption):
+    """What captions are joined by: their words, whatever the spaces and capitals."""
+    return " ".join(caption.lower().split())
+
+
+def read_paraphrases(path):
+    """A file of paraphrases -> {same_words(caption): list of wordings, each once}.
+
+    path: .jsonl or .json of {"caption": string, "paraphrase": string or list of strings}, or .tsv
+    "caption TAB wording [TAB wording ...]". A caption may stand on several lines.
+    """
+    # (where, caption, its wordings) of each line
+    rows = []
+    if path.endswith(".tsv"):
+        for where, line in lines_of(path):
+            caption, *found = line.split("\t")
+            rows.append((where, caption, found))
+    else:
+        for where, raw in json_records(path):
+            found = get(where, raw, "paraphrase", (str, list))
+            if not isinstance(found, str) and not is_list_of(found, str):
+                fail(f"{where}: key 'paraphrase' must be a string or a list of strings")
+            rows.append((where, get(where, raw, "caption", str), wordings(found)))
+
+    # several lines of one caption add up
+    out = {}
+    for where, caption, found in rows:
+        if not wordings(found):
+            fail(f"{where}: a caption and at least one paraphrase of it expected")
+        known = out.setdefault(same_words(caption), [])
+        known += [wording.strip() for wording in wordings(found) if wording.strip() not in known]
+    return out
+
+
+def join_paraphrases(records, path):
+    """Records whose captions have the paraphrases of a file (see read_paraphrases) beside those
+    that they came with; joined by the words of the caption.
+
+    Errors: DataError if the file has none of the captions.
+    """
+    if not os.path.exists(path):
+        fail(f"--paraphrase {path}: no such file")
+    known, out = read_paraphrases(path), records.subset(())
+    captions = joined = with_paraphrase = 0
+    for record in records:
+        # each caption's own wordings, then those of the file
+        own = record.get("paraphrase") or [None] * len(captions_of(record))
+        both = []
+        for caption, paraphrase in zip(captions_of(record), own):
+            found = known.get(same_words(caption), [])
+            both.append(wordings(paraphrase) + found)
+            captions, joined = captions + 1, joined + bool(found)
+        with_paraphrase += any(both)
+        out.append(record | {"paraphrase": both if any(both) else None})
+
+    if not joined:
+        fail(f"--paraphrase {path}: none of its {len(known)} captions is one of the {captions} "
+             "captions of these records")
+    out.notes |= {"with_paraphrase": with_paraphrase, "paraphrased_captions": joined}
+    return out
+
+
+def twice_the_same(records, views):
+    """A line for the start of a run whose views ask for paraphrases where no record has one; else
+    None."""
+    keys = [key for key, name in view_keys(views).items() if name.endswith("paraphrase")]
+    if not keys or records.notes.get("with_paraphrase"):
+        return None
+    return (f"WARNING: NO CAPTION HAS A PARAPHRASE. `{keys[0]}` is the caption itself, so that "
+            "both views of a text are the same. Give --paraphrase FILE (back-translations), or "
+            "records with a key 'paraphrase'")
+
+
 def tag_width(records):
     """The largest number of tags that a record has, at least 1."""
     return max([1] + [len(record.get("tags") or ()) for record in records])
@@ -2044,8 +2129,11 @@ def view_objects(draft, key):
         raise BadImage(f"{image.width}x{image.height} pixels, its annotation says "
                        f"{record['width']}x{record['height']}")
 
-    # the objects that are no crowds
-    keep = [i for i, crowd in enumerate(record["crowd"]) if not crowd]
+    # the objects that are no crowds; COCO has a few boxes without width or height
+    keep = []
+    for i, (x0, y0, x1, y1) in enumerate(record["boxes"]):
+        if not record["crowd"][i] and x1 > x0 and y1 > y0:
+            keep.append(i)
     boxes = [record["boxes"][i] for i in keep]
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.tensor([record["labels"][i] for i in keep], dtype=torch.long)
@@ -2160,11 +2248,18 @@ def view_any_caption(draft, key):
 
 
 def view_paraphrase(draft, key):
-    """The paraphrase of the caption drawn; without one that caption itself and KEY_is_copy = 1."""
+    """The paraphrase of the caption drawn; without one that caption itself and KEY_is_copy = 1.
+
+    Of several wordings one is drawn; in evaluation it is the first.
+    """
     paraphrases = draft.record.get("paraphrase")
-    paraphrase = paraphrases[draft.caption] if paraphrases else ""
-    out = draft.text(key, paraphrase or draft.record["caption"][draft.caption])
-    out[key + "_is_copy"] = torch.tensor(int(not paraphrase))
+    found = wordings(paraphrases[draft.caption]) if paraphrases else []
+    string = found[0] if found else draft.record["caption"][draft.caption]
+    if len(found) > 1 and draft.views.train:
+        string = draft.rng.choice(found)
+
+    out = draft.text(key, string)
+    out[key + "_is_copy"] = torch.tensor(int(not found))
     return out
 
 

@@ -54,6 +54,7 @@ class Loop:
     regions: str = ""               # files of tools.regions, comma-separated, for all images
     limit: int = 0                  # train on this many records, drawn by --seed; 0 = all
     tag_words: str = ""             # word list: a record's tags are its captions' words in it
+    paraphrase: str = ""            # file of paraphrases (back-translations), joined by caption
     stage_data: tuple = ()          # data of each stage; their number is the number of stages
     stage_root: tuple = ()          # image folder of each stage (default: --image_root)
     image_view: str = ""            # augmentation in place of the task's own (see data.py)
@@ -506,6 +507,8 @@ def open_records(loop, views, untrained):
                                missing="keep" if untrained else data.absent(views))
     if loop.tag_words:
         records = data.caption_tags(records, loop.tag_words)
+    if loop.paraphrase:
+        records = data.join_paraphrases(records, loop.paraphrase)
     return data.with_regions(records, views, loop.regions)
 
 
@@ -590,6 +593,8 @@ def describe(run, records, module, news):
            f"{loop.data} [{loop.split}]" + (f" ({notes})" if notes else ""))
     if records.regions:
         yield f"  regions: {records.regions.about}"
+    if data.twice_the_same(records, run.info["views"]):
+        yield data.twice_the_same(records, run.info["views"])
 
     # parameters: all, trained, and by part
     trained = count(p for p in run.raw.parameters() if p.requires_grad)

@@ -991,6 +991,74 @@ def test_missing_paraphrase_says_so(tmp_path, world, tok):
     assert s["star_is_copy"] == 1 and torch.equal(s["text"], s["star"])
 
 
+def test_several_paraphrases_of_a_caption(tmp_path, world, tok):
+    """A list in a caption's place: one is drawn; evaluation takes the first. One string among them
+    stays as it is, and no random number is drawn for it."""
+    row = {"image": "im/0.png", "caption": ["a red circle", "a blue square", "red"],
+           "paraphrase": [["red circle", "", "circle"], "blue square", ""]}
+    r = read("pairs", lines(tmp_path / "n.jsonl", [row]), "train")
+    assert r[0]["paraphrase"] == row["paraphrase"] and r.notes["with_paraphrase"] == 1
+    views, seen = dict(text="caption", star="paraphrase"), Counter()
+    ds = data.Views(r, views, tok, 16, 8)
+    for d in range(90):
+        s = ds[0, d]
+        seen[tok.decode(s["text"]), tok.decode(s["star"]), int(s["star_is_copy"])] += 1
+    assert set(seen) == {("a red circle", "red circle", 0), ("a red circle", "circle", 0),
+                         ("a blue square", "blue square", 0), ("red", "red", 1)}
+    assert min(seen.values()) > 5
+    evaluation = data.Views(r, views, tok, 16, 8, train=False)
+    assert tok.decode(evaluation[0, 5]["star"]) == "red circle"
+    for wrong in (["a", 5, "b"], [["a", 5], "b", "c"], [None, "a", "b"]):
+        with refused("n.jsonl line 1", "'paraphrase' holds", "neither a string nor a list"):
+            read("pairs", lines(tmp_path / "n.jsonl", [dict(row, paraphrase=wrong)]), "train")
+
+
+@pytest.mark.parametrize("name, text", [
+    ("p.jsonl", '{"caption": "A  red circle", "paraphrase": ["circle", "red red"]}\n'
+                '{"caption": "a red circle", "paraphrase": "red red"}\n'
+                '{"caption": "nowhere", "paraphrase": "circle"}\n'),
+    ("p.tsv", "A  red circle\tcircle\tred red\na red circle\tred red\nnowhere\tcircle\n")])
+def test_paraphrases_of_a_file_are_joined_by_the_caption(tmp_path, world, tok, name, text):
+    """Of any format of pairs; they stand beside those of the records."""
+    rows = [{"image": "im/0.png", "caption": "a red circle"}, {"image": "im/1.png"},
+            {"image": "im/2.png", "caption": ["red", " a red circle"],
+             "paraphrase": ["", "square"]},
+            {"image": "im/3.png", "caption": "a blue square"}]
+    r = read("pairs", lines(tmp_path / "n.jsonl", rows), "train")
+    r = data.join_paraphrases(r, write(tmp_path / name, text))
+    assert [record["paraphrase"] for record in r] == [
+        [["circle", "red red"]], None, [[], ["square", "circle", "red red"]], None]
+    assert (r.notes["with_paraphrase"], r.notes["paraphrased_captions"]) == (2, 2)
+    views = data.Views(r, dict(text="any_caption", star="any_paraphrase"), tok, 16, 8)
+    assert {tok.decode(views[0, d]["star"]) for d in range(20)} == {"circle", "red red"}
+    assert views[3, 0]["star_is_copy"] == 1 and views[1, 0]["text_valid"] == 0
+    with refused("none of its 2 captions", "of the 1 captions"):
+        data.join_paraphrases(r.subset([3]), str(tmp_path / name))
+
+
+def test_bad_files_of_paraphrases(tmp_path, world):
+    r = read("pairs", world, "train")
+    with refused("--paraphrase nowhere.tsv: no such file"):
+        data.join_paraphrases(r, "nowhere.tsv")
+    for name, text, words in (
+            ("p.tsv", "a red circle\n", "line 1: a caption and at least one paraphrase"),
+            ("p.tsv", "a\tb\na\t \n", "line 2: a caption and at least one paraphrase"),
+            ("p.jsonl", '{"caption": "a"}\n', "line 1: no key 'paraphrase'"),
+            ("p.jsonl", '{"caption": "a", "paraphrase": ["b", 5]}\n', "must be a string or a list"),
+            ("p.json", "[1]", "record 0: an object")):
+        with refused(words):
+            data.join_paraphrases(r, write(tmp_path / name, text))
+
+
+def test_a_run_without_paraphrases_says_so(tmp_path, world):
+    """Only where a view asks for them."""
+    wanted = dict(PAIRS, star="any_paraphrase")
+    assert data.twice_the_same(read("pairs", world, "train"), wanted) is None
+    r = read("pairs", lines(tmp_path / "n.jsonl", [{"image": "im/0.png", "caption": "a"}]), "train")
+    assert "NO CAPTION HAS A PARAPHRASE. `star` is" in data.twice_the_same(r, wanted)
+    assert data.twice_the_same(r, PAIRS) is None
+
+
 def test_randomness_is_local(world, tok):
     r = read("pairs", world, "train", limit=30)
     random.seed(1)
@@ -1221,6 +1289,22 @@ def test_masks_are_those_of_pycocotools():
         height, width = int(height), int(width)
         own = mask.frPyObjects(runs | {"size": [height, width]}, height, width)
         assert own["counts"] == packed["counts"]
+
+
+def test_boxes_without_area_are_no_targets(tmp_path, tok):
+    """COCO has a few of width 0, of which a detector's loss is not a number."""
+    picture(tmp_path / "a.png", size=(40, 30))
+    notes = []
+    for n, box in enumerate(([5, 5, 0, 3], [1, 2, 8, 9], [3, 3, 4, 0])):
+        notes.append({"id": n, "image_id": 5, "category_id": 1 + n, "bbox": box, "area": 1,
+                      "iscrowd": 0, "segmentation": []})
+    images = [{"id": 5, "file_name": "a.png", "width": 40, "height": 30}]
+    categories = [{"id": n, "name": str(n)} for n in (1, 2, 3)]
+    r = read("detection", write(tmp_path / "instances.json", {
+        "images": images, "annotations": notes, "categories": categories}), "train")
+    views = data.Views(r, dict(source="detection", image="objects"), tok, None, 8, train=False)
+    sample = views[0]
+    assert sample["boxes"][0].tolist() == [[1, 2, 9, 11]] and sample["labels"][0].tolist() == [1]
 
 
 @pytest.mark.parametrize("view", ["objects", "masks"])

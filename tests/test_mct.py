@@ -1909,6 +1909,7 @@ def test_mct_every_task_trains(tmp_path, tok, capsys):
         assert set(results[task]) == set(mct.EVALS[task])
     said = capsys.readouterr().out
     assert "not measured" in said and "batch norm: plain" in said
+    assert "NO CAPTION HAS A PARAPHRASE" in said
     top1 = results["linear"]["linear"]["metrics"]
     assert top1["accuracy"] >= top1["baseline"]
     measured = set(results["tagging"]["tagging"]["metrics"])
@@ -1937,3 +1938,16 @@ def test_mct_every_task_trains(tmp_path, tok, capsys):
     assert stored.stat().st_mtime_ns == first
     run("linear", "--lr", "1.0", "--evals", "none")
     assert stored.stat().st_mtime_ns != first
+
+
+def test_mct_paraphrases_of_a_file(tmp_path, tok, capsys):
+    """train.py --paraphrase: the key captions are its wordings."""
+    pairs = photos(tmp_path)["pairs"]
+    wordings = write(tmp_path / "back.tsv", "a red square\tred square\tsquare red\n")
+    train.main(["--model", "mct", "--data", str(pairs), "--image_root", str(tmp_path),
+                "--vocab", str(tok), "--out", str(tmp_path / "run"), "--evals", "none",
+                "--paraphrase", str(wordings), *TINY])
+    said = capsys.readouterr().out
+    assert "paraphrased_captions 6" in said and "NO CAPTION" not in said
+    log, = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert 0 < json.loads(log)["paraphrased"] < 1

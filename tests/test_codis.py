@@ -1519,6 +1519,15 @@ def test_codis_answers_are_ranked(at_once):
         questions = questions_by_hand(paper, batch)
         scores = [[float(paper.answer_logp(a, q)) for a in candidates] for q in questions]
         first = [[float(paper.answer_logp(a[:2], q)) for a in candidates] for q in questions]
+
+    # -log likelihoods: of all answers, each beside its own question
+    found, whole = [], model.answer_nll
+    with mock.patch.object(codis, "ANSWERS_AT_ONCE", at_once), torch.no_grad(), \
+            mock.patch.object(model, "answer_nll", lambda *x: found.append(whole(*x)) or found[-1]):
+        model.rank_answers(batch, ids, mask, 6)
+    close(torch.cat(found).view(4, 6).sort(-1).values, [sorted(-x for x in row) for row in scores])
+    assert max(abs(a - b) for a, b in zip(scores[0], scores[3])) > 1e-3
+
     for k in (1, 3, 6, 50):
         with mock.patch.object(codis, "ANSWERS_AT_ONCE", at_once), torch.no_grad(), \
                 mock.patch.object(model, "decode", wraps=model.decode) as decode:

@@ -2707,6 +2707,20 @@ def captions_of(record):
     return [captions] if isinstance(captions, str) else captions
 
 
+def first_captions(records, n):
+    """Records with the first n captions of each picture, and their paraphrases; the others go."""
+    out, seen = records.subset(()), Counter()
+    for record in records:
+        captions, paraphrases = captions_of(record), record.get("paraphrase")
+        kept = max(0, n - seen[record["image_id"]])
+        seen[record["image_id"]] += len(captions)
+        record["caption"] = captions[:kept]
+        if paraphrases:
+            record["paraphrase"] = paraphrases[:kept]
+        out.append(record)
+    return out
+
+
 def flat_captions(records):
     """All captions in order -> (list of str, owner (N,) int64: the position of a caption's picture
     among the unique images)."""

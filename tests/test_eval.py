@@ -743,6 +743,24 @@ def test_retrieval_is_what_the_tables_say(world, file, rule, capsys):
     assert ev.RULES[rule] in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("file", ["pairs.jsonl", "lines.jsonl"])
+def test_the_first_captions_of_each_image(world, file):
+    """--captions 2, whether an image's captions stand in one record or in several."""
+    model = Tables(Config())
+    out = ev.evaluate(model, info_of(world, file), "retrieval", {"captions": 2, "rerank": "none"})
+    counts = torch.tensor(CAPTIONS)
+    firsts = counts.cumsum(0) - counts
+    kept = torch.cat([first + torch.arange(min(2, c)) for first, c in zip(firsts, CAPTIONS)])
+    owner = torch.arange(10).repeat_interleave(counts.clamp(max=2))
+    with torch.no_grad():
+        sim = F.normalize(model.images[:10], dim=-1) @ F.normalize(model.words[5 + kept], dim=-1).T
+    assert out["metrics"] == pytest.approx(ev.recall(sim, owner))
+    assert out["protocol"]["captions"] == len(kept)
+    assert out["protocol"]["captions_kept"] == "the first 2 of each image"
+    with pytest.raises(SystemExit, match="--captions 0: at least 1"):
+        ev.evaluate(model, info_of(world, file), "retrieval", {"captions": 0})
+
+
 def test_folds_rerank_within_the_fold(world):
     model = Tables(Config())
     out = ev.evaluate(model, info_of(world, "pairs.jsonl"), "retrieval", {"folds": 5})

@@ -1103,6 +1103,17 @@ def test_mct_towers_have_the_papers_sizes():
     assert [model.text_heads[space][0].in_features for space in ("intra", "inter")] == [768, 768]
 
 
+def test_mct_the_pyramid_names_its_levels_by_their_size():
+    """Level "0" comes of layer1 and has a quarter of the side, each further one half of that: what
+    picks a level for a region (MultiScaleRoIAlign) goes by these names."""
+    detector = make_model("segmentation", stem="imagenet").detector.eval()
+    with torch.no_grad():
+        levels = detector.backbone(torch.zeros(1, 3, 128, 128))
+    sides = {name: level.shape[-1] for name, level in levels.items()}
+    assert [sides[name] for name in ("0", "1", "2", "3")] == [32, 16, 8, 4]
+    assert detector.roi_heads.box_roi_pool.featmap_names == ["0", "1", "2", "3"]
+
+
 @pytest.mark.parametrize("task, classes, before, kept, pool", [
     ("detection", 20, (12000, 6000), (2000, 1000), 14),
     ("segmentation", 80, (2000, 1000), (1000, 1000), 7)])

@@ -164,10 +164,10 @@ PRESETS = {
         detect_sizes=(128,), detect_max=128, anchors=(16, 24, 32, 48, 64), rois=16,
         proposals=(50, 20), fpn_width=64,
 
-        # AdamW: within minutes SGD does not train a BERT from random weights. Mild crops: after 400
-        # steps, one seed, mean recall on val is 36 (crops from 0.4: 31). The changes of colour stay:
-        # a probe of objects' shapes on layer 3 has 88 % at either crop, 84 without them, and 83 on
-        # random weights
+        # AdamW: within minutes SGD does not train a BERT from random weights. Mild crops: after
+        # 400 steps, one seed, mean recall on val is 36 (crops from 0.4: 31). The changes of colour
+        # stay: a probe of objects' shapes on layer 3 has 88 % at either crop, 84 without them, and
+        # 83 on random weights
         pretrain=dict(optimizer="adamw", batch_size=64, steps=1000, lr=1e-3, text_lr=1e-3,
                       warmup_steps=50, crop_scale=(0.8, 1.0), workers=1),
         linear=dict(lr=3.0),                                        # 2,000 pictures are 480 steps

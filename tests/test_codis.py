@@ -1198,6 +1198,20 @@ def test_codis_other_image_sizes():
     rows = torch.arange(3.0).repeat_interleave(3)[None, :, None]
     tall = codis.resize_pos_embed(torch.cat([rows[:, :1], rows], 1), 6, 4)[0, 1:, 0].view(6, 4)
     assert (tall.diff(dim=0) > 0).all() and tall.diff(dim=1).abs().max() < 1e-5
+    # patches are areas: of twice as many, row i lies at (i + 1/2) / 2 - 1/2 of the old ones;
+    # cubic convolution with a = -3/4 of the four rows around it
+    old = torch.randn(6)
+    fine = old.repeat_interleave(6)[None, :, None]
+    fine = codis.resize_pos_embed(torch.cat([fine[:, :1], fine], 1), 12, 12)[0, 1:, 0].view(12, 12)
+    for i in (4, 5, 6, 7):
+        at, expected = (i + 0.5) / 2 - 0.5, 0.0
+        for row in range(6):
+            x = abs(at - row)
+            if x <= 1:
+                expected += float(old[row]) * (1.25 * x ** 3 - 2.25 * x ** 2 + 1)
+            elif x < 2:
+                expected += float(old[row]) * -0.75 * (x ** 3 - 5 * x ** 2 + 8 * x - 4)
+        close(fine[i], torch.full((12,), expected))
     model = make_model().eval()
     tokens, emb = model.encode("vision", torch.randn(2, 3, 48, 80))
     assert tokens.shape == (2, 16, 24) and emb.isfinite().all()
@@ -1432,6 +1446,7 @@ def test_codis_classes_by_hand(task):
     for i, ids in enumerate(without_padding(batch)):
         images = [paper.image(batch[key][i]) for key in ("image", "image2") if key in batch]
         rows.append(paper.classes(paper.fuse(paper.text(ids), *images)))
+    assert model.predict(batch).shape == (5, LABELS[task])
     close(model.predict(batch), torch.stack(rows), 2e-5)
     same_losses(out, {"ce": picked(torch.stack(rows), batch["label"])}, model)
     assert "keys" not in out and not model.students
@@ -2045,6 +2060,16 @@ def test_codis_init_forgets_the_ids_of_another_data_set(task, tmp_path):
     for name in nameless:
         close(out[name], nameless[name], 2e-5)
         assert abs(named[name] - nameless[name]) > 1e-3
+
+
+def test_codis_init_at_another_image_size(tmp_path):
+    """The position embeddings of the student and of its teacher follow, each from its own."""
+    old, new = make_model(), make_model(task="retrieval", image_size=48)
+    weights.initialize(new, write_run(old, tmp_path), codis.BACKBONE)
+    for part in ("vision", "vision_m"):
+        before, after = (getattr(model, part).pos_embed for model in (old, new))
+        assert torch.equal(after, codis.resize_pos_embed(before, 3, 3))
+    assert not torch.equal(new.vision.pos_embed, new.vision_m.pos_embed)
 
 
 @pytest.mark.parametrize("before, after, over", [("ve", "retrieval", {}), ("vqa", "pretrain", {}),

@@ -132,10 +132,14 @@ def add_flags(parser, cls, shown, title=""):
             continue
         if group not in groups:
             groups[group] = parser.add_argument_group(title or group)
+
+        # the help: the comment, and the default that this run would take
         default = getattr(cls(), field.name)
         told = show(shown[field.name])
         text = f"{comment} [{told}]" if told else comment
         options = {"help": text.replace("%", "%%"), "metavar": type(default).__name__.upper()}
+
+        # how a value is read follows from the field's type
         if get_args(field.type):                                    # a Literal
             options |= {"choices": get_args(field.type), "metavar": "WORD"}
             options["help"] = f"{', '.join(filter(None, get_args(field.type)))}: {options['help']}"
@@ -442,9 +446,13 @@ def make_directory(out, info, loop):
         elif (out / "state.pt").exists():
             print(f"{out} holds an earlier run: it is replaced")
         out.mkdir(parents=True, exist_ok=True)
+
+        # results of other weights would be mistaken for this run's
         results = [path.name for path in out.glob("eval-*.json")]
         for name in ["state.pt", "log.jsonl", "model.safetensors", *results]:
             (out / name).unlink(missing_ok=True)
+
+        # the run keeps its own vocabulary, so that it can be moved and evaluated alone
         if Path(loop.vocab).resolve() != (out / "vocab.txt").resolve():
             shutil.copyfile(loop.vocab, out / "vocab.txt")
         (out / "config.json").write_text(json.dumps({**info, "step": 0}, indent=1))

@@ -534,11 +534,15 @@ def convert_regions(args):
 def build_parser():
     p = argparse.ArgumentParser(prog="python -m tools.regions", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    # what is looked at, and what is made
     p.add_argument("--images", help="a folder of pictures, a folder of tar shards, or image-text "
                                     "data")
     p.add_argument("--image_root", help="the folder that the data's images lie in")
     p.add_argument("--tsv", help="bottom-up-attention files instead, separated by commas")
     p.add_argument("--out", required=True, help="the file to make; --regions of train.py")
+
+    # the detector, and the CNN beside it
     p.add_argument("--weights", default="COCO_V1",
                    help="the detector's: a file, or COCO_V1 = torchvision's, downloaded (default)")
     p.add_argument("--random_weights", action="store_true",
@@ -550,6 +554,8 @@ def build_parser():
                    help="also store a CNN's pooled feature of each picture")
     p.add_argument("--global_weights", default="IMAGENET1K_V1",
                    help="its weights: a file, or IMAGENET1K_V1 = torchvision's (default)")
+
+    # the rest
     p.add_argument("--label_names",
                    help="names of the labels in --tsv, one a line (default: 1,600 numbers)")
     p.add_argument("--shard", type=int, default=1000,

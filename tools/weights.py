@@ -268,9 +268,13 @@ def to_timm(state):
     for name, tensor in state.items():
         if re.search(r"\.attention\.attention\.(key|value)\.", name):
             continue                                    # joined to their query below
+
+        # one name after the other, parts of names as they stand in the table
         timm = re.sub(r"^(vit|deit)\.", "", name)
         for theirs, ours in VIT_NAMES:
             timm = timm.replace(theirs, ours)
+
+        # timm has one matrix for queries, keys and values
         if ".attention.attention.query." in timm:
             three = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
             if any(part not in state for part in three):
@@ -530,13 +534,18 @@ def export(run, out):
         except SystemExit as e:                         # a tower without a counterpart elsewhere
             lines.append(f"{side}: not written, {reason(e, side)}")
             continue
-        written, mine, state = True, model.state_dict(), {}
+
+        # the tower, and the counters of its batch norms, which a file may lack
         counters = {ours: theirs for ours, theirs in extra.items()
                     if ours.endswith("num_batches_tracked")}
+        mine, state = model.state_dict(), {}
         for ours, theirs in {**needed, **counters}.items():
-            for name, rows in zip(theirs, mine[ours].chunk(len(theirs)) if len(theirs) > 1
-                                  else [mine[ours]]):
+            # a number has no rows to share out
+            several = len(theirs) > 1
+            parts = mine[ours].chunk(len(theirs)) if several else [mine[ours]]
+            for name, rows in zip(theirs, parts):
                 state[name] = rows.detach().cpu().clone()
+        written = True
         lines += write_tower(state, anatomy(tower_of(module, model, side)), out, side)
     if not written:
         raise Stop("; ".join(lines))

@@ -103,7 +103,7 @@ def test_an_unknown_word_in_a_recipe_or_preset_is_refused(table, place, monkeypa
     row["warmup_step"] = 7
     monkeypatch.setattr(codis, table, changed)
     words = ["models/codis.py", table, *place.split("."), "warmup_step, which is no setting"]
-    refused(words, train.main, ["--model", "codis", "--task", "ve"])
+    refused(words, train.parse, ["--model", "codis", "--task", "ve"])
 
 
 @pytest.mark.parametrize("change, words", [
@@ -118,7 +118,7 @@ def test_a_setting_of_both_model_and_loop_is_refused(monkeypatch):
     both = dataclasses.make_dataclass("Config", [("lr", float, 1.0)], bases=(codis.Config,))
     monkeypatch.setattr(codis, "Config", both)
     refused("models/codis.py: Config has lr, and so has train.py's Loop",
-            train.main, ["--model", "codis"])
+            train.parse, ["--model", "codis"])
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -131,7 +131,7 @@ def test_what_the_data_decide_is_no_flag(model, capsys):
     said = capsys.readouterr().out
     for name in decided:
         assert f"--{name} " not in said
-        refused(f"--{name}", train.main, ["--model", model, f"--{name}", "7"])
+        refused(f"--{name}", train.parse, ["--model", model, f"--{name}", "7"])
 
 
 def help_of(capsys, *flags):

@@ -559,7 +559,7 @@ def unit_cls(tokens):
 
 @torch.no_grad()
 def mask_tokens(text, maskable, mask_id, first_word, vocab_size, prob=0.15):
-    """Eq. (3), x*: chooses max(1, round(prob n)) of a sentence's n maskable tokens.
+    """Eq. (3): chooses max(1, round(prob n)) of a sentence's n maskable tokens.
 
     Of these 80 % become [MASK], 10 % a random word of first_word..vocab_size-1, 10 % stay.
     text: (B, T) int64; maskable: bool (B, T) -> masked text (B, T), places (B, M), labels (B, M).

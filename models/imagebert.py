@@ -466,33 +466,35 @@ def triplet_loss(s_pos, s_neg, live, margin=0.2):
 # --------------------------------------------------------------------------------------------------
 # Samples: which words and regions are hidden, which pairs are mismatched
 
+# Copied from models/conlip.py::mask_tokens with Eq. (3)->Section 4.3
 @torch.no_grad()
 def mask_tokens(text, maskable, mask_id, first_word, vocab_size, prob=0.15):
-    """Section 4.3, task 1: hides max(1, round(prob n)) of a sentence's n maskable words.
+    """Section 4.3: chooses max(1, round(prob n)) of a sentence's n maskable tokens.
 
-    80 % of them become [MASK], 10 % a random word of first_word..vocab_size-1, 10 % stay.
-    text: (B, T) ids; maskable: (B, T) bool -> text with hidden words (B, T), positions (B, M),
-    labels (B, M) with -100 where a sentence has fewer than M = max(1, round(prob T)) hidden words.
-    M depends on T alone.
+    Of these 80 % become [MASK], 10 % a random word of first_word..vocab_size-1, 10 % stay.
+    text: (B, T) int64; maskable: bool (B, T) -> masked text (B, T), places (B, M), labels (B, M).
+    M = max(1, round(prob T)). A label is the true word, or -100 where a sentence has fewer than M.
     """
     # how many of each sentence
-    available = maskable.sum(-1, keepdim=True)                      # (B, 1)
-    count = (available * prob).round().clamp(min=1).minimum(available)
+    n = maskable.sum(-1, keepdim=True)                                           # (B, 1)
+    chosen = (n * prob).round().clamp(min=1).minimum(n)                          # 0 without words
 
-    # which: the maskable words with the highest random numbers
+    # which: random order, maskable tokens first. M depends on T alone, so that shapes stay static
     most = max(1, round(prob * text.shape[1]))
     order = torch.rand(text.shape, device=text.device).masked_fill(~maskable, -1.0)
-    positions = order.topk(most, dim=-1).indices                    # (B, M)
-    live = torch.arange(most, device=text.device) < count
-    words = text.gather(1, positions)
-    labels = words.masked_fill(~live, -100)
+    places = order.topk(most, dim=-1).indices                                    # (B, M)
+    valid = torch.arange(most, device=text.device) < chosen
 
-    # what they become
-    dice = torch.rand(positions.shape, device=text.device)
-    noise = torch.randint(first_word, vocab_size, positions.shape, device=text.device)
-    words = torch.where(live & (dice >= 0.8) & (dice < 0.9), noise, words)
-    words = words.masked_fill(live & (dice < 0.8), mask_id)
-    return text.scatter(1, positions, words), positions, labels
+    # what is to be predicted there
+    words = text.gather(1, places)
+    labels = words.masked_fill(~valid, -100)
+
+    # what is shown there instead
+    dice = torch.rand(places.shape, device=text.device)
+    random_words = torch.randint(first_word, vocab_size, places.shape, device=text.device)
+    words = torch.where(valid & (dice >= 0.8) & (dice < 0.9), random_words, words)
+    words = words.masked_fill(valid & (dice < 0.8), mask_id)
+    return text.scatter(1, places, words), places, labels
 
 
 def box_iou(boxes):

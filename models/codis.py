@@ -477,13 +477,19 @@ class Fusion(nn.Module):
     def forward(self, x, mask, contexts, context_mask=None, cls_only=False):
         """x: (B, T, D); mask: bool (B, 1, 1 or T, T) -> (B, T, D).
 
+        contexts: of B contexts, or of fewer that serve B/U neighbouring rows of x each. Nothing is
+        copied then: a context is asked by its rows in one long row.
         cls_only: the last block computes [CLS] alone -> (B, 1, D).
         """
-        for block, context in zip(self.blocks[:-1], contexts):
-            x = block(x, mask, context, context_mask)
-
-        at = x.new_zeros(len(x), 1, dtype=torch.long) if cls_only else None
-        return self.blocks[-1](x, mask, contexts[-1], context_mask, at)
+        for block, context in zip(self.blocks, contexts):
+            at = None
+            if cls_only and block is self.blocks[-1]:
+                at = x.new_zeros(len(x), 1, dtype=torch.long)
+            x = block.self_attend(x, mask, at)
+            asking = x.unflatten(0, (len(context[0]), -1)).flatten(1, 2)            # (U, B/U T, D)
+            x = block.cross_attend(asking, context, context_mask).view_as(x)
+            x = block.feed(x)
+        return x
 
     def pairs(self, clean, text_mask, contexts, negative_image, negative_text,
               masked=None, positions=None):
@@ -612,22 +618,35 @@ def ipot(cost, eps=0.5, iters=50, inner=1):
         repeat `inner` times: delta = 1/(N Q sigma), sigma = 1/(K Q' delta)
         T = diag(delta) Q diag(sigma)
 
-    Here everything is a logarithm: exp(-D/eps) underflows and Q sigma divides by zero for small
-    eps. Columns sum to 1/K to rounding, rows approach 1/N as iterations go on.
+    The plan needs not be kept. Unrolled, T = exp(-t D/eps + u + v) after t iterations, where u (N,)
+    and v (K,) are the sums of log delta and log sigma:
+
+        u = -log N - logsumexp_j(-t D/eps + v_before + log sigma)
+        v = -log K - logsumexp_i(-t D/eps + u),        log sigma = v - v_before
+
+    That is Sinkhorn's algorithm at a temperature eps/t, which falls, with a v that looks one step
+    ahead. Each row of N T before its columns are scaled is a softmax: one pass over D for u, one
+    for v. Columns sum to 1/K, rows approach 1/N as iterations go on. t D/eps grows, and float32
+    with it: of the largest entry, 4e-5 are rounding after 50 iterations.
+
+    ValueError for eps < 0.05: exp(-D/eps) of a far codeword is 0 in float32.
     """
+    if eps < 0.05:
+        raise ValueError(f"ipot: eps is {eps}, and must be at least 0.05 in float32")
     n, k = cost.shape[-2:]
     with torch.autocast(cost.device.type, enabled=False):
         step = cost.float() / -eps
-        log_plan = torch.zeros_like(step)
-        log_sigma = step.new_full((*step.shape[:-2], 1, k), -math.log(k))   # (..., 1, K)
+        v = step.new_zeros((*step.shape[:-2], 1, k))                        # (..., 1, K)
+        log_sigma = v - math.log(k)
 
-        for _ in range(iters):
-            log_q = log_plan + step
+        for t in range(1, iters + 1):
+            before = v
             for _ in range(inner):
-                log_delta = -math.log(n) - (log_q + log_sigma).logsumexp(-1, keepdim=True)
-                log_sigma = -math.log(k) - (log_q + log_delta).logsumexp(-2, keepdim=True)
-            log_plan = log_q + log_delta + log_sigma                        # delta: (..., N, 1)
-        return log_plan.exp()
+                ahead = before + log_sigma
+                p = torch.add(ahead, step, alpha=t).softmax(-1)             # (..., N, K)
+                v = ahead - math.log(k) - p.mean(-2, keepdim=True).log()
+                log_sigma = v - before
+        return p / (k * p.sum(-2, keepdim=True))
 
 
 @full_precision
@@ -931,14 +950,16 @@ class Codis(nn.Module):
 
     @torch.no_grad()
     def teacher_keys(self, batch):
-        """Teachers' embeddings of the global batch: {"image": (N, d), "text": (N, d), "ids": (N,)}.
+        """-> keys of the global batch, {"image": (N, d), "text": (N, d), "ids": (N,)}; and the
+        teacher's image_tokens (B, P+1, D).
 
-        They are the keys of Eq. 4, the features of Eq. 1, and what the queues take in.
+        The teachers' embeddings are the keys of Eq. 4, the features of Eq. 1, and what the queues
+        take in.
         """
-        _, image = self.encode("vision", batch["image"], teacher=True)
+        image_tokens, image = self.encode("vision", batch["image"], teacher=True)
         _, text = self.encode("text", batch["text"], batch["text_mask"], teacher=True)
         image, text = gather(torch.stack([image, text], dim=1)).unbind(1)      # (N, d) each
-        return {"image": image, "text": text, "ids": gather(batch["image_id"])}
+        return {"image": image, "text": text, "ids": gather(batch["image_id"])}, image_tokens
 
     # -- pre-training
 
@@ -951,7 +972,7 @@ class Codis(nn.Module):
         cfg, text, text_mask = self.cfg, batch["text"], batch["text_mask"]
 
         # teachers: a key for each image and sentence of the global batch
-        keys = self.teacher_keys(batch)
+        keys, image_tokens_m = self.teacher_keys(batch)
 
         # students: images; sentences as they are and with masked words, in one pass
         image_tokens, image_emb = self.encode("vision", batch["image"])
@@ -971,7 +992,8 @@ class Codis(nn.Module):
         # losses
         mlm = mlm_loss(logits, labels)                                              # Eq. 8
         if cfg.mlm_distill:
-            soft = soft_mlm_loss(logits, self.teacher_words(batch, masked, positions), labels)
+            target = self.teacher_words(image_tokens_m, masked, text_mask, positions)
+            soft = soft_mlm_loss(logits, target, labels)
             mlm = mlm + self.ramp * cfg.mlm_distill * (soft - mlm)
         losses = {"mlm": mlm, "itm": itm_loss(self.itm_head(cls), match_labels)}    # Eq. 7
         losses |= self.contrast(image_emb, text_emb, keys)                          # Eq. 5
@@ -1081,11 +1103,14 @@ class Codis(nn.Module):
                 "ip": codebook_loss(image_emb, codebook, guide_image, self.temp)}
 
     @torch.no_grad()
-    def teacher_words(self, batch, masked, positions):
-        """The teachers' word distribution at masked positions (B, M) -> (B, M, V)."""
-        contexts = self.fusion_m.contexts(self.vision_m(batch["image"]))
-        x = self.text_m(masked, batch["text_mask"])
-        x = self.fusion_m(x, attention_mask(batch["text_mask"]), contexts)          # (B, T, D)
+    def teacher_words(self, image_tokens, masked, text_mask, positions):
+        """The teachers' word distribution at masked positions (B, M) -> (B, M, V).
+
+        image_tokens: of the image teacher; masked, text_mask: (B, T), the masked text.
+        """
+        contexts = self.fusion_m.contexts(image_tokens)
+        x = self.text_m(masked, text_mask)
+        x = self.fusion_m(x, attention_mask(text_mask), contexts)                   # (B, T, D)
         logits = self.mlm_head_m(pick(x, positions), self.text_m.embeddings.words.weight)
         return logits.float().softmax(-1)
 
@@ -1148,7 +1173,7 @@ class Codis(nn.Module):
 
     def loss_retrieval(self, batch):
         """Fine-tuning for retrieval: Eq. 5 and Eq. 7."""
-        keys = self.teacher_keys(batch)
+        keys, _ = self.teacher_keys(batch)
         image_tokens, image_emb = self.encode("vision", batch["image"])
         text_tokens, text_emb = self.encode("text", batch["text"], batch["text_mask"])
 
@@ -1293,7 +1318,8 @@ class Codis(nn.Module):
     def match(self, batch):
         """ITM logit of "matched" minus that of "not" (B,).
 
-        batch: image_states() and text_states() of the pairs, or images and texts themselves.
+        batch: image_states() and text_states() of the pairs, or images and texts themselves. An
+        image may have several texts, each the same number: U images, and B texts in their order.
         """
         if "image_tokens" not in batch:
             batch = {**batch, **self.image_states(batch), **self.text_states(batch)}
@@ -1319,12 +1345,11 @@ class Codis(nn.Module):
 
         # the whole answers, a part of them at a time: with BERT's words the logits of one take 1 MB
         nll = []
-        for part in torch.arange(b * k, device=top.device).split(ANSWERS_AT_ONCE):
-            answer = top.flatten()[part]
-            own = part // k                                 # whose answers they are, (R,)
-            own_contexts = [[x[own] for x in context] for context in contexts]
-            nll.append(self.answer_nll(answer_ids[answer], answer_mask[answer], own_contexts,
-                                       context_mask[own]))
+        for n, answers in enumerate(top):
+            context = [(key[n:n + 1], value[n:n + 1]) for key, value in contexts]
+            for part in answers.split(ANSWERS_AT_ONCE):
+                nll.append(self.answer_nll(answer_ids[part], answer_mask[part], context,
+                                           context_mask[n:n + 1]))
 
         best = torch.cat(nll).view(b, k).argmin(-1, keepdim=True)                   # (B, 1)
         return top.gather(1, best).squeeze(1)

@@ -81,7 +81,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -117,7 +116,6 @@ class Config:
     mask_unit: int = 1              # patches a side of what is masked as one
     head_layers: int = 1            # layers of a token-level head
     head_shared: bool = False       # its layers share their parameters
-    queue_chunk: int = 4096         # keys of a queue scored at a time
     init_std: float = 0.02          # standard deviation of initial weights
     pos_std: float = 0.02           # that of the image tower's position embeddings and class token
     checkpointing: bool = False     # recompute blocks in backward instead of keeping activations
@@ -647,72 +645,40 @@ def conmim_loss(y, z):
     return (y.float() - z.float()).abs().mean()
 
 
-def infonce_loss(q, k, ids, queue, queue_ids, tau, chunk=4096):
+def negatives_log_sum(q, ids, queue, queue_ids, tau):
+    """log sum_j e^(q.q_j/tau) over the keys q_j of other images -> (R,); -inf where there are none.
+
+    Arguments as in infonce_loss(). The (R, Q) matrix is kept for backward: with the paper's queue
+    and 512 rows 25 MB, which is no reason to compute it in pieces.
+    """
+    # float32 throughout: autocast would make the product bfloat16's
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q @ queue.T / tau                                               # (R, Q)
+        own_image = ids[:, None] == queue_ids
+        return scores.masked_fill(own_image, -torch.inf).logsumexp(-1)
+
+
+def infonce_loss(q, k, ids, queue, queue_ids, tau):
     """Eq. (9): L = -log e^(q.k/tau) / (e^(q.k/tau) + sum_j e^(q.q_j/tau)), row by row -> (R,).
 
     q, k: (R, D) float32 of unit length, queries and their positives; ids: (R,) their images;
     queue: (Q, D) of unit length; queue_ids: (Q,) its images; j runs over keys of other images.
-    chunk: keys scored at a time, without influence on the value.
     """
     positive = (q * k).sum(-1) / tau
-    negatives = QueueLogSum.apply(q, ids, queue, queue_ids, tau, chunk)
+    negatives = negatives_log_sum(q, ids, queue, queue_ids, tau)
     return torch.logaddexp(positive, negatives) - positive
 
 
-def dcl_loss(q, k, ids, queue, queue_ids, tau, chunk=4096):
+def dcl_loss(q, k, ids, queue, queue_ids, tau):
     """Eq. (10), (11): L = -q.k/tau + log sum_j e^(q.q_j/tau), row by row -> (R,).
 
     Arguments as in infonce_loss(), but the positive is not in the denominator. A row without any
     negative has loss 0 and no gradient.
     """
     positive = (q * k).sum(-1) / tau
-    negatives = QueueLogSum.apply(q, ids, queue, queue_ids, tau, chunk)
+    negatives = negatives_log_sum(q, ids, queue, queue_ids, tau)
     found = negatives > -torch.inf
     return torch.where(found, negatives.masked_fill(~found, 0) - positive, 0)
-
-
-class QueueLogSum(torch.autograd.Function):
-    """log sum_j e^(q.q_j/tau) over the keys q_j of other images -> (R,); -inf where there are none.
-
-    (q @ queue.T / tau).masked_fill(ids[:, None] == queue_ids, -inf).logsumexp(-1), streamed over
-    chunks of the queue, which backward scores again: no (R, Q) matrix is ever kept. Its gradient is
-    sum_j softmax_j q_j / tau. Arguments as in infonce_loss(); queue and ids are constants.
-    """
-
-    @staticmethod
-    def scores(q, ids, queue, queue_ids, tau, chunk):
-        for keys, keys_ids in zip(queue.split(chunk), queue_ids.split(chunk)):
-            own_image = ids[:, None] == keys_ids
-            scores = q @ keys.T / tau                                            # (R, chunk)
-            yield keys, scores.masked_fill(own_image, -torch.inf)
-
-    @staticmethod
-    def forward(ctx, q, ids, queue, queue_ids, tau, chunk):
-        # float32 throughout: autocast would make the product bfloat16's
-        with torch.autocast(q.device.type, enabled=False):
-            # log of the sum so far, chunk by chunk
-            total = q.new_full((len(q),), -torch.inf)
-            for _, scores in QueueLogSum.scores(q, ids, queue, queue_ids, tau, chunk):
-                total = torch.logaddexp(total, scores.logsumexp(-1))
-
-        ctx.save_for_backward(q, ids, queue, queue_ids, total)
-        ctx.tau, ctx.chunk = tau, chunk
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        q, ids, queue, queue_ids, total = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            # a row without negatives has scores of -inf alone: e^(-inf - 0) = 0
-            total = total.masked_fill(total == -torch.inf, 0)[:, None]           # (R, 1)
-
-            # the softmax of a chunk's scores weighs its keys
-            grad_q = torch.zeros_like(q)
-            for keys, scores in QueueLogSum.scores(q, ids, queue, queue_ids, ctx.tau, ctx.chunk):
-                grad_q = grad_q + (scores - total).exp() @ keys
-            grad_q = grad_q * (grad / ctx.tau)[:, None]
-        return grad_q, None, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -884,9 +850,9 @@ class ConLIP(nn.Module):
 
         # an image asks among texts, a text among images
         i2t = contrast(image_emb, text_positive, keys.ids, self.queue_text, self.queue_ids,
-                       cfg.temp, cfg.queue_chunk)
+                       cfg.temp)
         t2i = contrast(text_emb, image_positive, keys.ids, self.queue_image, self.queue_ids,
-                       cfg.temp, cfg.queue_chunk)
+                       cfg.temp)
         return {"i2t": i2t.mean(), "t2i": t2i.mean()}
 
     def token_losses(self, batch, image, text):

@@ -242,6 +242,9 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+        # a pixel's channels side by side: the layout that convolutions are fastest in
+        self.to(memory_format=torch.channels_last)
+
     def forward(self, image):
         x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
         for name in self.stages:

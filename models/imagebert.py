@@ -824,13 +824,17 @@ class ImageBert(nn.Module):
     def match(self, batch):
         """(B,) logits of "matched". A pair's score does not depend on the other pairs.
 
-        batch: image_states() and text_states(), or the model's own batch.
+        batch: image_states() and text_states(), or the model's own batch. An image may have
+        several texts, each the same number: U images, and B texts in their order.
         """
         if "image_tokens" not in batch:
             batch = {**batch, **self.image_states(batch)}
         words = self.bert.embeddings(batch["text"])
-        tokens = torch.cat([words, batch["image_tokens"]], dim=1)
-        mask = torch.cat([batch["text_mask"], batch["image_mask"]], dim=1)
+        texts = len(words) // len(batch["image_tokens"])                            # per image
+        regions = batch["image_tokens"].repeat_interleave(texts, dim=0)             # (B, R, D)
+        region_mask = batch["image_mask"].repeat_interleave(texts, dim=0)
+        tokens = torch.cat([words, regions], dim=1)
+        mask = torch.cat([batch["text_mask"], region_mask], dim=1)
         return self.score(tokens, mask)
 
     def masked_predictions(self, batch):

@@ -406,11 +406,18 @@ class SplitBatchNorm(nn.BatchNorm2d):
         self.running_mean.copy_(mean.view(groups, channels).mean(0))
         self.running_var.copy_(var.view(groups, channels).mean(0))
         self.num_batches_tracked += 1
-        return y.reshape(x.shape)
+
+        # behind a view, the network's in-place ReLUs and sums would have autograd copy whole
+        # gradients; nobody else holds y, so that this is none
+        return torch.ops.aten._unsafe_view(y, x.shape)
 
 
-def resnet(cfg, norm=nn.BatchNorm2d):
-    """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, D), averaged over places."""
+def resnet(cfg, groups=1):
+    """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, D), averaged over places.
+
+    groups: virtual batches of its batch norms.
+    """
+    norm = nn.BatchNorm2d if groups == 1 else partial(SplitBatchNorm, groups=groups)
     blocks = torchvision.models.resnet
     block = {"bottleneck": blocks.Bottleneck, "basic": blocks.BasicBlock}[cfg.block]
     net = torchvision.models.ResNet(block, list(cfg.layers), norm_layer=norm)
@@ -846,7 +853,9 @@ class Mct(nn.Module):
 
         # students: encoders and heads
         groups = cfg.bn_groups if world() == 1 else 1
-        self.vision = resnet(cfg, partial(SplitBatchNorm, groups=groups))
+        self.vision = resnet(cfg, groups)
+        if groups == 1:     # a pixel's channels side by side: what convolutions are fastest in
+            self.vision.to(memory_format=torch.channels_last)
         self.vision_heads = self.make_heads(feature_dim(cfg), self.spaces["vision"])
         self.students = ["vision", "vision_heads"]
         if self.spaces["text"]:

@@ -1233,6 +1233,10 @@ def test_scores_do_not_depend_on_company():
     # from states, and with the regions in another order
     states = model.image_states(batch) | model.text_states(batch)
     torch.testing.assert_close(scores, model.match(states))
+    images, texts = model.image_states(batch), model.text_states(batch)
+    few = model.match({name: x[[4, 1]] for name, x in images.items()} | texts)
+    each = model.match({name: x[[4, 4, 4, 1, 1, 1]] for name, x in images.items()} | texts)
+    torch.testing.assert_close(few, each)               # two images with three texts each
     mixed = dict(batch)
     for key in ("regions", "regions_box", "regions_mask", "regions_label"):
         mixed[key] = batch[key][:, [2, 0, 3, 1]]

@@ -1602,6 +1602,7 @@ def test_mct_vision_is_torchvisions_resnet50():
     model.ptr.fill_(3)
     mct.load_pretrained(model, vision=theirs.state_dict())
     theirs.fc = torch.nn.Identity()
+    theirs.to(memory_format=torch.channels_last)        # the same sums in the same order
     difference = (theirs(image) - model.vision(image)).abs().max().item()
     print(f"image tower - torchvision.models.resnet50: {difference:.1e}")
     assert difference < 1e-6
@@ -1757,6 +1758,7 @@ def test_mct_exported_resnet_is_torchvisions(tmp_path):
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
     theirs.fc, image = torch.nn.Identity(), torch.randn(1, 3, 64, 64)
+    theirs.to(memory_format=torch.channels_last)
     close(theirs.eval()(image), model.vision(image))
 
 

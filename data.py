@@ -1100,13 +1100,16 @@ def write_index(shard, content):
     for path in index_paths(shard):
         if index_head(path) == {}:                      # somebody else's file
             continue
+        draft = f"{path}.{os.getpid()}"
         try:
-            with open(f"{path}.{os.getpid()}", "wb") as f:
+            with open(draft, "wb") as f:
                 f.write(content)
-            os.replace(f.name, path)
+            os.replace(draft, path)
             return
         except OSError as e:
             trouble = e
+            if os.path.exists(draft):
+                os.remove(draft)
     fail(f"{shard}: its index can be written neither beside it nor to {path} "
          f"({trouble.strerror})")
 

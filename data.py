@@ -201,6 +201,7 @@ class Records:
 
     def append(self, record, name=0):
         """name: the name_code() of its picture."""
+        assert self._rows is None, "a part of other records does not grow"
         # what is asked of all records at once stands in columns
         record, columns = dict(record), self._columns
         captions = captions_of(record)
@@ -228,14 +229,14 @@ class Records:
     def subset(self, indices):
         """The records at `indices`, in that order, as new Records with the same attributes. They
         share the lines of these; a subset of nothing can grow."""
-        out = Records(self.name, self.split)
-        own = {key: getattr(out, key) for key in ("_lines", "_columns", "_rows", "_folder")}
-        vars(out).update(vars(self), notes=dict(self.notes))
-        indices = np.array(list(indices), np.int64)
-        if not len(indices):
-            vars(out).update(own)
-        else:
-            out._rows = indices if self._rows is None else self._rows[indices]
+        indices, out = np.array(list(indices), np.int64), Records(self.name, self.split)
+        for key, value in vars(self).items():
+            if len(indices) or key[0] != "_":
+                setattr(out, key, value)
+        if len(indices):
+            rows = np.arange(len(self)) if self._rows is None else self._rows
+            out._rows = rows[indices]
+        out.notes = dict(self.notes)
         return out
 
     def __len__(self):
@@ -1938,9 +1939,15 @@ def stored_records(source, paths, roots, split, *options):
             shutil.rmtree(draft, ignore_errors=True)
 
 
+def plain_path(where):
+    """A path without "./" and "//"; what is no path, as it is."""
+    is_path = isinstance(where, str) and "://" not in where
+    return os.path.normpath(where) if is_path and ("./" in where or "//" in where) else where
+
+
 def name_code(name):
     """A picture's name -> 64 bits, the same everywhere and always."""
-    name = name.encode("utf-8", "surrogatepass")
+    name = plain_path(name).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
@@ -2111,9 +2118,7 @@ class ImageIds:
 
         # text alone (sts) has no location: its place is its own
         location = record.get("image") or record.get("feature") or (len(self.own),)
-        if isinstance(location, str) and ("./" in location or "//" in location):
-            location = os.path.normpath(location)
-        self.locations.append(hash(location))
+        self.locations.append(hash(plain_path(location)))
         self.own.append(own if numbered else -1 if own is None else hash(own) & (1 << 62) - 1)
 
     def numbers(self, records, paths):
@@ -2215,51 +2220,70 @@ def same_words(caption):
     return " ".join(caption.lower().split())
 
 
-def read_paraphrases(path):
-    """A file of paraphrases -> {same_words(caption): list of wordings, each once}.
+class Paraphrases:
+    """A file of paraphrases: wordings_of(caption) -> list, each once, in the file's order.
 
     path: .jsonl or .json of {"caption": string, "paraphrase": string or list of strings}, or .tsv
-    "caption TAB wording [TAB wording ...]". A caption may stand on several lines.
+    "caption TAB wording [TAB wording ...]". A caption may stand on several lines, and counts by
+    same_words(). Of a caption 64 bits are kept.
     """
-    # (where, caption, its wordings) of each line
-    rows = []
+
+    def __init__(self, path):
+        # the wordings of each line as a record, found by the hash of its caption
+        self.lines, codes = Records("paraphrases", None), array.array("q")
+        for where, caption, found in paraphrase_rows(path):
+            found = [wording.strip() for wording in wordings(found)]
+            if not found:
+                fail(f"{where}: a caption and at least one paraphrase of it expected")
+            self.lines.append({"caption": found})
+            codes.append(hash(same_words(caption)))
+
+        # sorted, those of one caption in the file's order
+        self.order = np.argsort(np.array(codes), kind="stable")
+        self.codes = array.array("q", np.array(codes)[self.order].tobytes())
+
+    def __len__(self):
+        return len(set(self.codes))
+
+    def wordings_of(self, caption):
+        code, found = hash(same_words(caption)), []
+        at = bisect_left(self.codes, code)
+        while at < len(self.codes) and self.codes[at] == code:
+            found += self.lines[self.order[at]]["caption"]
+            at += 1
+        return list(dict.fromkeys(found))
+
+
+def paraphrase_rows(path):
+    """Yields (where, caption, its wordings) of each line of a file of paraphrases."""
     if path.endswith(".tsv"):
         for where, line in lines_of(path):
             caption, *found = line.split("\t")
-            rows.append((where, caption, found))
-    else:
-        for where, raw in json_records(path):
-            found = get(where, raw, "paraphrase", (str, list))
-            if not isinstance(found, str) and not is_list_of(found, str):
-                fail(f"{where}: key 'paraphrase' must be a string or a list of strings")
-            rows.append((where, get(where, raw, "caption", str), wordings(found)))
-
-    # several lines of one caption add up
-    out = {}
-    for where, caption, found in rows:
-        if not wordings(found):
-            fail(f"{where}: a caption and at least one paraphrase of it expected")
-        known = out.setdefault(same_words(caption), [])
-        known += [wording.strip() for wording in wordings(found) if wording.strip() not in known]
-    return out
+            yield where, caption, found
+        return
+    for where, raw in json_records(path):
+        found = get(where, raw, "paraphrase", (str, list))
+        if not isinstance(found, str) and not is_list_of(found, str):
+            fail(f"{where}: key 'paraphrase' must be a string or a list of strings")
+        yield where, get(where, raw, "caption", str), found
 
 
 def join_paraphrases(records, path):
-    """Records whose captions have the paraphrases of a file (see read_paraphrases) beside those
+    """Records whose captions have the paraphrases of a file (see Paraphrases) beside those
     that they came with; joined by the words of the caption.
 
     Errors: DataError if the file has none of the captions.
     """
     if not os.path.exists(path):
         fail(f"--paraphrase {path}: no such file")
-    known, out = read_paraphrases(path), records.subset(())
+    known, out = Paraphrases(path), records.subset(())
     captions = joined = with_paraphrase = 0
     for record in records:
         # each caption's own wordings, then those of the file
         own = record.get("paraphrase") or [None] * len(captions_of(record))
         both = []
         for caption, paraphrase in zip(captions_of(record), own):
-            found = known.get(same_words(caption), [])
+            found = known.wordings_of(caption)
             both.append(wordings(paraphrase) + found)
             captions, joined = captions + 1, joined + bool(found)
         with_paraphrase += any(both)

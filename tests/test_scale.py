@@ -536,7 +536,7 @@ def test_a_picture_stays_in_its_part(tmp_path, stored):
     assert 90 < counts[0] < 150 and min(counts) > 20
 
     rows_of(tmp_path / "b" / "c", 300)
-    more = rows + [dict(row, caption="again") for row in rows[::3]]
+    more = rows + [dict(row, image="./" + row["image"], caption="again") for row in rows[::3]]
     random.Random(1).shuffle(more)
     large = parts_of(lines(tmp_path / "b" / "c" / "y.jsonl", more))
     assert len(large) == 300 and small.items() <= large.items()

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import data
+import train
 from tests.test_data import SHARED, lines, picture, refused, shard, write
 
 read = data.open_source
@@ -293,6 +294,11 @@ def test_one_id_for_two_pictures_is_refused(tmp_path):
         found = read("pairs", spec, "train", image_id="path")
         assert [r["image_id"] for r in found] == [0, 1, 2, 3] and found[1]["own_id"] == ids[1]
 
+        # the flag of a training
+        views = {"source": "pairs", "image": "plain", "text": "caption"}
+        loop = train.Loop(data=spec, image_id="path")
+        assert list(train.open_records(loop, views, False)) == list(found)
+
     # the same picture under two ids is one; in two files one id is two pictures
     same = lines(tmp_path / "s.jsonl", [dict(rows[0], image_id=9), dict(rows[0], image_id=8)])
     other = lines(tmp_path / "o.jsonl", [dict(rows[1], image_id=9)])
@@ -480,7 +486,7 @@ def test_what_a_tar_lost(tmp_path, capsys):
         cut = tmp_path / "c.tar"
         cut.write_bytes(whole[:end])
         capsys.readouterr()
-        records = read("pairs", str(cut), "train", need=("caption",))
+        records = read("pairs", str(cut), "train")
         assert 1 <= len(records) <= 2 and records.notes["tars_that_end_early"] == 1
         assert f"{cut} ends early" in capsys.readouterr().err
         assert all(data.trouble_with(r["image"]) is None for r in records)
@@ -557,7 +563,9 @@ def test_hold_out_of_tsv_and_tar(tmp_path):
     one = parts_of(write(tmp_path / "a.tsv", "".join(text)))
     assert one == parts_of(write(tmp_path / "b.tsv", "url\tcaption\n" + "".join(
         f"{url}\ta\n" for url in reversed(urls))))
-    assert set(one.values()) == {"train", "val", "test"}
+    for n, url in enumerate(urls):
+        code = data.name_code(url) / 2 ** 64
+        assert one[str(n)] == ("val" if code < 0.2 else "test" if code < 0.4 else "train")
 
     one = parts_of(shard(tmp_path / "0.tar", samples(*range(60))))
     two = [shard(tmp_path / "t" / f"{k}.tar", samples(*range(k, 60, 2))) for k in (0, 1)]

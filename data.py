@@ -399,7 +399,8 @@ class Reading:
     """What a reader needs beside its files: the Records, whose notes and names it fills in, the
     split that is wanted, the keys that are needed, the splits met so far, and which files exist.
 
-    name: what the file calls the picture that was looked for last; hold-out goes by it.
+    name, found: what the file calls the picture that was looked for last (hold-out goes by it), and
+    whether it is there.
     split_by_name: files or folders are chosen by the split, their records do not name it.
     """
 
@@ -410,8 +411,8 @@ class Reading:
         self.here = Listing()
         self.splits = set()
         self.split_by_name = False
-        self.name = None
-        self.joined = {}
+        self.name, self.found = None, False
+        self.joined = {}                    # {(base, subfolder): the folder}
 
     def wants(self, part):
         """Is a record of the file's own split `part` asked for? None: the file has no splits."""
@@ -427,7 +428,7 @@ class Reading:
     def find(self, bases, *names):
         """The first path BASE/NAME that exists. None does: the first one tried, so that it is
         reported as missing."""
-        self.name = names[0]
+        self.name, self.found = names[0], True
         for name in names:
             # joined once for all names of a folder
             subfolder, slash, last = name.rpartition("/")
@@ -438,6 +439,7 @@ class Reading:
                     self.joined[base, subfolder] = folder
                 if self.here.has(folder, last):
                     return folder + last
+        self.found = False
         return os.path.join(bases[0], names[0])
 
     def missing_file(self, record):
@@ -868,12 +870,13 @@ def pairs_tsv(file, reading, joined):
         if "://" in place:
             names = [f"{n:09d}.jpg", f"{n // 10000:05d}/{n:09d}.jpg",
                      f"{n}_{zlib.crc32(place.encode())}"]
-        image, end = reading.find(bases, *names), url_end(place)
+        image = reading.find(bases, *names)
 
         # by the end of its URL; whether that is its own shows once all rows have been seen
-        if end and image not in reading.here:
+        end = "" if reading.found else url_end(place)
+        if end:
             found = reading.find(bases, end)
-            if found in reading.here:
+            if reading.found:
                 if repeated is None:
                     repeated = repeated_ends(file.path, picture_at, header)
                 image = image if hash(end) in repeated else found
@@ -1941,8 +1944,9 @@ def stored_records(source, paths, roots, split, *options):
 
 def plain_path(where):
     """A path without "./" and "//"; what is no path, as it is."""
-    is_path = isinstance(where, str) and "://" not in where
-    return os.path.normpath(where) if is_path and ("./" in where or "//" in where) else where
+    if type(where) is str and ("./" in where or "//" in where) and "://" not in where:
+        return os.path.normpath(where)
+    return where
 
 
 def name_code(name):
@@ -2104,12 +2108,12 @@ class ImageIds:
 
     def add(self, file, where, record, own):
         """One more record, of file number `file`, to which the file gives the id `own`."""
-        kind = None if own is None else type(own)
-        if kind not in (None, int, str) or kind is int and not 0 <= own < 1 << 62:
+        numbered = type(own) is int
+        fits = 0 <= own < 1 << 62 if numbered else own is None or type(own) is str
+        if not fits:
             fail(f"{where}: key 'image_id' is {own!r}: a number >= 0 or a name expected")
 
         # all ids of a file are of one kind: numbers, or names and none
-        numbered = kind is int
         if not self.files or file != self.files[-1][0]:
             self.files.append((file, len(self.own), numbered))
         if numbered != self.files[-1][2]:

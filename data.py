@@ -39,23 +39,28 @@ Nothing here reads or changes a global random state: a sample is a function of (
 
 import argparse
 import array
-import copy
 import csv
+import errno
+import fcntl
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
+import shutil
+import stat
 import struct
 import sys
 import tarfile
+import tempfile
 import warnings
 import zlib
+from bisect import bisect_left
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Callable, NamedTuple
 from xml.etree import ElementTree
 
@@ -117,8 +122,8 @@ class TarMember(NamedTuple):
     """A picture inside a tar file: its member, `size` bytes from byte `offset` on.
 
     The location of a picture is a path (str) or a TarMember. A further kind of location, in a zip
-    file for example, is one more class like this one: read(), path(), size and str() are all that
-    the code asks of a location that is not a path.
+    file for example, is one more class like this one and in LOCATION_KINDS: read(), path(), size
+    and str() are all that the code asks of a location that is not a path.
     """
 
     tar: str
@@ -127,23 +132,40 @@ class TarMember(NamedTuple):
     member: str
 
     def __str__(self):
-        return f"{self.tar} at byte {self.offset} ({self.size} bytes)"
+        return f"{self.tar} member {self.member} (byte {self.offset}, {self.size} bytes)"
 
     def read(self):
         """The bytes of the picture's file. Raises OSError."""
         with open(self.tar, "rb") as f:
             f.seek(self.offset)
-            return f.read(self.size)
+            content = f.read(self.size)
+        if len(content) < self.size:
+            raise OSError("the tar file ends before the picture does")
+        return content
 
     def path(self):
         """As if the tar file were a folder."""
         return os.path.join(self.tar, self.member)
 
 
-class Records:
-    """A list of dicts, kept as one pickled byte string.
+LOCATIONS = ("image", "image2", "feature")      # the keys under which a record names its files
+LOCATION_KINDS = {"TarMember": TarMember}       # locations that are no paths, by their class
 
-    Millions of records stay small this way, and forked workers copy no memory pages.
+# One number for each record, in arrays: where its text ends (and 0 for the first one's start), its
+# image_id (-1: none), how many captions it has, a checksum of its words, the name_code of its
+# picture (0: not known).
+COLUMNS = {"ends": "q", "image_ids": "q", "captions": "i", "words": "I", "names": "Q"}
+CHUNK = 1 << 22                                 # bytes that are written to a file at once
+
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class Records:
+    """A list of dicts, kept as lines of JSON in one byte string.
+
+    Millions of records stay small this way, and forked workers copy no memory pages. Of large files
+    the lines are not even in this process's memory, but in a file that is mapped (see
+    stored_records): all workers and all processes of a machine then share its pages.
 
     `image` (and `image2`, `feature`) is a location: a path that opens as it is, or a TarMember.
     `image_id` is an int, the same for two records of one picture.
@@ -151,10 +173,12 @@ class Records:
     Attributes: name (the source), split, root (folder of the images), notes ({what was counted:
     count}), label_names (what the ints in `labels` and `label` mean, or None), protocol (str or
     None), splits (those found in the files), regions (a Regions or None, see with_regions),
-    own_ids (the files give an image_id to every record).
+    own_ids (the files give an image_id to every record; where they give one it is `own_id`),
+    held_out (these are a part of files without splits, see hold_out_part).
     """
 
-    def __init__(self, name, split, root=None):
+    def __init__(self, name, split, root=None, folder=None):
+        """folder: where the lines are written while they come, if not into memory."""
         self.name = name
         self.split = split
         self.root = root
@@ -164,61 +188,231 @@ class Records:
         self.splits = []
         self.regions = None
         self.own_ids = True
+        self.held_out = False
+        self.unsplit = True         # neither the records nor the files' names tell splits
+        self.first_gone = None      # (where, path) of the first record left out for its file
 
-        # record i is _blob[_ends[i]:_ends[i + 1]]
-        self._blob = bytearray()
-        self._ends = array.array("q", [0])
+        # record i is _lines[ends[i]:ends[i + 1]]; of a part of other records, i is _rows[i]
+        self._lines = bytearray()
+        self._columns = {name: array.array(kind) for name, kind in COLUMNS.items()}
+        self._columns["ends"].append(0)
+        self._rows = None
+        self._folder = folder
 
-    def append(self, record):
-        self._blob += pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
-        self._ends.append(len(self._blob))
+    def append(self, record, name=0):
+        """name: the name_code() of its picture."""
+        assert self._rows is None, "a part of other records does not grow"
+        # what is asked of all records at once stands in columns
+        record, columns = dict(record), self._columns
+        captions = captions_of(record)
+        columns["image_ids"].append(record.pop("image_id", -1))
+        columns["captions"].append(len(captions))
+        columns["names"].append(name)
+
+        # a location that is no path says of which class it is
+        for key in LOCATIONS:
+            where = record.get(key)
+            if where is not None and not isinstance(where, str):
+                record[key] = [type(where).__name__, *where]
+
+        # file names need not be Unicode: what is not passes through
+        line = to_json(record).encode("utf-8", "surrogatepass") + b"\n"
+        words = line
+        if captions:
+            words = "\n".join(captions).encode("utf-8", "surrogatepass")
+        columns["words"].append(zlib.crc32(words))
+        columns["ends"].append(columns["ends"][-1] + len(line))
+        self._lines += line
+        if self._folder and len(self._lines) > CHUNK:
+            self._write_lines()
 
     def subset(self, indices):
-        """The records at `indices`, in that order, as new Records with the same attributes."""
-        out = copy.copy(self)
+        """The records at `indices`, in that order, as new Records with the same attributes. They
+        share the lines of these; a subset of nothing can grow."""
+        indices, out = np.array(list(indices), np.int64), Records(self.name, self.split)
+        for key, value in vars(self).items():
+            if len(indices) or key[0] != "_":
+                setattr(out, key, value)
+        if len(indices):
+            rows = np.arange(len(self)) if self._rows is None else self._rows
+            out._rows = rows[indices]
         out.notes = dict(self.notes)
-        out._blob = bytearray()
-        out._ends = array.array("q", [0])
-        for i in indices:
-            out.append(self[i])
         return out
 
     def __len__(self):
-        return len(self._ends) - 1
+        return len(self._columns["ends"]) - 1 if self._rows is None else len(self._rows)
 
     def __getitem__(self, i):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
-        i = int(i) % len(self)
-        return pickle.loads(memoryview(self._blob)[self._ends[i]:self._ends[i + 1]])
+        row = int(i) % len(self)
+        if self._rows is not None:
+            row = int(self._rows[row])
+
+        # its line of JSON, and what stands in a column
+        start, end = int(self._columns["ends"][row]), int(self._columns["ends"][row + 1])
+        line = memoryview(self._lines)[start:end]
+        record = json.loads(str(line, "utf-8", "surrogatepass"))
+        image_id = int(self._columns["image_ids"][row])
+        if image_id >= 0:
+            record["image_id"] = image_id
+        for key in LOCATIONS:
+            if isinstance(record.get(key), list):
+                kind, *parts = record[key]
+                record[key] = LOCATION_KINDS[kind](*parts)
+        return record
+
+    def column(self, name):
+        """A column for these records -> (N,) array: "image_ids", "captions" or "words"."""
+        values = np.array(self._columns[name])
+        return values if self._rows is None else values[self._rows]
+
+    def fingerprint(self):
+        """Of the records' number, order and captions (without captions: of all that they hold) ->
+        str. Folders do not matter to it, nor do other records of the files.
+
+        A record whose captions changed goes unnoticed once in 2^32 times.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("captions", "words"):
+            digest.update(self.column(name).tobytes())
+        return digest.hexdigest()
+
+    # In a folder: the lines are records.jsonl, a column COLUMN.npy, the attributes about.json.
+
+    def finish(self):
+        """No more are to come: those in a file can be read from now on."""
+        if self._folder and len(self):
+            self._write_lines()
+            self._map_lines()
+
+    def set_image_ids(self, ids):
+        self._columns["image_ids"] = array.array("q", ids.tobytes())
+
+    def _write_lines(self):
+        with open(os.path.join(self._folder, "records.jsonl"), "ab") as f:
+            f.write(self._lines)
+        self._lines.clear()
+
+    def _map_lines(self):
+        lines = np.memmap(os.path.join(self._folder, "records.jsonl"), np.uint8, "r")
+        self._lines = memoryview(lines)
+
+    def save(self, stamps):
+        """Writes columns and attributes beside the lines. stamps: {path: stamp(path)} of all that
+        was looked at."""
+        for name, values in self._columns.items():
+            np.save(os.path.join(self._folder, name), np.frombuffer(values, COLUMNS[name]))
+        about = {key: value for key, value in vars(self).items() if key[0] != "_"}
+        with open(os.path.join(self._folder, "about.json"), "w") as f:
+            json.dump({"attributes": about, "stamps": list(stamps.items())}, f)
+
+    @classmethod
+    def load(cls, folder):
+        """What save() wrote, if all that was looked at is as it was -> Records or None."""
+        about = os.path.join(folder, "about.json")
+        if not os.path.exists(about):
+            return None
+        with open(about) as f:
+            about = json.load(f)
+        if any(stamp(path) != then for path, then in about["stamps"]):
+            return None
+        out = cls(None, None)
+        vars(out).update(about["attributes"])
+        out.map(folder)
+        return out
+
+    def map(self, folder):
+        """Lines and columns from files, in place of those in memory."""
+        self._folder = folder
+        self._map_lines()
+        for name in COLUMNS:
+            path = os.path.join(self._folder, name + ".npy")
+            self._columns[name] = np.load(path, mmap_mode="r").view(np.ndarray)
+
+    def __getstate__(self):
+        # another process gets the name of the folder, not its content
+        state = dict(vars(self))
+        if self._folder:
+            state["_lines"], state["_columns"] = None, {}
+        return state
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        if self._folder:
+            self.map(self._folder)
+
+
+def stamp(path):
+    """[size, time of the last change] of a file or folder; None if there is none."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return [info.st_size, info.st_mtime_ns]
 
 
 class Listing:
     """`path in listing`: does the file exist? Each folder is listed once.
 
-    Asking the disk for each image is slow on network disks.
+    Asking the disk for each image is slow on network disks. Of each name 64 bits are kept: of three
+    million missing files one is taken for there in about two million runs.
+
+    stamps: {folder: its stamp before it was listed}.
     """
 
     def __init__(self):
-        self.folders = {}
+        self.folders, self.stamps = {}, {}
 
     def __contains__(self, path):
-        folder, name = os.path.split(path)
-        if folder not in self.folders:
-            there = os.path.isdir(folder or ".")
-            self.folders[folder] = set(os.listdir(folder or ".")) if there else set()
-        return name in self.folders[folder]
+        folder, slash, name = path.rpartition("/")
+        return self.has(folder + slash, name)
+
+    def has(self, folder, name):
+        """Is there such a name in a folder? folder ends with a slash, or is "" (here)."""
+        names = self.folders.get(folder)
+        if names is None:
+            names = self.folders[folder] = self.names_in(folder or ".")
+        if names is False:
+            return os.path.exists(folder + name)
+        code = hash(name)
+        at = bisect_left(names, code)
+        return at < len(names) and names[at] == code
+
+    def names_in(self, folder):
+        """Sorted hashes of the names in a folder, none if it is not there; False if it may not be
+        listed."""
+        self.stamps[folder] = stamp(folder)
+        try:
+            with os.scandir(folder) as entries:
+                names = array.array("q", (hash(entry.name) for entry in entries))
+        except (FileNotFoundError, NotADirectoryError):
+            return array.array("q")
+        except OSError:
+            return False
+        if names:
+            np.frombuffer(names, np.int64).sort()       # in place
+        return names
 
 
 class Reading:
     """What a reader needs beside its files: the Records, whose notes and names it fills in, the
-    split that is wanted, the splits met so far, and which files exist."""
+    split that is wanted, the keys that are needed, the splits met so far, and which files exist.
 
-    def __init__(self, records):
+    name, found: what the file calls the picture that was looked for last (hold-out goes by it), and
+    whether it is there.
+    split_by_name: files or folders are chosen by the split, their records do not name it.
+    """
+
+    def __init__(self, records, need=()):
         self.records = records
         self.split = records.split
+        self.need = need
         self.here = Listing()
         self.splits = set()
+        self.split_by_name = False
+        self.name, self.found = None, False
+        self.joined = {}                    # {(base, subfolder): the folder}
 
     def wants(self, part):
         """Is a record of the file's own split `part` asked for? None: the file has no splits."""
@@ -234,15 +428,23 @@ class Reading:
     def find(self, bases, *names):
         """The first path BASE/NAME that exists. None does: the first one tried, so that it is
         reported as missing."""
-        tried = [os.path.join(base, name) for name in names for base in bases]
-        for path in tried:
-            if path in self.here:
-                return path
-        return tried[0]
+        self.name, self.found = names[0], True
+        for name in names:
+            # joined once for all names of a folder
+            subfolder, slash, last = name.rpartition("/")
+            for base in bases:
+                folder = self.joined.get((base, subfolder))
+                if folder is None:
+                    folder = os.path.join(base, subfolder + slash)
+                    self.joined[base, subfolder] = folder
+                if self.here.has(folder, last):
+                    return folder + last
+        self.found = False
+        return os.path.join(bases[0], names[0])
 
     def missing_file(self, record):
         """The first file of a record that does not exist, or None. Members of tars do exist."""
-        for key in ("image", "image2", "feature"):
+        for key in LOCATIONS:
             where = record.get(key)
             if isinstance(where, str) and where not in self.here:
                 return where
@@ -273,20 +475,39 @@ def expand(spec, flag="--data"):
     for item in items:
         span = re.search(r"\{(\d+)\.\.(\d+)\}", item)
         if not span:
-            paths.append(item)
+            paths.append(there(item, flag))
             continue
         first, last = span.groups()
+        if int(first) > int(last):
+            fail(f"{flag} {item}: {{{first}..{last}}} counts down")
         for number in range(int(first), int(last) + 1):
             digits = str(number).zfill(len(first))
-            paths.append(item[:span.start()] + digits + item[span.end():])
+            paths.append(there(item[:span.start()] + digits + item[span.end():], flag))
     if not paths:
         fail(f"{flag} is empty")
 
-    # every path must exist
+    # nothing twice, under whatever name
+    known = {}
     for path in paths:
-        if not os.path.exists(path):
-            fail(f"{flag} {path}: no such file")
+        other = known.setdefault(os.path.realpath(path), path)
+        if other is not path:
+            fail(f"{flag} names one file twice: {other} and {path}")
     return paths
+
+
+def there(path, flag):
+    """The path of a file or a folder. Errors: it is neither."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if os.path.islink(path):
+            fail(f"{flag} {path}: a link to {os.readlink(path)}, which does not exist")
+        fail(f"{flag} {path}: no such file")
+    except (OSError, ValueError) as e:
+        fail(f"{flag} {path}: {getattr(e, 'strerror', e)}")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        fail(f"{flag} {path}: neither a file nor a folder")
+    return path
 
 
 def text_lines(path):
@@ -312,17 +533,29 @@ def lines_of(path):
 
 
 def read_json(path):
-    """The JSON value in a file; of jsonl (under any extension) an iterator of (where, dict)."""
-    if path.endswith(".jsonl"):
+    """The JSON value in a file; of jsonl (under any extension) an iterator of (where, dict).
+
+    jsonl is read line by line. Any other JSON is in memory as a whole.
+    """
+    if path.endswith(".jsonl") or is_json_lines(path):
         return json_lines(path)
     text = "\n".join(text_lines(path))
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        # jsonl under the name .json, as NLVR2 publishes it
-        if e.msg == "Extra data" and text.lstrip()[:1] == "{":
-            return json_lines(path)
         fail(f"{path} line {e.lineno}: not JSON ({e.msg})")
+    except (ValueError, RecursionError) as e:
+        fail(f"{path}: not JSON that can be read ({e})")
+
+
+def is_json_lines(path):
+    """Is the first line of a file a whole object, and something behind it? NLVR2 publishes jsonl
+    under the name .json."""
+    first = list(itertools.islice(lines_of(path), 2))
+    try:
+        return len(first) == 2 and isinstance(json.loads(first[0][1]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def json_lines(path):
@@ -331,6 +564,8 @@ def json_lines(path):
             value = json.loads(line)
         except json.JSONDecodeError as e:
             fail(f"{where}: not JSON ({e.msg})")
+        except (ValueError, RecursionError) as e:
+            fail(f"{where}: not JSON that can be read ({e})")
         yield where, as_dict(value, where)
 
 
@@ -404,6 +639,10 @@ def read_pairs(files, reading):
     opened = []
     for number, (path, root) in enumerate(files):
         opened.append(PairFile(number, path, root, *sniff(path)))
+
+    # of all tars at once, so that all cores have work
+    tars = [tar_shards(file.path) for file in opened if file.kind == "tar"]
+    index_tars(list(itertools.chain(*tars)))
 
     # COCO image id -> tags, boxes, labels
     joined = {}
@@ -608,87 +847,275 @@ def pairs_coco(file, reading, joined):
         yield where, pair(where, raw, reading.find(bases, name), reading)
 
 
-def pairs_tsv(file, reading, joined):
-    """Rows "caption TAB path-or-url" (Conceptual Captions, SBU).
+# What the columns of a TSV are called, the better name first.
+TSV_CAPTIONS = ("caption", "text", "title", "sentence")
+TSV_PICTURES = ("image_path", "path", "filename", "image", "url")
 
-    The file of a URL is row N with 9 digits, as img2dataset names it, N_crc32(url), as the common
-    CC downloader names it, or the last part of the URL if no other row ends in the same.
+
+def pairs_tsv(file, reading, joined):
+    """Rows of a caption and the path or URL of its picture, with a header line or without one
+    (Conceptual Captions, SBU). Only the columns of tsv_columns() are read.
+
+    The file of a URL is row N with 9 digits, as img2dataset names it (alone or in the folder of its
+    10,000 rows), N_crc32(url), as the common CC downloader names it, or the last part of the URL if
+    no other row ends in the same. Rows count from 0; neither a header nor a blank line is one.
     """
-    # all rows first: whether the end of a URL is unique shows at the last one
-    rows = []
-    for where, line in lines_of(file.path):
+    caption_at, picture_at, header = tsv_columns(file.path)
+    bases, repeated = folders(file.path, file.root), None
+    for n, (where, cells) in enumerate(tsv_rows(file.path, header)):
+        if len(cells) <= max(caption_at, picture_at):
+            fail(f"{where}: {len(cells)} columns, the header names more")
+        place = cells[picture_at].strip()
+        names = [place]
+        if "://" in place:
+            names = [f"{n:09d}.jpg", f"{n // 10000:05d}/{n:09d}.jpg",
+                     f"{n}_{zlib.crc32(place.encode())}"]
+        image = reading.find(bases, *names)
+
+        # by the end of its URL; whether that is its own shows once all rows have been seen
+        end = "" if reading.found else url_end(place)
+        if end:
+            found = reading.find(bases, end)
+            if reading.found:
+                if repeated is None:
+                    repeated = repeated_ends(file.path, picture_at, header)
+                image = image if hash(end) in repeated else found
+        reading.name = place
+        yield where, pair(where, {"caption": cells[caption_at]}, image, reading)
+
+
+def tsv_rows(path, header):
+    """Yields (where, list of cells) of each row behind the first `header` lines."""
+    for where, line in itertools.islice(lines_of(path), header, None):
         cells = line.split("\t")
         if len(cells) < 2:
             fail(f"{where}: 'caption TAB path-or-url' expected, found no TAB")
-        rows.append((where, cells[0], cells[1].strip()))
+        yield where, cells
 
-    # the names that each row's file may have
-    last_parts = [url.split("?")[0].rstrip("/").split("/")[-1] for _, _, url in rows]
-    times = Counter(last_parts)
-    bases = folders(file.path, file.root)
-    for n, (where, caption, url) in enumerate(rows):
-        names = [url]
-        if "://" in url:
-            names = [f"{n:09d}.jpg", f"{n}_{zlib.crc32(url.encode())}"]
-            if last_parts[n] and times[last_parts[n]] == 1:
-                names.append(last_parts[n])
-        raw = {"caption": caption}
-        yield where, pair(where, raw, reading.find(bases, *names), reading)
+
+def tsv_columns(path):
+    """-> (column of the captions, column of the pictures, number of header lines: 0 or 1).
+
+    By a header that names both. Without one the pictures are in that one of the first two columns
+    whose first hundred cells are addresses or names of image files, all of them (CC3M has it
+    second, CC12M first); of cells that are neither, in the second if they are single words.
+    """
+    rows = list(itertools.islice(tsv_rows(path, 0), 100))
+    if not rows:
+        fail(f"{path}: no row in it")
+    names = [cell.strip().lower() for cell in rows[0][1]]
+    captions = [names.index(name) for name in TSV_CAPTIONS if name in names]
+    pictures = [names.index(name) for name in TSV_PICTURES if name in names]
+    if captions and pictures:
+        return captions[0], pictures[0], 1
+
+    # by what the cells look like
+    look = [[is_place(cells[column]) for _, cells in rows] for column in (0, 1)]
+    for column in (1, 0):
+        if all(look[column]):
+            return 1 - column, column, 0
+    if not any(look[0] + look[1]):
+        if all(len(cells[1].split()) == 1 for _, cells in rows):
+            return 0, 1, 0
+        fail(f"{path}: neither column holds addresses or names of pictures: a header line "
+             "'caption TAB url' (or path) says which one is which")
+
+    # one row is not as the others are
+    column = int(sum(look[1]) >= sum(look[0]))
+    where, cells = rows[look[column].index(False)]
+    fail(f"{where}: '{cells[column][:80]}' is neither an address nor the name of a picture, as "
+         f"column {column + 1} holds in other rows")
+
+
+def is_place(cell):
+    cell = cell.strip().lower()
+    return bool(re.match(r"[a-z][a-z0-9+.-]*://", cell)) or cell.endswith(IMAGE_TYPES)
+
+
+def url_end(place):
+    """The last part of a URL's path; of a path nothing."""
+    return place.split("?")[0].rstrip("/").rpartition("/")[2] if "://" in place else ""
+
+
+def repeated_ends(path, column, header):
+    """The hashes of the last parts that more than one URL of a TSV has -> set of int."""
+    ends = array.array("q")
+    for _, cells in tsv_rows(path, header):
+        ends.append(hash(url_end(cells[column].strip())))
+    values, counts = np.unique(np.array(ends), return_counts=True)
+    return set(values[counts > 1].tolist())
 
 
 def pairs_tar(file, reading, joined):
     """img2dataset's shards: KEY.jpg with KEY.txt, or with the caption in KEY.json."""
-    # one shard or a folder of them
-    shards = [file.path]
-    if os.path.isdir(file.path):
-        names = sorted(name for name in os.listdir(file.path) if name.endswith(".tar"))
-        if not names:
-            fail(f"{file.path}: no .tar shards in this folder")
-        shards = [os.path.join(file.path, name) for name in names]
-
-    # a bar from 8 shards on, on a terminal
-    quiet = True if len(shards) < 8 else None
-    for shard in tqdm(shards, desc=f"indexing {file.path}", disable=quiet):
-        for key, parts in index_tar(shard).items():
-            where = f"{shard} member {key}"
+    shards = tar_shards(file.path)
+    reading.here.stamps[file.path] = stamp(file.path)
+    for shard in shards:
+        reading.here.stamps[shard] = stamp(shard)
+        found = read_index(shard)
+        if found is None:
+            fail(f"{shard} changes while it is read")
+        head, samples = found
+        if not head["whole"]:
+            reading.count("tars_that_end_early")
+            if ranks()[0] == 0:
+                say(f"{shard} ends early: what is whole of it is read")
+        reading.count("unreadable_captions", head["unreadable_captions"])
+        for key, caption, member in samples:
             # a failed download has a caption and no picture
-            image = next((parts[kind] for kind in parts if "." + kind in IMAGE_TYPES), None)
-            if image is None:
+            if member is None:
                 reading.count("missing")
                 continue
+            if caption is None and "caption" in reading.need:
+                reading.count("no_caption_left")
+                continue
+            where, reading.name = f"{shard} member {key}", key
+            image = TarMember(shard, *member)
+            yield where, pair(where, {"caption": caption}, image, reading)
 
-            try:
-                if "txt" in parts:
-                    raw = {"caption": parts["txt"].decode()}
-                else:
-                    raw = as_dict(json.loads(parts.get("json", b"{}")), where)
-            except ValueError as e:
-                fail(f"{where}: unreadable caption ({e})")
-            yield where, pair(where, {"caption": raw.get("caption")}, image, reading)
+
+def tar_shards(path):
+    """One shard, or those of a folder in order -> list of paths."""
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(name for name in os.listdir(path) if name.endswith(".tar"))
+    if not names:
+        fail(f"{path}: no .tar shards in this folder")
+    return [os.path.join(path, name) for name in names]
+
+
+# What is in a shard is written down once, beside it as SHARD.idx, or, where that cannot be, in
+# store_folder(). The first line is {"tar_index": 1, "shard": stamp of the tar, "whole": does it end
+# as a tar should, "unreadable_captions": count}; then a line for each sample: [key, caption or
+# null, [offset, size, name] of its picture or null].
+
+def index_paths(shard):
+    """The two places of a shard's index, the better one first."""
+    code = hashlib.blake2b(os.fsencode(os.path.realpath(shard)), digest_size=12).hexdigest()
+    return [shard + ".idx", os.path.join(store_folder(), code + ".idx")]
+
+
+def index_head(path):
+    """The first line of an index -> dict; {} if the file is none of ours, None if there is none."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8", errors="surrogatepass") as f:
+            head = json.loads(f.readline(1000))
+    except (OSError, ValueError):
+        return {}
+    return head if isinstance(head, dict) and head.get("tar_index") == 1 else {}
+
+
+def read_index(shard):
+    """-> (the first line of a shard's index, iterator of its samples); None if there is no index of
+    the shard as it is now."""
+    for path in index_paths(shard):
+        head = index_head(path)
+        if head and head["shard"] == stamp(shard):
+            return head, index_samples(path)
+    return None
+
+
+def index_samples(path):
+    with open(path, encoding="utf-8", errors="surrogatepass") as f:
+        for line in itertools.islice(f, 1, None):
+            yield json.loads(line)
+
+
+def index_tars(shards):
+    """Makes the indexes that are missing or of an older shard, on all cores."""
+    todo = [shard for shard in shards if read_index(shard) is None]
+    # a bar from 8 shards on, on a terminal
+    show = dict(desc="indexing tars", total=len(todo), disable=True if len(todo) < 8 else None)
+    cores = min(usable_cores(), len(todo))
+    if cores < 2:
+        for _ in tqdm(map(index_tar, todo), **show):
+            pass
+        return
+    with ProcessPoolExecutor(cores) as pool:
+        for _ in tqdm(pool.map(index_tar, todo), **show):
+            pass
+
+
+def usable_cores():
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def index_tar(shard):
-    """-> {key: {extension: bytes of .txt and .json, TarMember of everything else}}.
+    """Writes the index of a shard. Pictures are read later, by seeking: resuming in the middle of a
+    corpus is arithmetic.
 
-    Pictures are read later, by seeking: resuming in the middle of a corpus is arithmetic.
+    Of a tar that ends early all whole members are taken. Errors: there is none.
     """
-    samples = {}
+    head = {"tar_index": 1, "shard": stamp(shard), "whole": True, "unreadable_captions": 0}
+    samples, trouble = {}, None
     try:
-        with tarfile.open(shard) as tar:
+        # "r:", because in a compressed tar nothing can be sought
+        with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 folder, name = os.path.split(member.name)
                 stem, _, kind = name.partition(".")
-                if not member.isfile() or not kind:
+                kind = kind.lower()
+                if not member.isfile() or member.offset_data + member.size > head["shard"][0]:
                     continue
 
                 # captions are small and read now, pictures are not
-                content = TarMember(shard, member.offset_data, member.size, member.name)
+                parts = samples.setdefault(os.path.join(folder, stem), {})
                 if kind in ("txt", "json"):
-                    content = tar.extractfile(member).read()
-                samples.setdefault(os.path.join(folder, stem), {})[kind.lower()] = content
+                    parts[kind] = tar.extractfile(member).read()
+                elif "." + kind in IMAGE_TYPES:
+                    parts.setdefault("image", [member.offset_data, member.size, member.name])
+
+            # tarfile takes any rubbish for the end, which should be a block of zeros
+            tar.fileobj.seek(tar.offset)
+            head["whole"] = tar.fileobj.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
     except (tarfile.TarError, EOFError, OSError) as e:
-        fail(f"{shard}: not a readable tar ({e})")
-    return samples
+        head["whole"], trouble = False, e
+    if trouble and not samples:
+        fail(f"{shard}: not a readable tar ({trouble})")
+
+    # a line for each sample
+    lines = []
+    for key, parts in samples.items():
+        try:
+            lines.append(to_json([key, tar_caption(parts), parts.get("image")]))
+        except ValueError:
+            head["unreadable_captions"] += 1
+    text = "\n".join([to_json(head), *lines, ""])
+    write_index(shard, text.encode("utf-8", "surrogatepass"))
+
+
+def tar_caption(parts):
+    """The caption of a sample, from KEY.txt or KEY.json -> str, or None. ValueError: unreadable."""
+    if "txt" in parts:
+        return parts["txt"].decode()
+    found = json.loads(parts.get("json", b"{}"))
+    caption = found.get("caption") if isinstance(found, dict) else 0
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError
+    return caption
+
+
+def write_index(shard, content):
+    """Writes an index whole or not at all, to the first of index_paths() that can be written."""
+    for path in index_paths(shard):
+        if index_head(path) == {}:                      # somebody else's file
+            continue
+        draft = f"{path}.{os.getpid()}"
+        try:
+            with open(draft, "wb") as f:
+                f.write(content)
+            os.replace(draft, path)
+            return
+        except OSError as e:
+            trouble = e
+            if os.path.exists(draft):
+                os.remove(draft)
+    fail(f"{shard}: its index can be written neither beside it nor to {path} "
+         f"({trouble.strerror})")
 
 
 def pairs_questions(file, reading, joined):
@@ -946,6 +1373,7 @@ def read_hashing(files, reading):
     """
     width = None
     for number, (path, root) in enumerate(files):
+        reading.split_by_name |= os.path.isdir(path)
         for file in hashing_lists(path, reading.split):
             bases = folders(file, root)
             for where, line in lines_of(file):
@@ -987,6 +1415,7 @@ def read_classes(files, reading):
             fail(f"{path}: an ImageFolder is a directory")
         # the same labels for every split
         homes, names = class_homes(path, reading.split)
+        reading.split_by_name |= path not in homes
         reading.set_label_names(path, names)
 
         # one record a picture
@@ -1116,7 +1545,7 @@ def read_detection(files, reading):
     """
     for number, (path, root) in enumerate(files):
         if os.path.isdir(path):
-            found = detection_voc(path, reading)
+            found, reading.split_by_name = detection_voc(path, reading), True
         else:
             found = detection_coco(path, root, reading)
         # all lists of a record have an entry for each object
@@ -1343,30 +1772,64 @@ SHAPES = {"pairs": "pairs_{}.jsonl", "vqa": "vqa_{}_questions.json,vqa_{}_annota
 
 
 def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(),
-                missing="drop"):
+                missing="drop", hold_out=0.0, image_id="file"):
     """Reads `spec` ("shapes", or files and folders separated by commas) as `source` -> Records.
 
     split: "train", "val", "test" (hashing: "database" too), or None for everything. Files without
-    splits give all they have.
+    splits give all they have, or the split's part of it, see hold_out.
     image_root: a folder, or one per item of spec separated by commas.
     limit: at most so many records, chosen by `seed`, in file order.
     need: the record keys that the views require (see `needs`).
     missing: "drop" leaves out records whose files do not exist, "keep" keeps them.
+    hold_out: of files without splits the share of pictures that is val, and as much test (see
+    hold_out_part); the rest is train.
+    image_id: "file" takes the files' ids of pictures where they have them; to "path" a picture is
+    known by its location alone.
     Errors: DataError that names file, line and key.
     """
     # the files, and the folder of each one's images
     if source not in SOURCES:
         fail(f"no source '{source}' (there are: {', '.join(SOURCES)})")
-    if spec == "shapes":
+    if image_id not in ("file", "path"):
+        fail(f"--image_id {image_id}: file or path")
+    if not 0 <= hold_out < 0.5:
+        fail(f"--hold_out {hold_out}: a share of 0 to 0.5, twice of which is held out")
+    world = spec == "shapes"
+    if world:
         spec, image_root = world_files(source, split)
     paths = expand(spec)
     roots = image_roots(image_root, paths)
-    records = Records(source, split, roots[0] or os.path.dirname(paths[0]))
 
-    # read them: records of other splits and of missing files are left out
-    reading, ids, captions_seen = Reading(records), ImageIds(), set()
-    first_gone = None
+    # read them: here, or once for all processes of this machine
+    options = source, paths, roots, split, list(need), missing, image_id
+    if size_of(paths) < STORE_FROM:
+        records, _ = read_files(*options)
+    else:
+        records = stored_records(*options)
+    report_missing(records, spec)
+
+    # val and test of files that have no such thing
+    if hold_out and split and records.unsplit and not world:
+        records = hold_out_part(records, split, hold_out, spec)
+
+    # a random choice, in the files' order
+    if limit and limit < len(records):
+        chosen = random.Random(seed).sample(range(len(records)), limit)
+        records = records.subset(sorted(chosen))
+    return records
+
+
+def read_files(source, paths, roots, split, need, missing, image_id, folder=None):
+    """Reads files as a source -> (Records, {path: stamp} of all that was looked at). The arguments
+    are those of open_source(); folder: where the records are written, if not into memory."""
+    records = Records(source, split, roots[0] or os.path.dirname(paths[0]), folder)
+    reading, ids = Reading(records, need), ImageIds(image_id == "path")
+    stamps = {path: stamp(path) for path in paths}
+    captions_seen = array.array("q")
+
+    # records of other splits and of missing files are left out
     for number, where, record in SOURCES[source](list(zip(paths, roots)), reading):
+        name, reading.name = reading.name, None
         if not reading.wants(record.pop("split", None)):
             continue
         check_keys(where, record, need)
@@ -1374,33 +1837,175 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
         gone = reading.missing_file(record)
         if gone:
             reading.count("missing")
-            first_gone = first_gone or (where, gone)
             if missing == "drop":
+                records.first_gone = records.first_gone or (where, gone)
                 continue
 
-        # the id that the file gives, where ours differs: region files of image ids go by it
-        own_id = record.get("image_id")
-        record["image_id"] = ids(number, where, record, len(records))
-        if own_id is None:
-            records.own_ids = False
-        elif own_id != record["image_id"]:
+        # the id that the file gives: region files of image ids go by it
+        own_id = record.pop("image_id", None)
+        ids.add(number, where, record, own_id)
+        if own_id is not None:
             record["own_id"] = own_id
+        records.own_ids &= own_id is not None
         if source == "pairs":
             count_pair(record, captions_seen, reading)
-        records.append(record)
+        records.append(record, name_code(name or own_name(record, paths[number])))
 
-    # report what was found: splits in the order train, val, test, and counts that are not 0
-    records.splits = sorted(reading.splits, key=lambda s: (s != "train", s == "test", s))
+    # what shows at the end
+    records.finish()
+    records.set_image_ids(ids.numbers(records, paths))
+    records.unsplit = not (reading.splits or reading.split_by_name)
     if source == "pairs":
+        reading.count("duplicates", len(captions_seen) - len(np.unique(captions_seen)))
         reading.count("repeated_images", ids.repeats)
-    records.notes = {note: count for note, count in records.notes.items() if count}
-    report_missing(records, spec, first_gone if missing == "drop" else None)
 
-    # a random choice, in the files' order
-    if limit and limit < len(records):
-        chosen = random.Random(seed).sample(range(len(records)), limit)
-        records = records.subset(sorted(chosen))
-    return records
+    # splits in the order train, val, test, and counts that are not 0
+    records.splits = sorted(reading.splits, key=lambda s: (s != "train", s == "test", s))
+    records.notes = {note: count for note, count in records.notes.items() if count}
+    return records, stamps | reading.here.stamps
+
+
+# Files of so many bytes and more are read once for all processes of a machine, and kept.
+STORE_FROM = 32 << 20
+
+
+def size_of(paths):
+    """Bytes of files and of the shards in folders. Any other folder is read by each process for
+    itself: 0, whatever else there is."""
+    total = 0
+    for path in paths:
+        shards = [path]
+        if os.path.isdir(path):
+            shards = [entry.path for entry in os.scandir(path) if entry.name.endswith(".tar")]
+            if not shards:
+                return 0
+        total += sum(os.path.getsize(shard) for shard in shards)
+    return total
+
+
+def store_folder():
+    """The folder of this user's in the system's temporary directory (TMPDIR) where records are
+    kept."""
+    folder = os.path.join(tempfile.gettempdir(), f"nanovlp-{os.getuid()}")
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+    except OSError as e:
+        fail(f"{folder}: {e.strerror} (TMPDIR names another directory for it)")
+    if os.lstat(folder).st_uid != os.getuid() or os.path.islink(folder):
+        fail(f"{folder} is not this user's (TMPDIR names another directory for it)")
+    return folder
+
+
+def stored_records(source, paths, roots, split, *options):
+    """The records of read_files(), read by the first process that asks and mapped by all others and
+    in later runs.
+
+    They are read again if a file or a listed folder has changed, or this file has. A lock, which
+    dies with its process, makes the others wait. A store is written under another name: what a
+    killed process leaves is written anew.
+    """
+    # of this working directory, for paths may be relative
+    with open(__file__, "rb") as f:
+        code = zlib.crc32(f.read())
+    asked = json.dumps([code, os.getcwd(), source, paths, roots, *options])
+    key = hashlib.blake2b(asked.encode(), digest_size=12).hexdigest()
+    home = os.path.join(store_folder(), key)
+
+    with open(home + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # of files without splits one store serves all
+        for folder in (home, f"{home}-{split}"):
+            records = Records.load(folder)
+            if records is not None:
+                records.split = split
+                return records
+
+        more = ", ..." if len(paths) > 3 else ""
+        say(f"reading {', '.join(paths[:3])}{more} once; what was read is kept in {home}")
+        draft = home + ".draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        os.mkdir(draft)
+        try:
+            records, stamps = read_files(source, paths, roots, split, *options, draft)
+            if len(records):
+                records.save(stamps)
+                folder = home if records.unsplit else f"{home}-{split}"
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(draft, folder)
+                records.map(folder)
+            return records
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            fail(f"{home}: {e.strerror} (TMPDIR names another directory for it)")
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def plain_path(where):
+    """A path without "./" and "//"; what is no path, as it is."""
+    if type(where) is str and ("./" in where or "//" in where) and "://" not in where:
+        return os.path.normpath(where)
+    return where
+
+
+def name_code(name):
+    """A picture's name -> 64 bits, the same everywhere and always."""
+    name = plain_path(name).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
+def own_name(record, path):
+    """The name of a record's picture as seen from its file or folder of --data; of text alone the
+    text."""
+    where = record.get("image") or record.get("feature")
+    if where is None:
+        return to_json(record)
+    return os.path.relpath(where, path if os.path.isdir(path) else os.path.dirname(path) or ".")
+
+
+MOST_HELD_OUT = 1000            # pictures that are evaluated on, where files have no splits
+
+
+def hold_out_part(records, split, share, spec):
+    """Of records without splits those that are the split's.
+
+    A hash of a picture's name, as its file writes it, is a number of 0 to 1: below `share` the
+    picture is val, below 2 * share it is test, all others are train. So a picture stays where it is
+    when files grow, move or are shuffled. Of val and test the MOST_HELD_OUT with the smallest
+    numbers are taken. Errors: there are none.
+    """
+    # each picture's number is that of its first record
+    first, picture = unique_images(records)
+    number = records.column("names")[first] / 2.0 ** 64
+    part = np.where(number < share, 1, np.where(number < 2 * share, 2, 0))
+    wanted = {"val": 1, "test": 2}.get(split, 0)
+
+    # the smallest first
+    chosen = np.flatnonzero(part == wanted)
+    if wanted:
+        chosen = chosen[np.argsort(number[chosen], kind="stable")][:MOST_HELD_OUT]
+    if not len(chosen):
+        fail(f"{spec}: no split '{split}' in it, and of its {len(first)} pictures hold_out {share} "
+             "takes none (a larger --hold_out, or --eval_data of other files)")
+    taken = np.zeros(len(first), bool)
+    taken[chosen] = True
+
+    # what went elsewhere
+    out = records.subset(np.flatnonzero(taken[picture]))
+    out.held_out = True
+    counts = np.bincount(part[picture], minlength=3).tolist()
+    for name, count, n in zip(("train", "val", "test"), counts, range(3)):
+        if n != wanted and count:
+            out.notes[f"held_for_{name}"] = count
+    beyond = counts[wanted] - len(out)
+    if beyond:
+        out.notes["beyond_the_first_1000"] = beyond
+    if ranks()[0] == 0:
+        say(f"{spec} has no splits: {len(out):,} of {len(records):,} records are {split} by a hash "
+            f"of their pictures' names (train {counts[0]:,}, val {counts[1]:,}, test {counts[2]:,};"
+            f" --hold_out {share})")
+    return out
 
 
 def world_files(source, split):
@@ -1447,25 +2052,24 @@ def check_keys(where, record, need):
 
 
 def count_pair(record, seen, reading):
-    """Notes what a record of pairs has. seen: hashes of (image, caption), which grows."""
-    captions = record.get("caption", ())
-    new = {hash((record["image"], caption)) for caption in captions} - seen
-    seen |= new
-    reading.count("duplicates", len(captions) - len(new))
-    reading.count("with_paraphrase", int(bool(record.get("paraphrase"))))
-    reading.count("with_tags", int(bool(record.get("tags"))))
-    reading.count("without_caption", int("caption" not in record))
+    """Notes what a record of pairs has. seen: array of hashes of (image, caption), which grows."""
+    image, captions = record["image"], record.get("caption", ())
+    for caption in captions:
+        seen.append(hash((image, caption)))
+    if record.get("paraphrase"):
+        reading.count("with_paraphrase")
+    if record.get("tags"):
+        reading.count("with_tags")
+    if "caption" not in record:
+        reading.count("without_caption")
 
 
-def report_missing(records, spec, first_gone):
-    """Says how many records were left out. Errors: there are none left.
-
-    first_gone: (where, path) of the first missing file, None if none was missing or all are kept.
-    """
+def report_missing(records, spec):
+    """Says how many records were left out. Errors: there are none left."""
     # some files were missing, or all of them
     missing = records.notes.get("missing", 0)
-    if first_gone:
-        where, path = first_gone
+    if records.first_gone:
+        where, path = records.first_gone
         if not len(records):
             fail(f"{where}: none of the {missing} image files is there, first {path} "
                  "(is --image_root right?)")
@@ -1483,54 +2087,76 @@ def report_missing(records, spec, first_gone):
 
 
 class ImageIds:
-    """Gives each record its image_id.
+    """Gives each record its image_id, at the end, when all are known.
 
     That is the file's own number, offset so that the ids of two files never collide, or else the
     next number for each new picture. A picture met before (the same location) keeps its id,
     whatever the record says: an image is never its own negative.
+
+    Locations are kept as 64 bits of each: two of n are taken for one with a chance of n^2 / 2^65,
+    for 12 million once in 250,000 runs.
+
+    by_path: the files' own ids do not count.
     """
 
-    def __init__(self):
-        self.by_location = {}
-        self.repeats = 0            # records whose picture was met before
-        self.next = 0               # larger than all ids given so far
+    def __init__(self, by_path=False):
+        self.by_path = by_path
+        self.locations = array.array("q")   # of each record, the hash of its picture's location
+        self.own = array.array("q")         # the file's number of it, or the hash of its name
+        self.files = []                     # (its number in --data, its first record, kind of ids)
+        self.repeats = 0                    # records whose picture was met before
 
-        # of the file that is read now
-        self.file = None
-        self.numbered = None        # do its records carry numbers?
-        self.offset = 0
-        self.by_name = {}           # ids of records that carry names instead of numbers
+    def add(self, file, where, record, own):
+        """One more record, of file number `file`, to which the file gives the id `own`."""
+        numbered = type(own) is int
+        fits = 0 <= own < 1 << 62 if numbered else own is None or type(own) is str
+        if not fits:
+            fail(f"{where}: key 'image_id' is {own!r}: a number >= 0 or a name expected")
 
-    def __call__(self, file, where, record, index):
-        """The id of a record from file number `file`; index: its place among the Records."""
-        # text alone (sts) has no location: its place is its own
-        location = record.get("image") or record.get("feature") or index
-        own = record.get("image_id")
-        is_number = isinstance(own, int)
-
-        # a new file begins behind all ids given so far
-        if file != self.file:
-            self.file, self.numbered = file, is_number
-            self.offset, self.by_name = self.next, {}
-        if is_number != self.numbered or (is_number and own < 0):
+        # all ids of a file are of one kind: numbers, or names and none
+        if not self.files or file != self.files[-1][0]:
+            self.files.append((file, len(self.own), numbered))
+        if numbered != self.files[-1][2]:
             fail(f"{where}: key 'image_id' is {own!r}: a number >= 0 in every record of a file, "
                  "or in none")
 
-        # met before
-        if location in self.by_location:
-            self.repeats += 1
-            return self.by_location[location]
+        # text alone (sts) has no location: its place is its own
+        location = record.get("image") or record.get("feature") or (len(self.own),)
+        self.locations.append(hash(plain_path(location)))
+        self.own.append(own if numbered else -1 if own is None else hash(own) & (1 << 62) - 1)
 
-        # the file's number, the number of its name, or the next one
-        if is_number:
-            number = self.offset + own
-        elif own is not None:
-            number = self.by_name.setdefault(own, self.next)
-        else:
-            number = self.next
-        self.next = max(self.next, number + 1)
-        self.by_location[location] = number
-        return number
+    def numbers(self, records, paths):
+        """The ids of the records -> (N,) int64. Errors: one id of a file is two pictures."""
+        own, ids = np.array(self.own), np.zeros(len(self.own), np.int64)
+        first = first_of_each(np.array(self.locations))
+        is_new = first == np.arange(len(first))
+        self.repeats = int((~is_new).sum())
+
+        # each file's ids begin behind all those of the files before it
+        offset, ends = 0, [start for _, start, _ in self.files[1:]] + [len(own)]
+        for (file, start, numbered), end in zip(self.files, ends):
+            new = start + np.flatnonzero(is_new[start:end])
+            if not self.by_path:
+                self.one_picture_each(new, own[new], records, paths[file])
+            by_number = numbered and not self.by_path
+            ids[new] = offset + (own[new] if by_number else np.arange(len(new)))
+            offset = int(ids[new].max(initial=offset - 1)) + 1
+        return ids[first]
+
+    def one_picture_each(self, new, own, records, path):
+        """Errors: two of the records `new` of a file, which are different pictures, have the same
+        id of the file."""
+        ids, counts = np.unique(own[own >= 0], return_counts=True)
+        if (counts > 1).any():
+            one, other = (records[i] for i in new[own == ids[counts > 1][0]][:2])
+            fail(f"{path}: image_id {one['own_id']!r} is two pictures, {one['image']} and "
+                 f"{other['image']} (--image_id path: a picture is known by its path alone)")
+
+
+def first_of_each(values):
+    """(N,) -> (N,) int64: where the same value stands first."""
+    _, first, which = np.unique(values, return_index=True, return_inverse=True)
+    return first[which]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1598,51 +2224,70 @@ def same_words(caption):
     return " ".join(caption.lower().split())
 
 
-def read_paraphrases(path):
-    """A file of paraphrases -> {same_words(caption): list of wordings, each once}.
+class Paraphrases:
+    """A file of paraphrases: wordings_of(caption) -> list, each once, in the file's order.
 
     path: .jsonl or .json of {"caption": string, "paraphrase": string or list of strings}, or .tsv
-    "caption TAB wording [TAB wording ...]". A caption may stand on several lines.
+    "caption TAB wording [TAB wording ...]". A caption may stand on several lines, and counts by
+    same_words(). Of a caption 64 bits are kept.
     """
-    # (where, caption, its wordings) of each line
-    rows = []
+
+    def __init__(self, path):
+        # the wordings of each line as a record, found by the hash of its caption
+        self.lines, codes = Records("paraphrases", None), array.array("q")
+        for where, caption, found in paraphrase_rows(path):
+            found = [wording.strip() for wording in wordings(found)]
+            if not found:
+                fail(f"{where}: a caption and at least one paraphrase of it expected")
+            self.lines.append({"caption": found})
+            codes.append(hash(same_words(caption)))
+
+        # sorted, those of one caption in the file's order
+        self.order = np.argsort(np.array(codes), kind="stable")
+        self.codes = array.array("q", np.array(codes)[self.order].tobytes())
+
+    def __len__(self):
+        return len(set(self.codes))
+
+    def wordings_of(self, caption):
+        code, found = hash(same_words(caption)), []
+        at = bisect_left(self.codes, code)
+        while at < len(self.codes) and self.codes[at] == code:
+            found += self.lines[self.order[at]]["caption"]
+            at += 1
+        return list(dict.fromkeys(found))
+
+
+def paraphrase_rows(path):
+    """Yields (where, caption, its wordings) of each line of a file of paraphrases."""
     if path.endswith(".tsv"):
         for where, line in lines_of(path):
             caption, *found = line.split("\t")
-            rows.append((where, caption, found))
-    else:
-        for where, raw in json_records(path):
-            found = get(where, raw, "paraphrase", (str, list))
-            if not isinstance(found, str) and not is_list_of(found, str):
-                fail(f"{where}: key 'paraphrase' must be a string or a list of strings")
-            rows.append((where, get(where, raw, "caption", str), wordings(found)))
-
-    # several lines of one caption add up
-    out = {}
-    for where, caption, found in rows:
-        if not wordings(found):
-            fail(f"{where}: a caption and at least one paraphrase of it expected")
-        known = out.setdefault(same_words(caption), [])
-        known += [wording.strip() for wording in wordings(found) if wording.strip() not in known]
-    return out
+            yield where, caption, found
+        return
+    for where, raw in json_records(path):
+        found = get(where, raw, "paraphrase", (str, list))
+        if not isinstance(found, str) and not is_list_of(found, str):
+            fail(f"{where}: key 'paraphrase' must be a string or a list of strings")
+        yield where, get(where, raw, "caption", str), found
 
 
 def join_paraphrases(records, path):
-    """Records whose captions have the paraphrases of a file (see read_paraphrases) beside those
+    """Records whose captions have the paraphrases of a file (see Paraphrases) beside those
     that they came with; joined by the words of the caption.
 
     Errors: DataError if the file has none of the captions.
     """
     if not os.path.exists(path):
         fail(f"--paraphrase {path}: no such file")
-    known, out = read_paraphrases(path), records.subset(())
+    known, out = Paraphrases(path), records.subset(())
     captions = joined = with_paraphrase = 0
     for record in records:
         # each caption's own wordings, then those of the file
         own = record.get("paraphrase") or [None] * len(captions_of(record))
         both = []
         for caption, paraphrase in zip(captions_of(record), own):
-            found = known.get(same_words(caption), [])
+            found = known.wordings_of(caption)
             both.append(wordings(paraphrase) + found)
             captions, joined = captions + 1, joined + bool(found)
         with_paraphrase += any(both)
@@ -2657,8 +3302,7 @@ class Stream:
 def caption_units(records):
     """Every caption of every record -> (N, 2) int32: the record, and which of its captions. A
     record without captions, or with a single string, is there once."""
-    counts = [max(1, len(captions_of(record))) for record in records]
-    counts = torch.tensor(counts)
+    counts = torch.from_numpy(records.column("captions")).clamp(min=1).long()
     owners = torch.arange(len(counts)).repeat_interleave(counts)
     firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     return torch.stack([owners, torch.arange(len(owners)) - firsts], 1).int()
@@ -2691,14 +3335,11 @@ class Chunks:
 
 
 def unique_images(records):
-    """-> (list of the position of the first record of each picture, {image_id: its position in
-    that list})."""
-    first, position = [], {}
-    for i, record in enumerate(records):
-        if record["image_id"] not in position:
-            position[record["image_id"]] = len(first)
-            first.append(i)
-    return first, position
+    """-> (positions of the first record of each picture, (M,) int64; the position of each record's
+    picture among those, (N,) int64)."""
+    first = first_of_each(records.column("image_ids"))
+    is_new = first == np.arange(len(first))
+    return np.flatnonzero(is_new), (np.cumsum(is_new) - 1)[first]
 
 
 def captions_of(record):
@@ -2709,11 +3350,12 @@ def captions_of(record):
 
 def first_captions(records, n):
     """Records with the first n captions of each picture, and their paraphrases; the others go."""
-    out, seen = records.subset(()), Counter()
-    for record in records:
+    out, (first, picture) = records.subset(()), unique_images(records)
+    seen = np.zeros(len(first), np.int64)
+    for record, image in zip(records, picture):
         captions, paraphrases = captions_of(record), record.get("paraphrase")
-        kept = max(0, n - seen[record["image_id"]])
-        seen[record["image_id"]] += len(captions)
+        kept = max(0, n - seen[image])
+        seen[image] += len(captions)
         record["caption"] = captions[:kept]
         if paraphrases:
             record["paraphrase"] = paraphrases[:kept]
@@ -2724,13 +3366,9 @@ def first_captions(records, n):
 def flat_captions(records):
     """All captions in order -> (list of str, owner (N,) int64: the position of a caption's picture
     among the unique images)."""
-    _, position = unique_images(records)
-    texts, owner = [], []
-    for record in records:
-        captions = captions_of(record)
-        texts += captions
-        owner += [position[record["image_id"]]] * len(captions)
-    return texts, torch.tensor(owner, dtype=torch.long)
+    texts = list(itertools.chain.from_iterable(map(captions_of, records)))
+    owner = np.repeat(unique_images(records)[1], records.column("captions"))
+    return texts, torch.from_numpy(owner)
 
 
 def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", batch_size=64,
@@ -2749,11 +3387,11 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
     # what there is to make, in order
     items = []
     if what == "image":
-        for number, i in enumerate(unique_images(records)[0]):
+        for number, i in enumerate(unique_images(records)[0].tolist()):
             items.append(Item(i, keys=keys, number=number))
     elif what == "text":
-        for i, record in enumerate(records):
-            for caption in range(len(captions_of(record))):
+        for i, count in enumerate(records.column("captions").tolist()):
+            for caption in range(count):
                 items.append(Item(i, caption=caption, keys=keys, number=len(items)))
     elif what == "sample":
         items = [Item(i) for i in range(len(records))]

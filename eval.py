@@ -820,7 +820,8 @@ class Eval:
 
         def read(split):
             return data.open_source(source, self.spec, split, self.root, limit=self.opts.limit,
-                                    need=need, missing=data.absent(self.views))
+                                    need=need, missing=data.absent(self.views),
+                                    image_id=self.loop.get("image_id", "file"))
 
         try:
             records = read(self.opts.split or "test")

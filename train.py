@@ -49,6 +49,7 @@ class Loop:
     # -- data: what is read
     data: str = "shapes"            # "shapes", or files in official formats, comma-separated
     image_root: str = ""            # folder of the images (default: the data file's)
+    image_id: Literal["file", "path"] = "file"  # same picture: by the files' ids, or by its path
     vocab: str = ""                 # BERT vocabulary file (default: of shapes, or of --init)
     split: str = "train"            # split to train on
     regions: str = ""               # files of tools.regions, comma-separated, for all images
@@ -512,7 +513,8 @@ def open_records(loop, views, untrained):
         need = tuple("caption" if key == "tags" else key for key in need)
     records = data.open_source(views["source"], loop.data, loop.split, loop.image_root or None,
                                limit=loop.limit or None, seed=loop.seed, need=need,
-                               missing="keep" if untrained else data.absent(views))
+                               missing="keep" if untrained else data.absent(views),
+                               image_id=loop.image_id)
     if loop.tag_words:
         records = data.caption_tags(records, loop.tag_words)
     if loop.paraphrase:

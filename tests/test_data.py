@@ -254,7 +254,7 @@ def test_a_picture_in_a_tar_has_a_name(tmp_path, tok, capsys):
     r = read("pairs", tar, "train")
     where = r[0]["image"]
     assert where == data.TarMember(tar, 512, 10, "1.jpg")
-    assert str(where) == f"{tar} at byte 512 (10 bytes)"
+    assert str(where) == f"{tar} member 1.jpg (byte 512, 10 bytes)"
     assert data.picture_path(where) == f"{tar}/1.jpg" and data.picture_bytes(where) == 10
     assert pickle.loads(pickle.dumps(where)) == where
 
@@ -291,9 +291,9 @@ def test_several_files_and_ids(tmp_path):
     assert [x["image_id"] for x in r] == [0, 1, 2, 0]
 
     # names instead of numbers
-    names = [dict(row, image_id=i) for row, i in zip(rows, ("p", "q", "p", "p"))]
+    names = [dict(row, image_id=i) for row, i in zip(rows, ("p", "q", "r", "p"))]
     r = read("pairs", lines(tmp_path / "4.jsonl", names), "train", image_root=str(tmp_path / "r1"))
-    assert [x["image_id"] for x in r] == [0, 1, 0, 0]
+    assert [x["image_id"] for x in r] == [0, 1, 2, 0]
     names[1]["image_id"] = 3
 
     with refused("5.jsonl line 2", "image_id"):

@@ -37,8 +37,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -461,6 +460,10 @@ class Driver:
                 self.failed[run.name] = wrong
             self.done.add(run.name)
 
+            # a wrong flag, a missing file: the others would fail as well
+            if len(self.failed) == len(self.done) >= 3:
+                self.stopped = True
+
     def progress(self, runs):
         """How many of the runs are done, counting the share of those that train now."""
         total = float(len(self.done))
@@ -482,14 +485,13 @@ class Driver:
         pool = ThreadPoolExecutor(self.opts.jobs)
         try:
             futures = [pool.submit(self.run_group, group) for group in groups]
-            while not all(future.done() for future in futures):
+            while wait(futures, timeout=1 if sys.stderr.isatty() else 60).not_done:
                 bar.n = self.progress(runs)
                 bar.set_postfix_str(f"{len(self.failed)} failed" if self.failed else "")
-                time.sleep(1)
-            bar.n = len(runs)
+            bar.n = len(self.done)
             bar.refresh()
             for future in futures:
-                future.result()
+                future.result()                         # what went wrong in here, not in a run
         finally:
             self.stopped = True
             for process in list(self.processes):
@@ -747,6 +749,7 @@ def parse(argv):
     p.add_argument("--print", action="store_true", help="only print the commands, a job a line")
     p.error = lambda message: sys.exit(Stop(f"tools.tables: {message} (see --help)"))
     opts, opts.more = p.parse_known_args(argv)
+    as_dict(opts.more)
     if opts.seeds < 1 or opts.jobs < 1:
         raise Stop("tools.tables: --seeds and --jobs are at least 1")
     return opts
@@ -786,7 +789,8 @@ def main(argv=None):
     for name, wrong in driver.failed.items():
         print(f"failed: {Path(opts.runs) / name}: {wrong}", file=sys.stderr)
     if driver.failed:
-        raise Stop(f"tools.tables: {len(driver.failed)} runs failed; the same command tries again")
+        raise Stop(f"tools.tables: {len(driver.failed)} of {len(driver.done)} runs failed; "
+                   "the same command tries again")
     return summaries
 
 

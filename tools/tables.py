@@ -447,6 +447,8 @@ class Driver:
                 if wrong:
                     return wrong
                 file = result_file(self.folder / run.name, evaluation, flags)
+            if file is None:
+                return f"eval.py left no result of {evaluation} (see {log})"
             if self.keep:
                 self.results.add(line_of(run, evaluation, flags, file))
         return None

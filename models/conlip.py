@@ -171,19 +171,6 @@ PRESETS = {
 #   COCO_IMAGES (Tables 3 to 5 are zero-shot on COCO's 5,000 test images).
 # Towers: --init_vision google/vit-base-patch16-224-in21k --init_text bert-base-uncased; the heads
 #   start at random.
-# Table 1  CL: --mlm none --mim none; Vanilla: --mlm vanilla --mim vanilla; ConLIP: the default.
-#   Then eval.py on Flickr30K and COCO ("zs"), or --task retrieval --init RUN --data KARPATHY first.
-# Table 2  eval.py RUN --task cross_attention
-# Table 3  rows from above:
-#   1 InfoNCE       --contrast infonce --mlm none --mim none
-#   2 DCL           --mlm none --mim none
-#   3 DCL + ConMLM  --mim none
-#   4 DCL + ConMIM  --mlm none
-#   5 both          the default
-# Table 4  --head_layers 3; --head_layers 2; --head_layers 2 --head_shared; the default
-# Table 5  --mim_prob 0.4 | 0.5 | 0.6 | 0.7, --mlm_prob 0.15 | 0.25 | 0.3 | 0.4
-# Figure 4  eval.py RUN --task speed --beside SINGLE_STREAM_RUN --data COCO --sizes 1000,5000
-# Figure 5  eval.py RUN --task gallery --text "..." --image FILE
 PAPER = dict(optimizer="adamw", lr=5e-5, weight_decay=0.01, schedule="linear", warmup_steps=0.1,
              epochs=30, batch_size=4096, amp="fp16")
 RECIPE = {
@@ -191,6 +178,87 @@ RECIPE = {
     # Karpathy's COCO (113,287 images) or Flickr30K (the paper: 29.8k; his file marks 29,000).
     # epoch_of [?]: Deviation 9
     "retrieval": PAPER | dict(image_size=336, epoch_of="captions"),
+}
+
+# Every table and figure with results, as data for tools/tables.py; models/README.md says what its
+# words mean. Tables 6 and 7 list settings and sizes, Figures 1 to 3 are drawings. Table 1's rows of
+# 9.5M pairs stand apart, as "Table 1: pairs"; its rows of other methods are other people's.
+CC = ("--data cc3m.tsv,cc12m.tsv --image_root images --vocab vocab.txt "
+      "--init_vision google/vit-base-patch16-224-in21k --init_text bert-base-uncased")
+COCO = "--data dataset_coco.json --image_root coco-images"
+FLICKR = "--data dataset_flickr30k.json --image_root flickr30k-images"
+QUICK = dict(pretrain="--steps 700", retrieval="--steps 200")
+CL, VANILLA = "pretrain --mlm none --mim none", "pretrain --mlm vanilla --mim vanilla"
+TABLE_1 = dict(
+    claim="ConMLM and ConMIM are more effective than vanilla MLM and MIM, and than none.",
+    rows={"CL (zs)": CL, "Vanilla (zs)": VANILLA, "ConLIP (zs)": "pretrain",
+          "CL": CL + " -> retrieval", "Vanilla": VANILLA + " -> retrieval",
+          "ConLIP": "pretrain -> retrieval"},
+    reference="ConLIP (zs)",
+    better=[("ConLIP (zs)", "Vanilla (zs)"), ("ConLIP (zs)", "CL (zs)"), ("ConLIP", "Vanilla"),
+            ("ConLIP", "CL")],
+    evaluation="retrieval", columns=("t2i_r1", "i2t_r1"))
+TABLE_2 = dict(
+    rows={"Vanilla": VANILLA, "ConLIP": "pretrain"}, reference="Vanilla",
+    better=[("ConLIP", "Vanilla")], evaluation="cross_attention", tiny=QUICK,
+    base=dict(pretrain=CC + " --limit 5300000", eval=FLICKR))
+ABLATION = dict(evaluation="retrieval", columns=("t2i_r1", "i2t_r1"),
+                tiny=QUICK,
+                base=dict(pretrain=CC + " --limit 200000", eval=COCO))
+TABLES = {
+    "Table 1: Flickr30K": dict(
+        TABLE_1, tiny=QUICK,
+        base=dict(pretrain=CC + " --limit 5300000", retrieval=FLICKR, eval=FLICKR)),
+    "Table 1: COCO": dict(
+        TABLE_1, base=dict(pretrain=CC + " --limit 5300000", retrieval=COCO, eval=COCO)),
+    "Table 1: pairs": dict(
+        claim="More pairs help, without fine-tuning and with it.",
+        rows={"ConLIP (zs), 5.3M": "pretrain --limit 5300000",
+              "ConLIP (zs), 9.5M": "pretrain --limit 9500000",
+              "ConLIP, 5.3M": "pretrain --limit 5300000 -> retrieval",
+              "ConLIP, 9.5M": "pretrain --limit 9500000 -> retrieval"},
+        better=[("ConLIP (zs), 9.5M", "ConLIP (zs), 5.3M"), ("ConLIP, 9.5M", "ConLIP, 5.3M")],
+        evaluation="retrieval", columns=("t2i_r1", "i2t_r1"),
+        base=dict(pretrain=CC, retrieval=COCO, eval=COCO)),
+    "Table 2": dict(
+        TABLE_2, claim="The other side's [CLS] state gets more attention in conditioned heads.",
+        columns=("text -> h_cls of the image, mean", "image patches -> h_cls of the text, mean")),
+    "Table 2: deviation": dict(
+        TABLE_2, claim="The attention to it is also spread wider.",
+        columns=("text -> h_cls of the image, std", "image patches -> h_cls of the text, std")),
+    "Table 3": dict(
+        ABLATION,
+        claim="DCL is more effective than InfoNCE; ConMLM and ConMIM both improve retrieval.",
+        rows={"InfoNCE": "pretrain --contrast infonce --mlm none --mim none", "DCL": CL,
+              "DCL + ConMLM": "pretrain --mim none", "DCL + ConMIM": "pretrain --mlm none",
+              "DCL + ConMLM + ConMIM": "pretrain"},
+        reference="DCL",
+        better=[("DCL", "InfoNCE"), ("DCL + ConMLM", "DCL"), ("DCL + ConMIM", "DCL"),
+                ("DCL + ConMLM + ConMIM", "DCL")]),
+    "Table 4": dict(
+        ABLATION,
+        claim="More layers in the heads help image-to-text retrieval and harm text-to-image; "
+              "layers that share their parameters do not help.",
+        rows={"3": "pretrain --head_layers 3", "2": "pretrain --head_layers 2",
+              "2*": "pretrain --head_layers 2 --head_shared", "1": "pretrain"},
+        reference="1", better=[("3", "1", "i2t_r1"), ("1", "3", "t2i_r1"), ("1", "2*")]),
+    "Table 5": dict(
+        ABLATION, claim="Masking ratios matter little (no row is claimed to be better).",
+        rows={"50 %, 15 %": "pretrain", "50 %, 25 %": "pretrain --mlm_prob 0.25",
+              "50 %, 30 %": "pretrain --mlm_prob 0.3", "50 %, 40 %": "pretrain --mlm_prob 0.4",
+              "40 %, 15 %": "pretrain --mim_prob 0.4", "60 %, 15 %": "pretrain --mim_prob 0.6",
+              "70 %, 15 %": "pretrain --mim_prob 0.7"},
+        reference="50 %, 15 %"),
+    "Figure 4": dict(
+        claim="Two towers search a gallery in O(n), a single-stream model in O(n^2).",
+        rows={"ConLIP": "pretrain"}, evaluation="speed",
+        base=dict(pretrain=CC + " --limit 5300000",
+                  eval=COCO + " --sizes 1000,5000 --beside SINGLE_STREAM_RUN")),
+    "Figure 5": dict(
+        claim="The picture that a sentence describes comes first.",
+        rows={"ConLIP": "pretrain -> retrieval"}, evaluation="gallery",
+        base=dict(pretrain=CC + " --limit 9500000", retrieval=FLICKR,
+                  eval=FLICKR + " --text 'a man wears an orange hat and glasses'")),
 }
 
 TASKS = ("pretrain", "retrieval")

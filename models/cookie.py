@@ -146,14 +146,6 @@ PRESETS = {
 # as captions. An epoch goes over pairs: the paper counts 5.9 million of them, and VSE-infinity's
 # epoch is over captions, too; CSQ's is over images. Ablations (section 4.3): ITM with ResNeXt-101,
 # image retrieval with ResNet-50, text with ResNet-101.
-# Table 5b, rows from above (flags at pre-training and again at fine-tuning):
-#   baseline                          --ws_layers 0 --tav_layers 0
-#   FC, shared                        --ws fc --tav_layers 0
-#   WS-TE, not shared                 --ws_shared false --tav_layers 0
-#   WS-TE, shared                     --tav_layers 0
-#   WS-TE, not shared, and TAV-TE     --ws_shared false
-#   WS-TE, shared, and TAV-TE         (the default)
-# Table 5c prints 5b's baseline for 0 layers: without the TAV-TE, too.
 RECIPE = {
     "pretrain": [
         dict(task="ccl", optimizer="adamw", lr=2e-5, schedule="step", milestones="0.5", gamma=0.1,
@@ -174,6 +166,179 @@ RECIPE = {
                     schedule="step", gamma=0.7, epochs=90, epoch_of="images", batch_size=64,
                     crop_scale=(0.08, 1.0),
                     milestones="0.1111,0.2222,0.3333,0.4444,0.5556,0.6667,0.7778,0.8889"),
+}
+
+# Every table and figure with results, as data for tools/tables.py; models/README.md says what its
+# words mean. Figures 1 and 2 are drawings. Not here: other people's rows; Table 1 and 2's rows with
+# a star (`eval.py RUN --task retrieval --ensemble RUN2`); Table 5d's rows with VQA and GQA, whose
+# numbers cannot be told apart in our copy. Fine-tuning repeats what pre-training said of sizes.
+# Table 5 measures ITM with ResNeXt-101, IR with ResNet-50, TM with ResNet-101 (section 4.3).
+FILES = ("--data coco.json,flickr30k.json,cc3m.tsv,sbu.tsv,v2_questions.json,gqa_questions.json "
+         "--image_root images --chunk 24")
+BERT = "--vocab vocab.txt --init_text bert-base-uncased"
+X101, R101, R50 = (f"{BERT} --init_vision {name}.pth"
+                   for name in ("ig_resnext101_32x8", "resnet101", "resnet50"))
+COCO = "--data dataset_coco.json --image_root coco-images"
+FLICKR = "--data dataset_flickr30k.json --image_root flickr30k-images"
+LISTS = "--data LISTS --image_root coco-images"     # a folder: train.txt, database.txt, test.txt
+QUICK = dict(pretrain="")
+
+# How Table 5 measures: Rsum of COCO (1K: the mean of five folds), MAP, mean of both correlations.
+ITM = dict(evaluation="retrieval", columns=("rsum",), tiny=QUICK,
+           base=dict(pretrain=FILES, retrieval=COCO, start=X101, eval=COCO,
+                     columns=("rsum, folds",)))
+IR = dict(evaluation="hashing", columns=("map",), tiny=dict(QUICK, hashing="--bits 64"),
+          base=dict(pretrain=FILES + " --backbone resnet50", start=R50,
+                    hashing="--bits 64 " + LISTS, eval=LISTS))
+TM = dict(evaluation="sts", columns=("P+S / 2",), tiny=QUICK,
+          base=dict(pretrain=FILES + " --backbone resnet101", start=R101,
+                    eval="--data stsbenchmark"))
+LOSSES = {"CCL": "--vcl false --tcl false", "CCL + VCL": "--tcl false",
+          "CCL + TCL": "--vcl false", "CCL + VCL + TCL": ""}
+SHARING = {"baseline": "--ws_layers 0 --tav_layers 0", "FC, shared": "--ws fc --tav_layers 0",
+           "WS-TE, not shared": "--ws_shared false --tav_layers 0",
+           "WS-TE, shared": "--tav_layers 0", "WS-TE, not shared, TAV-TE": "--ws_shared false",
+           "WS-TE, shared, TAV-TE": ""}
+DEPTHS = {"0": "--ws_layers 0 --tav_layers 0", "1": "--ws_layers 1", "2": "", "4": "--ws_layers 4",
+          "8": "--ws_layers 8"}
+CORPORA = {"MSCOCO": "--data coco.json", "Flickr30K": "--data flickr30k.json",
+           "CC": "--data cc3m.tsv", "CC+SBU": "--data cc3m.tsv,sbu.tsv"}
+# each needs its weights, --init_vision
+BACKBONES = {"ResNet50": ("--backbone resnet50", R50), "ResNet101": ("--backbone resnet101", R101),
+             "ResNeXt101": ("--backbone resnext101_32x8d", X101)}
+ALL, BEST = "CCL + VCL + TCL", "WS-TE, shared, TAV-TE"
+
+
+def then(rows, task=None, again=False):
+    """{row: flags of pre-training} -> rows that go on with a task; `again`: with the same flags."""
+    out = {}
+    for name, flags in rows.items():
+        out[name] = f"pretrain {flags}".strip()
+        if task:
+            out[name] += f" -> {task} {flags if again else ''}".rstrip()
+    return out
+
+
+def backbones(task=None):
+    """Table 5e's rows: each backbone with its own weights, with pre-training and (w/o) without."""
+    out = {}
+    for name, (flag, weights) in BACKBONES.items():
+        out[name] = f"pretrain {flag} {weights}" + (f" -> {task} {flag}" if task else "")
+        if task:
+            out[f"{name}, w/o"] = f"{task} {flag} {weights}"
+    return out
+
+
+HASHES = dict(
+    claim="Pre-training makes hash codes better (CSQ is the same without it).",
+    rows={f"{who}, {bits}": f"{way} --bits {bits}"
+          for who, way in (("CSQ", "hashing"), ("COOKIE", "pretrain -> hashing"))
+          for bits in (16, 32, 64)},
+    better=[("COOKIE, 16", "CSQ, 16"), ("COOKIE, 32", "CSQ, 32"), ("COOKIE, 64", "CSQ, 64")],
+    evaluation="hashing", columns=("map",))
+STRONGER = {
+    "COOKIE R101": "pretrain --backbone resnet101 --init_vision resnet101.pth -> "
+                   "retrieval --backbone resnet101",
+    "COOKIE X101": "pretrain --init_vision ig_resnext101_32x8.pth -> retrieval"}
+TABLES = {
+    "Table 1": dict(
+        claim="Pre-trained, two encoders reach models that look at every pair; the stronger "
+              "backbone is better.",
+        rows=STRONGER, better=[("COOKIE X101", "COOKIE R101")],
+        evaluation="retrieval", columns=("i2t_r1", "t2i_r1"),
+        base=dict(pretrain=FILES, start=BERT, retrieval=COCO, eval=COCO)),
+    "Table 2": dict(
+        claim="The same on Flickr30K.",
+        rows=STRONGER, better=[("COOKIE X101", "COOKIE R101")],
+        evaluation="retrieval", columns=("i2t_r1", "t2i_r1"),
+        base=dict(pretrain=FILES, start=BERT, retrieval=FLICKR, eval=FLICKR)),
+    "Table 3": dict(
+        claim="The text encoder helps video retrieval; GPO pools better than the mean.",
+        rows={"COOKIE (mean)": "pretrain -> vtm",
+              "COOKIE (gpo)": "pretrain -> vtm --pooling gpo"},
+        better=[("COOKIE (gpo)", "COOKIE (mean)")], evaluation="vtm", columns=("rsum",),
+        tiny=QUICK,
+        base=dict(pretrain=FILES + " --backbone resnet101", start=R101,
+                  vtm="--data videodatainfo.json,FEATURES")),
+    "Table 4a": dict(
+        claim="Pictures teach the text encoder what sentences mean.",
+        rows={"BERT": "pretrain --steps 0 --embed bert --ws_layers 0",
+              "COOKIE": "pretrain --backbone resnet101 --init_vision resnet101.pth"},
+        better=[("COOKIE", "BERT")], evaluation="sts", columns=("P+S / 2",),
+        base=dict(pretrain=FILES, start=BERT,
+                  eval=("--data STS12-en-test", "--data STS13-en-test", "--data STS14-en-test",
+                        "--data STS15-en-test", "--data STS16-en-test", "--data stsbenchmark"))),
+    "Table 4b: MSCOCO": dict(
+        HASHES, base=dict(pretrain=FILES + " --backbone resnet50", start=R50, hashing=LISTS,
+                          eval=LISTS)),
+    "Table 4b: NUS-WIDE": dict(
+        HASHES, base=dict(pretrain=FILES + " --backbone resnet50", start=R50,
+                          hashing="--data NUS_LISTS --image_root nus-images",
+                          eval="--data NUS_LISTS --image_root nus-images")),
+    "Table 5a: ITM": dict(
+        ITM, claim="Pre-training helps; both contrasts within a modality help matching.",
+        rows={"none": "retrieval", **then(LOSSES, "retrieval")}, reference="CCL",
+        better=[("CCL", "none"), ("CCL + VCL", "CCL"), ("CCL + TCL", "CCL"), (ALL, "CCL")]),
+    "Table 5a: IR": dict(
+        IR, claim="Image retrieval relies on cross-modal and visual contrast.",
+        rows={"none": "hashing", **then(LOSSES, "hashing")}, reference="CCL",
+        better=[("CCL", "none"), ("CCL + VCL", "CCL"), (ALL, "CCL")]),
+    "Table 5a: TM": dict(
+        TM, claim="Text matching relies on cross-modal and textual contrast.",
+        rows=then(LOSSES), reference="CCL", better=[("CCL + TCL", "CCL"), (ALL, "CCL")]),
+    "Table 5b": dict(
+        ITM, claim="A transformer that both modalities share aligns them, best after a TAV-TE.",
+        rows=then(SHARING, "retrieval", again=True), reference="baseline",
+        better=[("WS-TE, shared", "baseline"), ("WS-TE, shared", "WS-TE, not shared"),
+                ("WS-TE, shared", "FC, shared"), (BEST, "WS-TE, shared"),
+                (BEST, "WS-TE, not shared, TAV-TE")]),
+    "Table 5c: pre-trained": dict(
+        ITM, claim="With pre-training two shared layers are best (none: without the TAV-TE, as "
+                   "5b's baseline).",
+        rows=then(DEPTHS, "retrieval", again=True), reference="2",
+        better=[("2", "0"), ("2", "1"), ("2", "4"), ("2", "8")]),
+    "Table 5c: without": dict(
+        ITM, claim="Without pre-training one shared layer is best.",
+        rows={name: f"retrieval {flags}".strip() for name, flags in
+              {**DEPTHS, "2": "--ws_layers 2"}.items()},
+        reference="1", better=[("1", "0"), ("1", "2"), ("1", "4"), ("1", "8")]),
+    "Table 5d: ITM": dict(
+        claim="More pairs help image-text matching.", evaluation="retrieval",
+        rows=then(CORPORA, "retrieval"), better=[("CC+SBU", "CC"), ("CC", "Flickr30K")],
+        columns=("rsum, folds",), base=ITM["base"]),
+    "Table 5d: IR": dict(
+        claim="More pairs help image retrieval little.", evaluation="hashing",
+        rows=then(CORPORA, "hashing"), columns=("map",), base=IR["base"]),
+    "Table 5d: TM": dict(
+        claim="More pairs help text matching little.", evaluation="sts",
+        rows=then(CORPORA), columns=("P+S / 2",), base=TM["base"]),
+    "Table 5e: ITM": dict(
+        claim="The stronger the backbone, the stronger is matching; pre-training helps each.",
+        rows=backbones("retrieval"), evaluation="retrieval", columns=("rsum, folds",),
+        better=[("ResNet101", "ResNet50"), ("ResNeXt101", "ResNet101"),
+                ("ResNet50", "ResNet50, w/o"), ("ResNet101", "ResNet101, w/o"),
+                ("ResNeXt101", "ResNeXt101, w/o")],
+        base=dict(pretrain=FILES, retrieval=COCO, eval=COCO)),
+    "Table 5e: IR": dict(
+        claim="The same of image retrieval.", rows=backbones("hashing"), evaluation="hashing",
+        columns=("map",),
+        better=[("ResNet101", "ResNet50"), ("ResNeXt101", "ResNet101"),
+                ("ResNet50", "ResNet50, w/o"), ("ResNet101", "ResNet101, w/o"),
+                ("ResNeXt101", "ResNeXt101, w/o")],
+        base=dict(pretrain=FILES, hashing="--bits 64 " + LISTS, eval=LISTS)),
+    "Table 5e: TM": dict(
+        claim="Text matching gains nothing from better pictures.", rows=backbones(),
+        evaluation="sts", columns=("P+S / 2",),
+        base=dict(pretrain=FILES, eval="--data stsbenchmark")),
+    "Figure 3": dict(
+        claim="With the WS-TE, pictures and sentences attend to the same things.",
+        rows={"without": "pretrain --ws_layers 0 --tav_layers 0", "with": "pretrain"},
+        evaluation="attention",
+        base=dict(pretrain=FILES, start=X101, eval="--image a.jpg --text 'a man'")),
+    "Figure 4": dict(
+        claim="Two encoders take a small part of the time of a model that reads every pair.",
+        rows={"COOKIE": "pretrain"}, evaluation="speed",
+        base=dict(pretrain=FILES, start=X101, eval=COCO + " --beside RUN --sizes 500,1000")),
 }
 
 TASKS = ("pretrain", "retrieval", "vtm", "hashing")

@@ -129,21 +129,6 @@ PRESETS = {
 # Sections 5.1 (pre-training, both stages alike, from BERT's weights: --init_text bert-base-uncased)
 # and 5.2 (fine-tuning).
 # Stage 1 is LAIT, stage 2 CC + SBU: --stage_data LAIT CC,SBU.
-# Table 1: pre-trained only; Table 2: `--task retrieval --init RUN --data FLICKR|COCO`.
-#   COCO is evaluated on 5,000 images and 5 x 1,000.
-# Table 3, all on `--task pretrain`, evaluated on Flickr30K without fine-tuning:
-#   LAIT                      --stage_data LAIT
-#   CC                        --stage_data CC --limit 0 --mrfr 0
-#   CC+SBU                    --stage_data CC,SBU --limit 0
-#   LAIT+CC+SBU, one stage    --stage_data LAIT,CC,SBU --limit 0           (LAIT being the 2M)
-#   LAIT -> (CC+SBU)          --stage_data LAIT CC,SBU
-#   The row CC has the figures of Table 4's CC, which is without MRFR; whether the other rows are
-#   with or without it, the paper does not say.
-# Table 4, part 1: CC+SBU as above, without and with --global_feature, on regions of
-#      python -m tools.regions --global_feature NAME;
-#   2: CC as above, and with --mrfr 1 in place of --mrfr 0;
-#   3: --max_regions 36 and 100, the surest;
-#   4: --ce 1 --triplet 1; --bce 0 --ce 1; --bce 0 --triplet 1; the default.
 # epoch_of: LAIT, CC and SBU have one caption an image. Flickr30K and COCO have five, and the paper
 # does not say [?]: Deviation 10.
 STAGE = dict(optimizer="adam", lr=1e-4, schedule="constant", epochs=17, batch_size=48,
@@ -153,6 +138,79 @@ RECIPE = {
                  STAGE],
     "retrieval": dict(optimizer="adam", lr=5e-5, schedule="constant", epochs=130, batch_size=24,
                       epoch_of="images"),
+}
+
+# Every table and figure with results, as data for tools/tables.py; models/README.md says what its
+# words mean. Figures are drawings. Not here: other people's rows; Table 3's CC, which is Table 4's
+# row "CC" (part 2): whether Table 3's other rows are with MRFR or without, the paper does not say.
+# COCO is evaluated on 5,000 images and 5 x 1,000. The built-in world's noisy captions (half of them
+# swapped) stand for LAIT, its clean ones for CC + SBU.
+FEATURES = ("--regions lait.safetensors,cc.safetensors,sbu.safetensors --image_root images "
+            "--vocab vocab.txt --init_text bert-base-uncased")
+STAGES = "--stage_data LAIT cc3m.tsv,sbu.tsv"
+CC_SBU, CC = "--stage_data cc3m.tsv,sbu.tsv --limit 0", "--stage_data cc3m.tsv --limit 0"
+COCO = "--data dataset_coco.json --image_root coco --regions coco.safetensors"
+FLICKR = "--data dataset_flickr30k.json --image_root flickr30k --regions flickr.safetensors"
+R1 = dict(evaluation="retrieval", columns=("t2i_r1", "i2t_r1"))
+QUICK = dict(pretrain="", eval="--limit 300")
+POOL = dict(
+    pretrain="--epochs 20 --vocab datasets/shapes/vocab.txt --regions "
+             "datasets/shapes/regions_train.safetensors,datasets/shapes/regions_test.safetensors",
+    eval="--data shapes --limit 300",
+    files=dict(lait="datasets/shapes/noisy.jsonl", clean="datasets/shapes/clean.jsonl"))
+PAPER_FILES = dict(lait="LAIT", clean="cc3m.tsv,sbu.tsv")
+TABLES = {
+    "Table 1: Flickr30K": dict(
+        R1, claim="Zero-shot above Unicoder-VL, whose pre-training has one stage.",
+        rows={"ImageBERT": "pretrain"}, tiny=QUICK,
+        base=dict(pretrain=f"{STAGES} {FEATURES}", eval=FLICKR)),
+    "Table 1: COCO": dict(
+        R1, claim="The same on COCO.", rows={"ImageBERT": "pretrain"},
+        base=dict(pretrain=f"{STAGES} {FEATURES}", eval=COCO)),
+    "Table 2: Flickr30K": dict(
+        R1, claim="Fine-tuned above all models before.", 
+        rows={"ImageBERT": "pretrain -> retrieval"}, tiny=QUICK,
+        base=dict(pretrain=f"{STAGES} {FEATURES}", retrieval=FLICKR, eval=FLICKR)),
+    "Table 2: COCO": dict(
+        R1, claim="The same on COCO.", rows={"ImageBERT": "pretrain -> retrieval"},
+        base=dict(pretrain=f"{STAGES} {FEATURES}", retrieval=COCO, eval=COCO)),
+    "Table 3": dict(
+        R1, claim="Stages, noisy data before clean data, are better than one pool of all data.",
+        rows={"LAIT": "pretrain --stage_data {lait}",
+              "CC+SBU": "pretrain --stage_data {clean} --limit 0",
+              "LAIT+CC+SBU": "pretrain --stage_data {lait},{clean} --limit 0",
+              "LAIT -> (CC+SBU)": "pretrain --stage_data {lait} {clean}"},
+        reference="LAIT+CC+SBU",
+        better=[("LAIT -> (CC+SBU)", "LAIT+CC+SBU"), ("LAIT -> (CC+SBU)", "CC+SBU"),
+                ("LAIT -> (CC+SBU)", "LAIT")],
+        tiny=POOL, base=dict(pretrain=FEATURES, eval=FLICKR, files=PAPER_FILES)),
+    "Table 4: global feature": dict(
+        R1, claim="A feature of the whole image improves some metrics and not others.",
+        rows={"CC+SBU": f"pretrain {CC_SBU}",
+              "CC+SBU (w global feature)": f"pretrain {CC_SBU} --global_feature"},
+        reference="CC+SBU",
+        base=dict(pretrain=FEATURES, eval=FLICKR)),     # regions by tools.regions --global_feature
+    "Table 4: MRFR": dict(
+        R1, claim="The regression of region features helps zero-shot retrieval.",
+        rows={"CC": "pretrain --mrfr 0", "CC (w MRFR loss)": "pretrain --mrfr 1"}, reference="CC",
+        better=[("CC (w MRFR loss)", "CC")], tiny=QUICK,
+        base=dict(pretrain=f"{CC} {FEATURES}", eval=FLICKR)),
+    "Table 4: regions": dict(
+        R1, claim="100 regions are better than 36.",
+        rows={"RoI(36)": "pretrain --max_regions 36 -> retrieval --max_regions 36",
+              "RoI(100)": "pretrain -> retrieval"},
+        better=[("RoI(100)", "RoI(36)")],
+        base=dict(pretrain=f"{STAGES} {FEATURES}", retrieval=FLICKR, eval=FLICKR)),
+    "Table 4: losses": dict(
+        R1, claim="The binary loss alone fine-tunes best.",
+        rows={"Binary+CE+Triplet": "pretrain -> retrieval --ce 1 --triplet 1",
+              "CE only": "pretrain -> retrieval --bce 0 --ce 1",
+              "Triplet only": "pretrain -> retrieval --bce 0 --triplet 1",
+              "Binary only": "pretrain -> retrieval"},
+        reference="Binary only",
+        better=[("Binary only", "Binary+CE+Triplet"), ("Binary only", "CE only"),
+                ("Binary only", "Triplet only")],
+        tiny=QUICK, base=dict(pretrain=f"{STAGES} {FEATURES}", retrieval=FLICKR, eval=FLICKR)),
 }
 
 TASKS = ("pretrain", "retrieval")

@@ -181,27 +181,7 @@ PRESETS = {
 # [V] = VSE++'s code, [-] = ours, [?] = a reading where the paper says nothing.
 # Data: COCO 2017, --data captions_train2017.json,instances_train2017.json (tags: its 80 objects),
 # or Stock with --preset stock (caption = title). Below, pre-training is
-# `train.py --model mct --preset base --init_text bert.safetensors`, R = its directory.
-#
-# Table 1: `--task linear --init R --data imagenet`. Its rows, of the pre-training:
-#   Ours               --lambda_tag 0
-#   Ours (scratch)     --lambda_tag 0, without --init_text
-#   Ours (with tag)    (the default)
-#   MoCo-v2            --lambda_tag 0 --lambda_cc 0 --lambda_ic 0 --lambda_ci 0
-# Table 2: `--task detection --init R --data VOCdevkit`; Random Init: without --init;
-#   1,000 epochs: --epochs 1000.
-# Table 3: `--task segmentation --init R --data instances_train2017.json
-#   --eval_data instances_val2017.json`
-# Table 4: `--task retrieval_gru --init R --data dataset_coco.json`. Table 6: the same on Stock;
-#   Stock-sup: --init out/mct-tag_supervised
-# Table 5: `--task tagging --init R`, beside `--task tag_supervised` (Stock-sup).
-# Table 7: `eval.py R --task retrieval`; RS = its row "chance";
-#   Inter-modal: --lambda_ii 0 --lambda_tag 0 --lambda_cc 0.
-# IN-Sup of Tables 1 to 4: --init_vision resnet50.pth (torchvision's, IMAGENET1K_V1: 76.1)
-#   where --init R stands.
-# Section 4.4: --heads unified|distinct with --intra_dim and --inter_dim both 128, 1024 or 1152;
-#   J_ii alone is MoCo-v2 above; J_ii + J_tag: --lambda_cc 0 --lambda_ic 0 --lambda_ci 0;
-#   tags from captions: --tag_words nouns.txt.
+# `train.py --model mct --preset base --init_text bert.safetensors`.
 RECIPE = {
     "pretrain": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", epochs=200,
                      batch_size=512, epoch_of="images"),    # [?] MoCo's are, beside which it stands
@@ -224,6 +204,114 @@ RECIPE = {
                     batch_size=256),                        # [-]
     "tag_supervised": dict(optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine",
                            epochs=60, batch_size=512),      # [-]
+}
+
+# Every table and figure with results, as data for tools/tables.py; models/README.md says what its
+# words mean. Figures are drawings. Not here: other people's rows but MoCo-v2, which is this code
+# with J_ii alone; IN-Sup (--init_vision resnet50.pth, torchvision's IMAGENET1K_V1, at downstream
+# tasks without pre-training); Table 7's RS, which is the row "chance" of eval.py; 4.4's heads at
+# widths other than these. Scratch = without BERT's weights, as every tiny run is.
+BERT = "--vocab vocab.txt --init_text bert-base-uncased"
+CAPTIONS = ("--data captions_train2017.json,instances_train2017.json --image_root train2017 "
+            + BERT)
+STOCK = "--data stock.jsonl --image_root stock"
+NO_TAG = "pretrain --lambda_tag 0"
+MOCO = "pretrain --lambda_tag 0 --lambda_cc 0 --lambda_ic 0 --lambda_ci 0"
+QUICK = dict(pretrain="--workers 0", tag_supervised="--workers 0")
+VOC = "--data VOCdevkit --vocab vocab.txt"
+SEGMENTS = "--data instances_train2017.json --image_root train2017 --vocab vocab.txt"
+SHOWN = "--data instances_val2017.json --image_root val2017"
+PROBE = dict(evaluation="linear", columns=("accuracy",), tiny=QUICK,
+             base=dict(pretrain=CAPTIONS, linear="--data imagenet", eval="--data imagenet"))
+SEARCH = dict(evaluation="retrieval", columns=("i2t_r1", "i2t_r10", "t2i_r1", "t2i_r10"),
+              tiny=QUICK)
+
+
+def downstream(task):
+    """The rows of a downstream table that start from a pre-training."""
+    starts = {"MoCo-v2": MOCO, "Ours": NO_TAG, "Ours (with tag)": "pretrain"}
+    return {name: f"{start} -> {task}" for name, start in starts.items()}
+
+
+TABLES = {
+    "Table 1": dict(
+        PROBE, claim="Captions teach a ResNet more than pictures alone do, and tags still more.",
+        rows=downstream("linear"), reference="MoCo-v2",
+        better=[("Ours", "MoCo-v2"), ("Ours (with tag)", "Ours")]),
+    "Table 1: scratch": dict(
+        claim="BERT's weights matter little.", evaluation="linear", columns=("accuracy",),
+        rows={"Ours": NO_TAG + " -> linear",
+              "Ours (scratch)": NO_TAG + " --init_text '' -> linear"},
+        base=PROBE["base"]),
+    "Table 2": dict(
+        claim="Pre-training helps detection, and ours more than MoCo-v2's on the same pictures.",
+        rows={"Random Init": "detection", **downstream("detection")}, reference="Random Init",
+        better=[("MoCo-v2", "Random Init"), ("Ours", "MoCo-v2"), ("Ours (with tag)", "Ours")],
+        evaluation="detection", columns=("boxes_voc_AP50", "boxes_voc_AP", "boxes_voc_AP75"),
+        tiny=QUICK,
+        base=dict(pretrain=CAPTIONS, detection=VOC, eval="--data VOCdevkit")),
+    "Table 2: scratch": dict(
+        claim="Neither BERT's weights nor, from scratch, 1,000 epochs are needed.",
+        rows={"Ours": NO_TAG + " -> detection",
+              "Ours (scratch)": NO_TAG + " --init_text '' -> detection",
+              "Ours (scratch), 1,000 epochs":
+                  NO_TAG + " --init_text '' --epochs 1000 -> detection"},
+        better=[("Ours (scratch), 1,000 epochs", "Ours (scratch)")],
+        evaluation="detection", columns=("boxes_voc_AP50", "boxes_voc_AP", "boxes_voc_AP75"),
+        base=dict(pretrain=CAPTIONS, detection=VOC, eval="--data VOCdevkit")),
+    "Table 3": dict(
+        claim="The same of boxes and masks on COCO.",
+        rows={"Random Init": "segmentation", **downstream("segmentation")},
+        reference="Random Init",
+        better=[("MoCo-v2", "Random Init"), ("Ours", "MoCo-v2"), ("Ours (with tag)", "Ours")],
+        evaluation="segmentation",
+        columns=("boxes_coco_AP", "boxes_coco_AP50", "boxes_coco_AP75", "masks_coco_AP",
+                 "masks_coco_AP50", "masks_coco_AP75"),
+        tiny=QUICK,
+        base=dict(pretrain=CAPTIONS, segmentation=SEGMENTS, eval=SHOWN)),
+    "Table 4": dict(
+        SEARCH, claim="Frozen, ours serves retrieval by a GRU better than MoCo-v2 does.",
+        rows={"MoCo-v2": MOCO + " -> retrieval_gru", "Ours": NO_TAG + " -> retrieval_gru"},
+        reference="MoCo-v2", better=[("Ours", "MoCo-v2")],
+        base=dict(pretrain=CAPTIONS, retrieval_gru="--data dataset_coco.json --image_root coco",
+                  eval="--data dataset_coco.json --image_root coco --limit 1000")),
+    "Table 5": dict(
+        claim="Tags are told better from frozen features of ours than by training on the tags.",
+        rows={"Stock-sup": "tag_supervised", "Ours": "pretrain -> tagging"},
+        reference="Stock-sup", better=[("Ours", "Stock-sup")],
+        evaluation="tagging", columns=("mIOU@5", "mIOU@10", "mIOU@15", "mIOU@20"), tiny=QUICK,
+        stock=dict(pretrain=f"{STOCK} {BERT}", tag_supervised=STOCK + " --vocab vocab.txt",
+                   tagging=STOCK)),
+    "Table 6": dict(
+        SEARCH, claim="And they serve retrieval by a GRU better.",
+        rows={"Stock-sup": "tag_supervised -> retrieval_gru", "Ours": "pretrain -> retrieval_gru"},
+        reference="Stock-sup", better=[("Ours", "Stock-sup")],
+        stock=dict(pretrain=f"{STOCK} {BERT}", tag_supervised=STOCK + " --vocab vocab.txt",
+                   retrieval_gru=STOCK)),
+    "Table 7": dict(
+        SEARCH, claim="The losses within modalities help retrieval without fine-tuning.",
+        rows={"Inter-modal": "pretrain --lambda_ii 0 --lambda_tag 0 --lambda_cc 0",
+              "Multimodal": "pretrain"},
+        reference="Inter-modal", better=[("Multimodal", "Inter-modal")],
+        base=dict(pretrain=CAPTIONS,
+                  eval="--data dataset_coco.json --image_root coco --limit 1000")),
+    "Section 4.4: heads": dict(
+        PROBE, claim="Heads of their own for each space are better than unified ones.",
+        rows={f"{kind} {d}": f"{NO_TAG} --heads {kind} --intra_dim {d} --inter_dim {d} -> linear"
+              for kind in ("unified", "distinct") for d in (128, 1024, 1152)}
+             | {"distinct 128, 1024": NO_TAG + " -> linear"},
+        better=[("distinct 128", "unified 128"), ("distinct 1024", "unified 1024"),
+                ("distinct 1152", "unified 1152"), ("distinct 128, 1024", "distinct 1152")]),
+    "Section 4.4: tags": dict(
+        PROBE, claim="Tags help pictures alone, all five losses more.",
+        rows={"J_ii": MOCO + " -> linear",
+              "J_ii + J_tag": "pretrain --lambda_cc 0 --lambda_ic 0 --lambda_ci 0 -> linear",
+              "all five": "pretrain -> linear"},
+        reference="J_ii", better=[("J_ii + J_tag", "J_ii"), ("all five", "J_ii + J_tag")]),
+    "Section 4.4: tags of captions": dict(
+        claim="Nouns of the captions are worse tags than the annotations.", evaluation="linear",
+        rows={"tags": "pretrain -> linear", "nouns": "pretrain --tag_words nouns.txt -> linear"},
+        better=[("tags", "nouns")], columns=("accuracy",), base=PROBE["base"]),
 }
 
 TASKS = tuple(RECIPE)

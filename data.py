@@ -41,6 +41,7 @@ import argparse
 import array
 import copy
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -150,8 +151,9 @@ class Records:
 
     Attributes: name (the source), split, root (folder of the images), notes ({what was counted:
     count}), label_names (what the ints in `labels` and `label` mean, or None), protocol (str or
-    None), splits (those found in the files), regions (a Regions or None, see with_regions),
-    own_ids (the files give an image_id to every record).
+    None), splits (those found in the files), unsplit (some record names none), held_out (none
+    does, and these are the part that their names fall into, see hold_out()), regions (a Regions or
+    None, see with_regions), own_ids (the files give an image_id to every record).
     """
 
     def __init__(self, name, split, root=None):
@@ -162,6 +164,8 @@ class Records:
         self.label_names = None
         self.protocol = None
         self.splits = []
+        self.unsplit = False
+        self.held_out = False
         self.regions = None
         self.own_ids = True
 
@@ -219,6 +223,7 @@ class Reading:
         self.split = records.split
         self.here = Listing()
         self.splits = set()
+        self.by_folder = False      # are the splits folders or lists, of which one was read?
 
     def wants(self, part):
         """Is a record of the file's own split `part` asked for? None: the file has no splits."""
@@ -740,7 +745,8 @@ PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pa
 def read_vqa(files, reading):
     """VQA v2: questions and their annotations, joined by question_id.
 
-    `answers` is the list of the annotators' answers, None where there are none (test).
+    `answers` is the list of the annotators' answers, `answer_type` their kind ("yes/no", "number",
+    "other"); None where there are none (test).
     """
     # the files in any order, told apart by their keys
     question_files, answers = [], {}
@@ -772,8 +778,9 @@ def read_vqa(files, reading):
 
             image = reading.find(bases, vqa_image(where, raw, image_id, subtype))
             question = get(where, raw, "question", str)
+            given, kind = answers.get(question_id, (None, None))
             yield number, where, {"image": image, "image_id": image_id, "question_id": question_id,
-                                  "question": question, "answers": answers.get(question_id)}
+                                  "question": question, "answers": given, "answer_type": kind}
 
     # what the two kinds of files have without each other
     reading.count("without_answers", len(seen - answers.keys()))
@@ -781,13 +788,14 @@ def read_vqa(files, reading):
 
 
 def vqa_answers(path, data):
-    """An annotations file -> {question_id: list of answers}."""
+    """An annotations file -> {question_id: (list of answers, their type or None)}."""
     answers = {}
     for n, note in enumerate(data["annotations"]):
         where = f"{path} annotations[{n}]"
         given = get(where, note, "answers", list)
         question_id = get(where, note, "question_id")
-        answers[question_id] = [get(where, answer, "answer", str) for answer in given]
+        strings = [get(where, answer, "answer", str) for answer in given]
+        answers[question_id] = strings, note.get("answer_type")
     return answers
 
 
@@ -946,6 +954,7 @@ def read_hashing(files, reading):
     """
     width = None
     for number, (path, root) in enumerate(files):
+        reading.by_folder |= os.path.isdir(path)
         for file in hashing_lists(path, reading.split):
             bases = folders(file, root)
             for where, line in lines_of(file):
@@ -987,6 +996,7 @@ def read_classes(files, reading):
             fail(f"{path}: an ImageFolder is a directory")
         # the same labels for every split
         homes, names = class_homes(path, reading.split)
+        reading.by_folder |= path not in homes
         reading.set_label_names(path, names)
 
         # one record a picture
@@ -1193,6 +1203,7 @@ def detection_voc(path, reading):
         fail(f"{path}: no VOCdevkit/VOC2007/ImageSets/Main/{part}.txt in it")
 
     # one record an annotation file
+    reading.by_folder = True
     reading.set_label_names(path, VOC_CLASSES)
     for year in years:
         found = VOCDetection(home, year, part)
@@ -1343,7 +1354,7 @@ SHAPES = {"pairs": "pairs_{}.jsonl", "vqa": "vqa_{}_questions.json,vqa_{}_annota
 
 
 def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(),
-                missing="drop"):
+                missing="drop", hold_out=0.0):
     """Reads `spec` ("shapes", or files and folders separated by commas) as `source` -> Records.
 
     split: "train", "val", "test" (hashing: "database" too), or None for everything. Files without
@@ -1352,6 +1363,8 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
     limit: at most so many records, chosen by `seed`, in file order.
     need: the record keys that the views require (see `needs`).
     missing: "drop" leaves out records whose files do not exist, "keep" keeps them.
+    hold_out: where no record names a split, the share of pictures kept for val, and as much for
+    test; see held_out_part().
     Errors: DataError that names file, line and key.
     """
     # the files, and the folder of each one's images
@@ -1367,7 +1380,9 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
     reading, ids, captions_seen = Reading(records), ImageIds(), set()
     first_gone = None
     for number, where, record in SOURCES[source](list(zip(paths, roots)), reading):
-        if not reading.wants(record.pop("split", None)):
+        part = record.pop("split", None)
+        records.unsplit |= part is None
+        if not reading.wants(part):
             continue
         check_keys(where, record, need)
 
@@ -1395,12 +1410,44 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
         reading.count("repeated_images", ids.repeats)
     records.notes = {note: count for note, count in records.notes.items() if count}
     report_missing(records, spec, first_gone if missing == "drop" else None)
+    records.unsplit &= not (reading.by_folder or source == "sts")
+    if hold_out and split and records.unsplit and not records.splits:
+        records = held_out_part(records, split, hold_out)
 
     # a random choice, in the files' order
     if limit and limit < len(records):
         chosen = random.Random(seed).sample(range(len(records)), limit)
         records = records.subset(sorted(chosen))
     return records
+
+
+def held_out_part(records, split, share):
+    """Of records without splits those of a part -> Records with held_out True.
+
+    A picture's part follows from a hash of its name under its folder, whatever else the files
+    hold: in [0, share) val, in [share, 2 share) test, above train. Of val and test the 1,000
+    pictures of the smallest hash are kept. Errors: DataError if the part is empty.
+    """
+    # where each picture's hash lies in [0, 1)
+    places = {}
+    for record in records:
+        name = os.path.relpath(picture_path(record["image"]), records.root or ".")
+        digest = hashlib.sha256(name.encode()).digest()
+        places[record["image_id"]] = int.from_bytes(digest[:8], "big") / 2 ** 64
+
+    # the pictures of each part
+    parts = {"val": [], "test": [], "train": []}
+    for image, place in sorted(places.items(), key=lambda item: item[1]):
+        parts[("val", "test", "train")[min(2, int(place / share))]].append(image)
+    kept = set(parts[split] if split == "train" else parts[split][:1000])
+    if not kept:
+        fail(f"none of {len(places)} pictures falls into {split} by the hash of its name: "
+             "--hold_out is too small for so few")
+
+    out = records.subset(i for i, record in enumerate(records) if record["image_id"] in kept)
+    out.held_out = True
+    out.notes["pictures_in_other_parts"] = len(places) - len(kept)
+    return out
 
 
 def world_files(source, split):
@@ -2736,7 +2783,8 @@ def flat_captions(records):
 def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", batch_size=64,
               rank=0, world=1, workers=0, **options):
     """Iterator of batches of this rank's share of a split: each item once, nothing padded, the last
-    batch may be short.
+    batch may be short. Shares are whole batches, so that these are the same for any number of
+    ranks; one may get none.
 
     what="image": each picture, `index` = its position among the unique images; "text": each
     caption, `index` = its position in flat_captions; "sample": each record, `index` = its position.
@@ -2760,9 +2808,8 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
     else:
         raise ValueError(f"what={what!r}: image, text or sample")
 
-    # every world-th of it
-    items = items[rank::world]
-    steps = range(math.ceil(len(items) / batch_size))
+    # every world-th batch of it
+    steps = range(rank, math.ceil(len(items) / batch_size), world)
     return Plan(dataset, Chunks(items, batch_size)).run(steps, workers)
 
 
@@ -2788,7 +2835,7 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
     views = {name: view for name, view in views.items() if name in kept}
     made = iter_eval(records, views, tokenizer, image_size, max_text, "sample", batch_size, rank,
                      world, workers)
-    steps = math.ceil(len(records) / world / batch_size)
+    steps = math.ceil(len(records) / batch_size / world)
     store = None
     for batch in tqdm(made, "features", steps, leave=False, delay=2, disable=rank > 0):
         rows = fn(move(batch, device)).float().cpu().numpy()
@@ -2804,7 +2851,10 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
         store[batch["index"].numpy()] = rows
 
     # the note comes last: it says that the file is whole
-    store.flush()
+    if store is None:                               # a rank without a batch: rank 0 made the file
+        barrier()
+    else:
+        store.flush()
     barrier()
     if rank == 0:
         note.write_text(json.dumps(key))

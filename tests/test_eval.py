@@ -535,20 +535,20 @@ def test_timed_is_the_fastest_call(monkeypatch):
 def test_offers_is_what_the_model_lists_else_what_it_has():
     model = Tables(Config())
     assert ev.offers(model, "encode_image", "match") and not ev.offers(model, "predict")
-    assert ev.offered(model) == ["retrieval", "gallery", "sts", "speed"]
+    assert ev.offered(model, "pretrain") == ["retrieval", "gallery", "sts", "speed"]
 
     model.offers = {"encode_image", "encode_text", "predict"}       # it has no predict()
     assert ev.offers(model, "encode_image") and not ev.offers(model, "match")
-    assert ev.offered(model) == ["retrieval", "gallery", "sts", "speed"]
+    assert ev.offered(model, "pretrain") == ["retrieval", "gallery", "sts", "speed"]
     model.offers = {"match"}
-    assert ev.offered(model) == ["retrieval", "speed"]
+    assert ev.offered(model, "pretrain") == ["retrieval", "speed"]
     model.offers = set()
-    assert ev.offered(model) == []
+    assert ev.offered(model, "pretrain") == []
 
 
 def test_every_evaluation_has_its_row_in_tasks():
     """A function of Eval, and sets of method names, any of which is enough."""
-    for task, (function, ways) in ev.TASKS.items():
+    for task, (function, ways, _, _) in ev.TASKS.items():
         assert callable(function) and ways and all(isinstance(names, tuple) for names in ways), task
 
 
@@ -800,13 +800,13 @@ def test_a_model_without_encoders_scores_every_pair(world):
 def test_vqa_writes_every_question_once_and_scores_it(world, tmp_path):
     info = questions_info(world, path=str(tmp_path))
     out = ev.evaluate(Answerer(Config()), info, "vqa", {"batch_size": 4})
-    written = json.loads((tmp_path / "vqa_test_results.json").read_text())
+    written = json.loads((tmp_path / "vqa-questions-test_results.json").read_text())
     assert sorted(r["question_id"] for r in written) == list(range(91, 101))
     answers = {r["question_id"]: r["answer"] for r in written}
     assert answers == {100 - i: f"word{i % 3}" for i in range(10)}
     # 6 or 4 annotators of 10 suffice.
     assert out["metrics"] == pytest.approx({"accuracy": 100.0, "baseline": 100.0})
-    saved = json.loads((tmp_path / "eval-vqa.json").read_text())
+    saved = json.loads((tmp_path / "eval-vqa-questions-test.json").read_text())
     assert saved["protocol"]["answers"] == 3
 
 
@@ -906,7 +906,7 @@ def test_two_processes_find_what_one_finds(world, tmp_path):
     assert first["one"]["i2t_r1"] == 100                            # rank 1 had no picture
 
     # One process writes.
-    written = json.loads((tmp_path / "vqa_test_results.json").read_text())
+    written = json.loads((tmp_path / "vqa-questions-test_results.json").read_text())
     assert sorted(r["question_id"] for r in written) == list(range(91, 101))
     assert (tmp_path / "0.png").exists() and not (tmp_path / "1.png").exists()
 
@@ -933,9 +933,9 @@ def test_a_vocabulary_of_another_size_is_refused(world):
 
 
 def test_data_of_another_kind_must_be_named(world):
-    """A run on pairs has no NLVR2 data of its own."""
-    with pytest.raises(weights.Stop, match="reads nlvr2, the run's data are pairs"):
-        ev.evaluate(Answerer(Config()), info_of(world, "pairs.jsonl"), "nlvr2")
+    """A run on pairs has no questions of its own."""
+    with pytest.raises(weights.Stop, match="reads vqa, the run's data are pairs"):
+        ev.evaluate(Answerer(Config()), info_of(world, "pairs.jsonl"), "vqa")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1002,9 +1002,9 @@ def test_a_run_is_loaded_and_evaluated_from_the_command_line(world, tmp_path, mo
     # The run's own evaluations, on its own data.
     out = ev.main([str(tmp_path / "run")])
     assert out["retrieval"]["metrics"] == pytest.approx(expected(Tables(Config()))[1])
-    protocol = json.loads((run / "eval-retrieval.json").read_text())["protocol"]
+    protocol = json.loads((run / "eval-retrieval-pairs-test.json").read_text())["protocol"]
     assert len(protocol["sha256"]) == 64 and protocol["step"] == 7 and protocol["world_size"] == 1
-    assert "in domain, pre-trained only" in protocol["protocol"]
+    assert "in domain, TRAINED ON THESE PICTURES, pre-trained only" in protocol["protocol"]
     assert "i2t R@1" in capsys.readouterr().out
 
     # Other data.
@@ -1056,7 +1056,7 @@ SMALL = ("--batch_size 4 --steps 2 --image_size 32 --width 16 --embed_dim 16 --t
 
 def trained(letters, out, *flags):
     return train.main(["--model", "cookie", "--vocab", str(letters / "vocab.txt"),
-                       "--out", str(out), *SMALL, *map(str, flags)])
+                       "--hold_out", "0", "--out", str(out), *SMALL, *map(str, flags)])
 
 
 @pytest.fixture(scope="module")
@@ -1099,7 +1099,7 @@ def test_ensemble_is_the_mean_similarity(letters, two_runs):
     assert both["metrics"] == ev.recall(sum(sims) / 2, owner)
     assert not torch.equal(sims[0].argsort(), sims[1].argsort())
     assert both["metrics"] != ev.recall(sims[0], owner)
-    assert alone["protocol"]["protocol"].startswith("in domain, pre-trained only")
+    assert alone["protocol"]["protocol"].startswith("in domain, TRAINED ON THESE PICTURES, pre")
     with pytest.raises(SystemExit, match="at least one other"):
         ev.main([a, "--task", "retrieval", "--ensemble", a])
 
@@ -1138,6 +1138,7 @@ def test_speed_of_a_model_that_scores_pairs(letters, tmp_path):
     """Any model with match(): here CODIS' own, of which both ways are timed."""
     train.main(["--model", "codis", "--data", str(letters / "pairs.jsonl"),
                 "--vocab", str(letters / "vocab.txt"), "--out", str(tmp_path / "c"),
+                "--hold_out", "0",
                 "--steps", "0", "--batch_size", "4", "--evals", "none", "--image_size", "24",
                 "--vision_layers", "1", "--queue_size", "8", "--codewords", "8"])
     rows = ev.main([str(tmp_path / "c"), "--task", "speed", "--sizes", "2,6"])["speed"]["rows"]
@@ -1221,6 +1222,7 @@ def region_run(letters, region_file, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("runs") / "regions")
     train.main(["--model", "imagebert", "--data", str(letters / "pairs.jsonl"),
                 "--vocab", str(letters / "vocab.txt"), "--regions", region_file, "--out", out,
+                "--hold_out", "0",
                 "--steps", "0", "--batch_size", "4", "--workers", "0", "--evals", "none",
                 "--width", "16", "--layers", "1", "--heads", "2"])
     return out
@@ -1339,7 +1341,7 @@ def test_gallery_finds_what_belongs_together(conlip_run, photos):
     shown = gallery(conlip_run, "--text", record["caption"][1], "--image", str(photos / "20.png"))
     rank = shown["metrics"]["rank of the true image"]
     assert 1 <= rank <= 8 and 1 <= shown["metrics"]["rank of the true text"] <= 16
-    assert len(shown["rows"]) == 10 and Image.open(f"{conlip_run}/gallery.png").width > 900
+    assert len(shown["rows"]) == 10 and Image.open(shown["protocol"]["file"]).width > 900
 
     # the five nearest pictures, with the true one among them where its rank allows
     true = [row["rank"] for row in shown["rows"][:5] if row["true"] == "yes"]
@@ -1364,4 +1366,4 @@ def test_gallery_of_the_other_two_tower_models(name, photos, tmp_path):
     run = untrained(name, photos, tmp_path / "run")
     shown = gallery(run, "--text", "a red square", "--image", str(photos / "20.png"))
     assert len(shown["rows"]) == 10 and 1 <= shown["metrics"]["rank of the true text"] <= 16
-    assert list(tmp_path.rglob("gallery.png"))
+    assert list(tmp_path.rglob("gallery-pairs-val-*.png"))

@@ -1312,7 +1312,7 @@ def test_mct_offers(task, methods):
     with torch.no_grad():
         for name in model.offers:
             assert len(getattr(model, name)(batch)) == 6
-    assert set(mct.EVALS[task]) <= set(evaluation.offered(model))
+    assert set(mct.EVALS[task]) <= set(evaluation.offered(model, task))
 
 
 def test_mct_param_groups():

@@ -151,8 +151,8 @@ class Records:
 
     Attributes: name (the source), split, root (folder of the images), notes ({what was counted:
     count}), label_names (what the ints in `labels` and `label` mean, or None), protocol (str or
-    None), splits (those found in the files), unsplit (some record names none), held_out (none
-    does, and these are the part that their names fall into, see hold_out()), regions (a Regions or
+    None), splits (those found in the files), unsplit (neither records nor the files' names tell
+    splits), held_out (these are a part of such files, see hold_out_part), regions (a Regions or
     None, see with_regions), own_ids (the files give an image_id to every record).
     """
 
@@ -223,7 +223,7 @@ class Reading:
         self.split = records.split
         self.here = Listing()
         self.splits = set()
-        self.by_folder = False      # are the splits folders or lists, of which one was read?
+        self.split_by_name = False  # are the splits folders or lists, of which one was read?
 
     def wants(self, part):
         """Is a record of the file's own split `part` asked for? None: the file has no splits."""
@@ -954,7 +954,7 @@ def read_hashing(files, reading):
     """
     width = None
     for number, (path, root) in enumerate(files):
-        reading.by_folder |= os.path.isdir(path)
+        reading.split_by_name |= os.path.isdir(path)
         for file in hashing_lists(path, reading.split):
             bases = folders(file, root)
             for where, line in lines_of(file):
@@ -996,7 +996,7 @@ def read_classes(files, reading):
             fail(f"{path}: an ImageFolder is a directory")
         # the same labels for every split
         homes, names = class_homes(path, reading.split)
-        reading.by_folder |= path not in homes
+        reading.split_by_name |= path not in homes
         reading.set_label_names(path, names)
 
         # one record a picture
@@ -1203,7 +1203,7 @@ def detection_voc(path, reading):
         fail(f"{path}: no VOCdevkit/VOC2007/ImageSets/Main/{part}.txt in it")
 
     # one record an annotation file
-    reading.by_folder = True
+    reading.split_by_name = True
     reading.set_label_names(path, VOC_CLASSES)
     for year in years:
         found = VOCDetection(home, year, part)
@@ -1364,14 +1364,14 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
     need: the record keys that the views require (see `needs`).
     missing: "drop" leaves out records whose files do not exist, "keep" keeps them.
     hold_out: where no record names a split, the share of pictures kept for val, and as much for
-    test; see held_out_part().
+    test; see hold_out_part().
     Errors: DataError that names file, line and key.
     """
     # the files, and the folder of each one's images
     if source not in SOURCES:
         fail(f"no source '{source}' (there are: {', '.join(SOURCES)})")
     if spec == "shapes":
-        spec, image_root = world_files(source, split)
+        spec, image_root, hold_out = *world_files(source, split), 0.0
     paths = expand(spec)
     roots = image_roots(image_root, paths)
     records = Records(source, split, roots[0] or os.path.dirname(paths[0]))
@@ -1380,9 +1380,7 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
     reading, ids, captions_seen = Reading(records), ImageIds(), set()
     first_gone = None
     for number, where, record in SOURCES[source](list(zip(paths, roots)), reading):
-        part = record.pop("split", None)
-        records.unsplit |= part is None
-        if not reading.wants(part):
+        if not reading.wants(record.pop("split", None)):
             continue
         check_keys(where, record, need)
 
@@ -1410,9 +1408,9 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
         reading.count("repeated_images", ids.repeats)
     records.notes = {note: count for note, count in records.notes.items() if count}
     report_missing(records, spec, first_gone if missing == "drop" else None)
-    records.unsplit &= not (reading.by_folder or source == "sts")
-    if hold_out and split and records.unsplit and not records.splits:
-        records = held_out_part(records, split, hold_out)
+    records.unsplit = not (reading.splits or reading.split_by_name or source == "sts")
+    if hold_out and split and records.unsplit:
+        records = hold_out_part(records, split, hold_out)
 
     # a random choice, in the files' order
     if limit and limit < len(records):
@@ -1421,7 +1419,7 @@ def open_source(source, spec, split, image_root=None, limit=None, seed=0, need=(
     return records
 
 
-def held_out_part(records, split, share):
+def hold_out_part(records, split, share):
     """Of records without splits those of a part -> Records with held_out True.
 
     A picture's part follows from a hash of its name under its folder, whatever else the files
@@ -1435,18 +1433,16 @@ def held_out_part(records, split, share):
         digest = hashlib.sha256(name.encode()).digest()
         places[record["image_id"]] = int.from_bytes(digest[:8], "big") / 2 ** 64
 
-    # the pictures of each part
+    # the pictures of each part, and the records
     parts = {"val": [], "test": [], "train": []}
     for image, place in sorted(places.items(), key=lambda item: item[1]):
         parts[("val", "test", "train")[min(2, int(place / share))]].append(image)
     kept = set(parts[split] if split == "train" else parts[split][:1000])
-    if not kept:
-        fail(f"none of {len(places)} pictures falls into {split} by the hash of its name: "
-             "--hold_out is too small for so few")
-
     out = records.subset(i for i, record in enumerate(records) if record["image_id"] in kept)
+    if not len(out):
+        fail(f"no split '{split}', and of {len(places)} pictures hold_out {share} takes none")
     out.held_out = True
-    out.notes["pictures_in_other_parts"] = len(places) - len(kept)
+    out.notes["held_for_others"] = len(records) - len(out)
     return out
 
 

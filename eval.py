@@ -761,11 +761,11 @@ def seeded(seed, device):
         yield
 
 
-def real_files(spec, source, flag="--data"):
+def real_files(spec, source, split=None, flag="--data"):
     """The files of a specification by their real paths, however it spells them: a set. A folder of
-    tars is its tars."""
+    tars is its tars; the built-in world has files of each split."""
     if spec == "shapes":
-        spec = data.world_files(source, None)[0]
+        spec = data.world_files(source, split)[0]
     files = set()
     for path in data.expand(spec, flag):
         tars = sorted(Path(path).glob("*.tar"))
@@ -818,7 +818,7 @@ def trained_on(info):
     directories are there -> list of dicts, the run's own first."""
     found = []
     while len(found) < 20:                              # no circle is endless
-        found.append({"files": info.get("files", []), **info.get("loop", {})})
+        found.append({"hold_out": 0.0, "files": info.get("files", []), **info.get("loop", {})})
         try:
             start = find_run(found[-1].get("init") or "")
             info = json.loads((start / "config.json").read_text())
@@ -919,7 +919,7 @@ class Eval:
         source, split = self.views["source"], split or self.opts.split
         files = real_files(self.spec, source)
         seen = [loop for loop in trained_on(self.info) if self.overlap(loop, files)]
-        hold_out = max((loop.get("hold_out", 0) for loop in seen), default=0)
+        hold_out = max((loop["hold_out"] for loop in seen), default=0)
         stamps = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files)
         records = read_records(stamps, source, self.spec, split, image_root=self.root,
                                limit=self.opts.limit, need=need, hold_out=hold_out,
@@ -941,7 +941,8 @@ class Eval:
             spec = self.spec
             first = spec if spec == "shapes" else Path(data.expand(spec)[0]).stem
             self.named = [slug(first), records.split]
-            self.settings |= {"data": sorted(files), "split": records.split}
+            files = ["shapes"] if spec == "shapes" else sorted(files)
+            self.settings |= {"data": files, "split": records.split}
             self.protocol.update(data=spec, split=records.split, records=len(records),
                                  limit=self.opts.limit,
                                  protocol=self.training_words(records, seen, hold_out))
@@ -959,12 +960,13 @@ class Eval:
         as those trainings in `seen` were; whether on these very pictures is said."""
         domain = "in domain" if seen else "zero-shot"
         if records.held_out:
-            mine = len(data.unique_images(records)[0])
-            total = mine + records.notes.get("pictures_in_other_parts", 0)
-            domain += f", held out: {mine:,} of {total:,} pictures by hash"
+            others = [n for note, n in records.notes.items() if note.startswith("held_for_")]
+            total = len(records) + sum(others)
+            domain += f", held out: {len(records):,} of {total:,} records by hash of the picture"
         for loop in seen:
-            apart = records.held_out and loop.get("hold_out", 0) == hold_out
-            if loop.get("split", "train") == records.split or records.unsplit and not apart:
+            apart = self.spec == "shapes" or not records.unsplit
+            apart |= records.held_out and loop["hold_out"] == hold_out
+            if loop.get("split", "train") == records.split or not apart:
                 domain = "in domain, TRAINED ON THESE PICTURES"
 
         # A task that is not in the model's TASKS is a stage of pre-training.
@@ -1176,7 +1178,7 @@ def check_memory(ev, n, m, held):
     if need > free:
         raise Stop(f"{ev.task}: {n:,} images x {m:,} captions x {held} bytes are "
                    f"{need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free for each process: a "
-                   "smaller gallery by --limit or --data (of a training: --eval_limit, --eval_data)")
+                   "smaller gallery by --limit or --data (in train.py --eval_limit, --eval_data)")
 
 
 def candidates_of(ev):
@@ -2345,7 +2347,7 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
     ev = Eval(model, info, task, options_of(task, opts), rank, world)
     for name, t in model.named_parameters():
         if not t.isfinite().all():
-            raise Stop(f"{info.get('path') or task}: the weights are damaged, {name} is not finite")
+            raise Stop(f"{info.get('path') or task}: weights are damaged, {name} is not finite")
 
     # no_grad, not inference_mode: a model may keep tensors for later training.
     amp = contextlib.nullcontext()

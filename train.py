@@ -644,11 +644,14 @@ def stage_settings(module, preset, task, given, out, stage, init):
         loop.image_root = loop.stage_root[stage]
     loop.vocab = loop.vocab or default_vocab(loop)
 
-    # nothing need be held out where other files are evaluated
-    source = module.VIEWS[task]["source"]
-    if loop.eval_data and not (evaluation.real_files(loop.data, source)
-                               & evaluation.real_files(loop.eval_data, source, "--eval_data")):
+    # nothing need be held out of the built-in world, nor where other files are evaluated
+    if loop.data == "shapes":
         loop.hold_out = 0.0
+    elif loop.eval_data:
+        source = module.VIEWS[task]["source"]
+        mine = evaluation.real_files(loop.data, source)
+        if not mine & evaluation.real_files(loop.eval_data, source, flag="--eval_data"):
+            loop.hold_out = 0.0
     return loop, cfg, task
 
 
@@ -701,7 +704,7 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     raw.to(device).train()
     info = {"model": name, "preset": preset, "task": task,
             "config": dataclasses.asdict(cfg), "loop": dataclasses.asdict(loop),
-            "files": sorted(evaluation.real_files(loop.data, views["source"])),
+            "files": sorted(evaluation.real_files(loop.data, views["source"], loop.split)),
             "stats": stats, "views": views, "total_steps": total, "data_notes": records.notes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
@@ -847,9 +850,7 @@ def check_closing(module, preset, task, given, out, raw, info):
     stages = count_stages(module, preset, task, given)
     loop, _, trained = stage_settings(module, preset, task, given, out, stages - 1,
                                       info["loop"]["init"])
-    files = sorted(evaluation.real_files(loop.data, module.VIEWS[trained]["source"]))
-    info = {**info, "task": trained, "loop": dataclasses.asdict(loop), "files": files,
-            "path": str(out)}
+    info = {**info, "task": trained, "loop": dataclasses.asdict(loop), "path": str(out)}
     evaluation.check(raw, info, *closing(module, raw, task, trained, loop))
 
 

@@ -1325,9 +1325,9 @@ BASE = {
         "image_size": (224, "section 4.2"), "backbone": ("resnet50", "section 4.2")},
 }
 NOT_THE_SCHEDULE = {
-    "data", "image_root", "vocab", "split", "regions", "limit", "tag_words", "paraphrase",
-    "stage_data", "stage_root", "workers", "warmup_lr", "min_lr", "seed", "out", "init", "resume",
-    "device", "amp", "compile", "log_every", "save_every", "evals", "eval_data", "eval_root",
+    "data", "image_root", "vocab", "split", "hold_out", "regions", "limit", "tag_words",
+    "paraphrase", "stage_data", "stage_root", "workers", "warmup_lr", "min_lr", "seed", "out",
+    "init", "resume", "device", "amp", "compile", "log_every", "save_every", "evals", "eval_data", "eval_root",
     "eval_split", "eval_limit", "rerank_k", "rerank"}
 
 

@@ -851,6 +851,11 @@ class Eval:
         self.bad, self.protocol, self.files, self.named = set(), {}, {}, []
         self.rehearsal = rehearsal
 
+        # Autocast is for the model alone: batches and scores are made as they are.
+        self.autocast = contextlib.nullcontext()
+        if opts.dtype != "float32":
+            self.autocast = torch.autocast(self.device.type, getattr(torch, opts.dtype))
+
         # What differs from the defaults and decides about the numbers.
         self.settings = {}
         for name in ("vocab", "dtype", *TASKS[task].flags):
@@ -1043,7 +1048,9 @@ class Eval:
         numbers, parts = [torch.empty(0, dtype=torch.long)], defaultdict(list)
         for batch in self.progress(self.batches(records, what), total, text or what):
             numbers.append(batch["index"].cpu())
-            for name, t in fn(batch).items():
+            with self.autocast:
+                found = fn(batch)
+            for name, t in found.items():
                 parts[name].append(t.cpu())
         mine = (torch.cat(numbers), {name: torch.cat(pieces) for name, pieces in parts.items()})
         for name, t in mine[1].items():
@@ -1052,8 +1059,7 @@ class Eval:
         # The rows of all processes; one that had no rows has no names either.
         pieces = [piece for piece in everyone(self, mine) if len(piece[0])]
         index = torch.cat([piece[0] for piece in pieces])
-        found = len(index.unique())
-        assert found == total, f"{found} of {total} rows were evaluated"
+        assert len(index.unique()) == total, f"{len(index)} of {total} rows were evaluated"
 
         # Brought into the order of the data.
         out = {}
@@ -1238,7 +1244,8 @@ def match_scores(ev, records, texts, wanted=None):
     m, n = len(next(iter(texts.values()))), len(data.unique_images(records)[0])
     out = torch.zeros(n, m)
     for batch in ev.progress(ev.batches(records, "image"), n, "matching"):
-        images, index = ev.states("image", batch), batch["index"].cpu()
+        with ev.autocast:
+            images, index = ev.states("image", batch), batch["index"].cpu()
         of_batch = torch.ones(len(index), m) if wanted is None else wanted[index]
 
         # The pairs of these images: a number in the batch, a number of a caption.
@@ -1246,7 +1253,8 @@ def match_scores(ev, records, texts, wanted=None):
             i, caption = pairs.T
             pair = {name: t[i.to(t.device)] for name, t in images.items()}
             pair |= {name: t[caption].to(ev.device) for name, t in texts.items()}
-            out[index[i], caption] = ev.model.match(pair).float().cpu()
+            with ev.autocast:
+                out[index[i], caption] = ev.model.match(pair).float().cpu()
 
     # A pair is scored by one process: the others add 0.
     if ev.world > 1:
@@ -1373,8 +1381,9 @@ def masked(ev):
     for name in dict.fromkeys(name for name, _ in found):
         # -100 = a place that is not hidden.
         truth = found[name, "truth"]
-        if not (truth != -100).any():
-            raise Stop(f"masked: no {name} place is hidden in {len(records)} records")
+        if not (truth != -100).any():                   # of very few records
+            rows.append({"hidden": name, "places": 0})
+            continue
         guess, truth = found[name, "guess"][truth != -100], truth[truth != -100]
         accuracy = 100 * (guess == truth).double().mean().item()
         baseline = 100 * truth.bincount().max().item() / len(truth)
@@ -1624,7 +1633,9 @@ def detections(ev, records):
     """detect() on this process's pictures -> {record: with_overlaps()}."""
     found = {}
     for batch in ev.progress(ev.batches(records, "sample"), len(records), "detecting"):
-        for i, detected in zip(batch["index"].tolist(), ev.model.detect(batch)):
+        with ev.autocast:
+            results = ev.model.detect(batch)
+        for i, detected in zip(batch["index"].tolist(), results):
             check_numbers(ev, "scores", detected["scores"])
             found[i] = with_overlaps(detected, records[i])
     return found
@@ -1762,7 +1773,7 @@ def attention_maps(ev, batch):
     """model.gradcam() of a batch -> for each record ([(word, map (h, w))], the sentence's map
     (h, w)), float32 on the CPU."""
     # Grad-CAM needs gradients, and evaluation runs without.
-    with torch.enable_grad():
+    with torch.enable_grad(), ev.autocast:
         maps = ev.model.gradcam(batch, block=ev.opts.block)
     check_numbers(ev, "maps", maps["word"])
 
@@ -1979,7 +1990,8 @@ def attention(ev):
     panels, rows = [], []
     for run in runs:
         batch = next(run.batches(records, "sample"))
-        scores, mask = run.model.token_scores(batch), batch["text_mask"][0].bool()
+        with run.autocast:
+            scores, mask = run.model.token_scores(batch), batch["text_mask"][0].bool()
         check_numbers(run, "scores of areas", scores["image"])
         tokens = run.tokenizer.tokens(batch["text"][0][mask].tolist())
         pieces = word_maps(tokens, scores["text"][0][mask].float().cpu())
@@ -2212,9 +2224,10 @@ def time_galleries(run, records, sizes, score, repeats):
         captions.append(sum(len(batch["index"]) for batch in texts))
 
         # The first call of all is slower, and is not counted.
-        if not seconds:
-            score(run, images[:1], texts[:1])
-        seconds.append(timed(lambda: score(run, images, texts), run.device, repeats))
+        with run.autocast:
+            if not seconds:
+                score(run, images[:1], texts[:1])
+            seconds.append(timed(lambda: score(run, images, texts), run.device, repeats))
     return captions, seconds
 
 
@@ -2340,8 +2353,8 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
     info: config.json and, if the results are to be written, `path`; task: a key of TASKS;
     opts: a dict or namespace over the command line's defaults.
     -> {"task", "metrics", "rows", "protocol"}, the same on all processes. Rank 0 prints the table
-    and writes eval-<task>-<data>-<split>.json. The model is left in the mode it was in. Stop, one line, if it
-    lacks what the task needs.
+    and writes eval-<task>-<data>-<split>.json. The model is left in the mode it was in. Stop, one
+    line, if it lacks what the task needs.
     """
     check_offer(model, info, task)
     ev = Eval(model, info, task, options_of(task, opts), rank, world)
@@ -2350,12 +2363,9 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
             raise Stop(f"{info.get('path') or task}: weights are damaged, {name} is not finite")
 
     # no_grad, not inference_mode: a model may keep tensors for later training.
-    amp = contextlib.nullcontext()
-    if ev.opts.dtype != "float32":
-        amp = torch.autocast(ev.device.type, getattr(torch, ev.opts.dtype))
     training = model.training
     model.eval()
-    with torch.no_grad(), amp:
+    with torch.no_grad():
         result = TASKS[task][0](ev)
     model.train(training)
 

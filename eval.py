@@ -2557,7 +2557,9 @@ def main(argv=None):
 
     # Without --task: those that the model lists for the task it was trained on.
     model, info = load_run(opts.run, device)
-    tasks = [opts.task] if opts.task else module_of(model).EVALS[info["task"]]
+    tasks = [opts.task] if opts.task else module_of(model).EVALS.get(info["task"])
+    if not tasks:
+        raise Stop(f"{opts.run}: {info['task']} has no evaluation of its own: name one with --task")
     for task in tasks:
         check_offer(model, info, task)
     check_read(tasks, opts)

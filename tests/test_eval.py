@@ -1566,9 +1566,11 @@ def test_data_are_read_once_for_the_check_and_the_evaluation(photos, tmp_path, m
 @pytest.mark.parametrize("flags, message", [
     ("--task retrieval --limit 0", "--limit 0: at least 1"),
     ("--task retrieval --limit -5", "--limit -5"), ("--task retrieval --captions 0", "--captions"),
-    ("--task retrieval --batch_size 0", "--batch_size 0"), ("--task retrieval --pairs 0", "--pairs"),
+    ("--task retrieval --batch_size 0", "--batch_size 0"),
+    ("--task retrieval --pairs 0", "--pairs 0"),
     ("--task retrieval --workers -2", "--workers -2: at least -1, at most 1000"),
-    ("--task retrieval --rerank_k -1", "--rerank_k -1"), ("--task retrieval --folds 0", "--folds 0"),
+    ("--task retrieval --rerank_k -1", "--rerank_k -1"),
+    ("--task retrieval --folds 0", "--folds 0"),
     ("--task retrieval --folds -3", "--folds -3"), ("--task retrieval --folds 99", "--folds 99"),
     ("--task retrieval --candidates 0 --candidates_from x", "--candidates 0"),
     ("--task retrieval --candidates 2", "go together"),
@@ -1698,7 +1700,7 @@ def test_workers_mean_what_they_mean_in_training(world, monkeypatch):
     """The run's number, --workers', and for -1 one for four cores."""
     monkeypatch.setattr(ev.os, "cpu_count", lambda: 13)
     seen = []
-    monkeypatch.setattr(data, "iter_eval", lambda *args, workers, **more: seen.append(workers) or [])
+    monkeypatch.setattr(data, "iter_eval", lambda *args, **how: seen.append(how["workers"]) or [])
     for opts, run in (({}, 2), ({"workers": 5}, 2), ({"workers": -1}, 2), ({}, -1), ({}, 0)):
         info = info_of(world, "pairs.jsonl")
         info["loop"]["workers"] = run

@@ -1606,7 +1606,7 @@ def test_pretrain_evaluate_and_fine_tune(run, photos, tmp_path):
 
     train.main([*SMALL, *photos, "--task", "retrieval", "--init", str(run), "--out", str(tuned),
                 "--image_size", "48"])
-    assert (tuned / "eval-retrieval-pairs-test.json").exists()
+    assert (tuned / "eval-retrieval-pairs-val.json").exists()
     with pytest.raises(SystemExit, match="does not offer it.*it offers: retrieval, gallery"):
         evaluation.main([str(tuned), "--task", "cross_attention"])
 

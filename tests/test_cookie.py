@@ -963,7 +963,7 @@ def test_offers():
     whole = {"encode_image", "encode_text", "token_scores"}
     assert offers["pretrain"] == offers["ccl"] == offers["retrieval"] == whole
     assert offers["vtm"] == {"encode_clip", "encode_text"} and offers["hashing"] == {"hash_codes"}
-    assert ev.offered(make_model("hashing")) == ["hashing"]
+    assert ev.offered(make_model("hashing"), "hashing") == ["hashing"]
 
     # what is offered runs
     for task in TASKS:

@@ -550,6 +550,10 @@ def test_offers_is_what_the_model_lists_else_what_it_has():
     model.offers = set()
     assert ev.offered(model, "pretrain") == []
 
+    # a classifier is asked about its own kind of data alone: NLVR2's reads two pictures
+    assert ev.offered(Answerer(Config()), "nlvr2") == ["vqa", "nlvr2", "gradcam", "pointing"]
+    assert "nlvr2" not in ev.offered(Answerer(Config()), "vqa")
+
 
 def test_every_evaluation_has_its_row_in_tasks():
     """A function of Eval, and sets of method names, any of which is enough."""

@@ -1909,7 +1909,7 @@ def test_mct_every_task_trains(tmp_path, tok, capsys):
         data = sources[mct.VIEWS[task]["source"]]
         return train.main(["--model", "mct", "--task", task, "--data", str(data),
                            "--image_root", str(tmp_path), "--vocab", str(tok),
-                           "--out", str(tmp_path / task), *TINY, *flags])
+                           "--out", str(tmp_path / task), "--hold_out", "0", *TINY, *flags])
 
     init = ("--init", str(tmp_path / "pretrain"))
     for task in mct.TASKS:

@@ -174,7 +174,8 @@ class Records:
     count}), label_names (what the ints in `labels` and `label` mean, or None), protocol (str or
     None), splits (those found in the files), regions (a Regions or None, see with_regions),
     own_ids (the files give an image_id to every record; where they give one it is `own_id`),
-    held_out (these are a part of files without splits, see hold_out_part).
+    unsplit (neither records nor the files' names tell splits), held_out (these are a part of such
+    files, see hold_out_part).
     """
 
     def __init__(self, name, split, root=None, folder=None):
@@ -189,7 +190,7 @@ class Records:
         self.regions = None
         self.own_ids = True
         self.held_out = False
-        self.unsplit = True         # neither the records nor the files' names tell splits
+        self.unsplit = True
         self.first_gone = None      # (where, path) of the first record left out for its file
 
         # record i is _lines[ends[i]:ends[i + 1]]; of a part of other records, i is _rows[i]
@@ -1167,7 +1168,8 @@ PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pa
 def read_vqa(files, reading):
     """VQA v2: questions and their annotations, joined by question_id.
 
-    `answers` is the list of the annotators' answers, None where there are none (test).
+    `answers` is the list of the annotators' answers, `answer_type` their kind ("yes/no", "number",
+    "other"); None where there are none (test).
     """
     # the files in any order, told apart by their keys
     question_files, answers = [], {}
@@ -1199,8 +1201,9 @@ def read_vqa(files, reading):
 
             image = reading.find(bases, vqa_image(where, raw, image_id, subtype))
             question = get(where, raw, "question", str)
+            given, kind = answers.get(question_id, (None, None))
             yield number, where, {"image": image, "image_id": image_id, "question_id": question_id,
-                                  "question": question, "answers": answers.get(question_id)}
+                                  "question": question, "answers": given, "answer_type": kind}
 
     # what the two kinds of files have without each other
     reading.count("without_answers", len(seen - answers.keys()))
@@ -1208,13 +1211,14 @@ def read_vqa(files, reading):
 
 
 def vqa_answers(path, data):
-    """An annotations file -> {question_id: list of answers}."""
+    """An annotations file -> {question_id: (list of answers, their type or None)}."""
     answers = {}
     for n, note in enumerate(data["annotations"]):
         where = f"{path} annotations[{n}]"
         given = get(where, note, "answers", list)
         question_id = get(where, note, "question_id")
-        answers[question_id] = [get(where, answer, "answer", str) for answer in given]
+        strings = [get(where, answer, "answer", str) for answer in given]
+        answers[question_id] = strings, note.get("answer_type")
     return answers
 
 
@@ -1622,6 +1626,7 @@ def detection_voc(path, reading):
         fail(f"{path}: no VOCdevkit/VOC2007/ImageSets/Main/{part}.txt in it")
 
     # one record an annotation file
+    reading.split_by_name = True
     reading.set_label_names(path, VOC_CLASSES)
     for year in years:
         found = VOCDetection(home, year, part)
@@ -1998,7 +2003,7 @@ def hold_out_part(records, split, share, spec):
     for name, count, n in zip(("train", "val", "test"), counts, range(3)):
         if n != wanted and count:
             out.notes[f"held_for_{name}"] = count
-    beyond = counts[wanted] - len(out)
+    beyond = counts[wanted] - len(chosen)
     if beyond:
         out.notes["beyond_the_first_1000"] = beyond
     if ranks()[0] == 0:
@@ -3374,7 +3379,8 @@ def flat_captions(records):
 def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", batch_size=64,
               rank=0, world=1, workers=0, **options):
     """Iterator of batches of this rank's share of a split: each item once, nothing padded, the last
-    batch may be short.
+    batch may be short. Shares are whole batches, so that these are the same for any number of
+    ranks; one may get none.
 
     what="image": each picture, `index` = its position among the unique images; "text": each
     caption, `index` = its position in flat_captions; "sample": each record, `index` = its position.
@@ -3398,9 +3404,8 @@ def iter_eval(records, views, tokenizer, image_size, max_text, what="sample", ba
     else:
         raise ValueError(f"what={what!r}: image, text or sample")
 
-    # every world-th of it
-    items = items[rank::world]
-    steps = range(math.ceil(len(items) / batch_size))
+    # every world-th batch of it
+    steps = range(rank, math.ceil(len(items) / batch_size), world)
     return Plan(dataset, Chunks(items, batch_size)).run(steps, workers)
 
 
@@ -3426,7 +3431,7 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
     views = {name: view for name, view in views.items() if name in kept}
     made = iter_eval(records, views, tokenizer, image_size, max_text, "sample", batch_size, rank,
                      world, workers)
-    steps = math.ceil(len(records) / world / batch_size)
+    steps = math.ceil(len(records) / batch_size / world)
     store = None
     for batch in tqdm(made, "features", steps, leave=False, delay=2, disable=rank > 0):
         rows = fn(move(batch, device)).float().cpu().numpy()
@@ -3442,7 +3447,10 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
         store[batch["index"].numpy()] = rows
 
     # the note comes last: it says that the file is whole
-    store.flush()
+    if store is None:                               # a rank without a batch: rank 0 made the file
+        barrier()
+    else:
+        store.flush()
     barrier()
     if rank == 0:
         note.write_text(json.dumps(key))

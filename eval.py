@@ -16,9 +16,11 @@ re-ranked, d width of an embedding, T tokens.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -31,6 +33,7 @@ import textwrap
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -726,13 +729,23 @@ def offers(model, *names):
     return all(name in listed and callable(getattr(model, name, None)) for name in names)
 
 
-def offered(model):
-    """The evaluations whose methods the model offers: a list of keys of TASKS."""
-    found = []
-    for task, (_, ways) in TASKS.items():
-        if any(offers(model, *names) for names in ways):
-            found.append(task)
+def offered(model, trained):
+    """The evaluations whose methods the model offers: a list of keys of TASKS. Of classifiers the
+    one that is about the kind of data of the task that it was `trained` for."""
+    own, found = module_of(model).VIEWS[trained]["source"], []
+    for name, (_, ways, source, _) in TASKS.items():
+        if source in ("", own) and any(offers(model, *methods) for methods in ways):
+            found.append(name)
     return found
+
+
+def check_offer(model, info, task):
+    """Stop, one line, if an evaluation is not known, or not offered by this model."""
+    there = offered(model, info["task"])
+    if task not in there:
+        known = "" if task in TASKS else f" (known: {', '.join(TASKS)})"
+        raise Stop(f"task {task}: {type(model).__name__} trained for {info['task']} "
+                   f"does not offer it{known}; it offers: {', '.join(there) or 'none'}")
 
 
 def everyone(ev, x):
@@ -748,22 +761,107 @@ def seeded(seed, device):
         yield
 
 
+def real_files(spec, source, split=None, flag="--data"):
+    """The files of a specification by their real paths, however it spells them: a set. A folder of
+    tars is its tars; the built-in world has files of each split."""
+    if spec == "shapes":
+        spec = data.world_files(source, split)[0]
+    files = set()
+    for path in data.expand(spec, flag):
+        tars = sorted(Path(path).glob("*.tar"))
+        files |= {os.path.realpath(file) for file in tars or [path]}
+    return files
+
+
+def real(value):
+    """An option as it is compared: a path, or each of several, as its real path."""
+    if isinstance(value, (list, tuple)):
+        return [real(item) for item in value]
+    is_path = isinstance(value, (str, Path)) and os.path.exists(value)
+    return os.path.realpath(value) if is_path else value
+
+
+def slug(value):
+    """An option as a part of a file's name: letters, digits and underscores, of a path its last
+    name, at most 40 of them."""
+    values = value if isinstance(value, list) else [value]
+    words = " ".join(os.path.basename(str(item)) for item in values)
+    return re.sub(r"[^\w.]+", "_", words).strip("._")[:40]
+
+
+def settings_of(path):
+    """The settings that a result file was measured with; None if it is damaged."""
+    try:
+        return json.loads(path.read_text())["protocol"]["settings"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@functools.lru_cache(maxsize=2)
+def read_records(stamps, source, spec, split, **how):
+    """data.open_source(source, spec, split, **how), of the split test, or val where there is none,
+    if split is None. What closes a training is opened twice, to be checked at the start and to be
+    evaluated at the end: the second time the records of the first are at hand.
+
+    stamps: size and time of each file, so that a file that has changed is read again.
+    """
+    try:
+        return data.open_source(source, spec, split or "test", **how)
+    except data.DataError as error:
+        if split or "no split" not in str(error):
+            raise
+        return data.open_source(source, spec, "val", **how)
+
+
+def trained_on(info):
+    """The settings of a run's training and of the runs that it started from, as far as their
+    directories are there -> list of dicts, the run's own first."""
+    found = []
+    while len(found) < 20:                              # no circle is endless
+        found.append({"hold_out": 0.0, "files": info.get("files", []), **info.get("loop", {})})
+        try:
+            start = find_run(found[-1].get("init") or "")
+            info = json.loads((start / "config.json").read_text())
+        except (Stop, OSError, ValueError):
+            break
+    return found
+
+
+class Ready(Exception):
+    """An evaluation that is only rehearsed has come to its first batch."""
+
+
 class Eval:
     """The model with its settings, its views, the data and this process's share of them.
 
     model, cfg, info (config.json and `path`), loop (its part about training), device; task: a key
     of TASKS; opts: the command line; rank, world: the share; is_main: prints and writes files;
     views, spec, root, tokenizer: how the data are read. `protocol` grows on the way and is written
-    beside the numbers; `bad` collects the numbers of unreadable pictures.
+    beside the numbers; `bad` collects the numbers of unreadable pictures; `named` is [data, split]
+    of what was opened, `settings` all that decides about the numbers; `files` is what report() will
+    write, {path: function that writes there}. rehearsal: batches() raises Ready.
     """
 
-    def __init__(self, model, info, task, opts, rank, world):
+    def __init__(self, model, info, task, opts, rank, world, rehearsal=False):
         # The run, and the part of the work that is this process's.
         self.model, self.cfg, self.info, self.task, self.opts = model, model.cfg, info, task, opts
         self.rank, self.world, self.is_main = rank, world, rank == 0
         self.device = next(model.parameters()).device
         self.loop = info.get("loop", {})
-        self.bad, self.protocol = set(), {}
+        self.bad, self.protocol, self.files, self.named = set(), {}, {}, []
+        self.rehearsal = rehearsal
+
+        # Autocast is for the model alone: batches and scores are made as they are.
+        self.autocast = contextlib.nullcontext()
+        if opts.dtype != "float32":
+            self.autocast = torch.autocast(self.device.type, getattr(torch, opts.dtype))
+
+        # What differs from the defaults and decides about the numbers.
+        self.settings = {}
+        for name in ("vocab", "dtype", *TASKS[task].flags):
+            value = getattr(opts, name)
+            if name not in ("data", "split", "out") and value != DEFAULTS[name]:
+                self.settings[name] = real(value)
 
         # The views of this evaluation if the model has a task of that name, else the run's own.
         views = module_of(model).VIEWS
@@ -781,7 +879,7 @@ class Eval:
         """The command line's vocabulary, else the copy in the run's directory, else the file that
         the run was trained with. Stop if it has another size than the model."""
         vocab, copy = self.opts.vocab, result_path(self, "vocab.txt")
-        if not vocab and copy and copy.is_file():
+        if not vocab and copy and copy.is_file() and not self.rehearsal:
             vocab = copy
         vocab = vocab or self.loop.get("vocab") or "shapes"
 
@@ -806,29 +904,31 @@ class Eval:
 
     # Data
 
-    def open(self, need=()):
-        """The data.Records of the split, which must have the keys in `need`: of --split, else of
-        test, or of val where there is no test. What they are, and what the checkpoint was trained
-        on, goes into the protocol."""
-        # The run's own data may be of another kind than this evaluation reads.
-        source, trained_on = self.views["source"], self.loop.get("data")
+    def other_kind(self):
+        """The kind of the run's own data, if they are what there is and this evaluation reads
+        another kind; else None."""
         own = module_of(self.model).VIEWS[self.info["task"]]["source"]
-        only_own = not self.opts.data and self.spec == trained_on and trained_on != "shapes"
-        if only_own and source != own:
-            raise Stop(f"{self.task}: it reads {source}, "
-                       f"the run's data are {own}: name files with --data")
+        named = self.opts.data or self.spec != self.loop.get("data") or self.spec == "shapes"
+        return None if named or self.views["source"] == own else own
 
-        def read(split):
-            return data.open_source(source, self.spec, split, self.root, limit=self.opts.limit,
-                                    need=need, missing=data.absent(self.views),
-                                    image_id=self.loop.get("image_id", "file"))
+    def open(self, need=(), split=None):
+        """The data.Records of the split, which must have the keys in `need`: of `split` or --split,
+        else of test, or of val where there is no test. What they are, and what the checkpoint was
+        trained on, goes into the protocol."""
+        if self.other_kind():
+            raise Stop(f"{self.task}: it reads {self.views['source']}, "
+                       f"the run's data are {self.other_kind()}: name files with --data")
 
-        try:
-            records = read(self.opts.split or "test")
-        except data.DataError as error:
-            if self.opts.split or "no split" not in str(error):
-                raise
-            records = read("val")
+        # Of files that the run, or one that it started from, was trained on: the part that it
+        # held out.
+        source, split = self.views["source"], split or self.opts.split
+        files = real_files(self.spec, source)
+        seen = [loop for loop in trained_on(self.info) if self.overlap(loop, files)]
+        hold_out = max((loop["hold_out"] for loop in seen), default=0)
+        stamps = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files)
+        records = read_records(stamps, source, self.spec, split, image_root=self.root,
+                               limit=self.opts.limit, need=need, hold_out=hold_out,
+                               missing=data.absent(self.views))
 
         # Regions must come from the detector of training.
         files = self.opts.regions or self.loop.get("regions", "")
@@ -841,17 +941,38 @@ class Eval:
                                f"the run was trained with {trained[name]}")
             self.protocol.update(regions=records.regions.about)
 
-        self.protocol.update(data=self.spec, split=records.split, records=len(records),
-                             limit=self.opts.limit, protocol=self.training_words())
+        # What was opened first is what the files of results are called by.
+        if not self.named:
+            spec = self.spec
+            first = spec if spec == "shapes" else Path(data.expand(spec)[0]).stem
+            self.named = [slug(first), records.split]
+            files = ["shapes"] if spec == "shapes" else sorted(files)
+            self.settings |= {"data": files, "split": records.split}
+            self.protocol.update(data=spec, split=records.split, records=len(records),
+                                 limit=self.opts.limit,
+                                 protocol=self.training_words(records, seen, hold_out))
         if records.protocol:
             self.protocol.update(lists=records.protocol)
         return records
 
-    def training_words(self):
-        """What the checkpoint was trained on, in words. "in domain": on one of these files too."""
-        seen = self.loop.get("data") or "shapes"
-        shared = set(seen.split(",")) & set(self.spec.split(","))
-        domain = "in domain" if shared else "zero-shot"
+    def overlap(self, loop, files):
+        """Was a run of these settings trained on one of the files, given by their real paths?"""
+        own = set((loop.get("data") or "shapes").split(",")) | set(loop["files"])
+        return bool(own & (set(self.spec.split(",")) | files))
+
+    def training_words(self, records, seen, hold_out):
+        """What the checkpoint was trained on, in words. "in domain": on one of these files too,
+        as those trainings in `seen` were; whether on these very pictures is said."""
+        domain = "in domain" if seen else "zero-shot"
+        if records.held_out:
+            others = [n for note, n in records.notes.items() if note.startswith("held_for_")]
+            total = len(records) + sum(others)
+            domain += f", held out: {len(records):,} of {total:,} records by hash of the picture"
+        for loop in seen:
+            apart = self.spec == "shapes" or not records.unsplit
+            apart |= records.held_out and loop["hold_out"] == hold_out
+            if loop.get("split", "train") == records.split or not apart:
+                domain = "in domain, TRAINED ON THESE PICTURES"
 
         # A task that is not in the model's TASKS is a stage of pre-training.
         task = self.info["task"]
@@ -860,13 +981,31 @@ class Eval:
         how = f"fine-tuned ({task})" if tuned else "pre-trained only"
 
         start = f", from {self.loop['init']}" if self.loop.get("init") else ""
-        return f"{domain}, {how}, trained on {seen}{start}"
+        return f"{domain}, {how}, trained on {self.loop.get('data') or 'shapes'}{start}"
+
+    # Files of results
+
+    def stem(self):
+        """What this evaluation's files are called: the task, the data, the split, and each setting
+        that is not at its default. Where a file of that name has other settings, for example
+        another file of the same name as data, a digest of them is added."""
+        words = [self.task, *self.named]
+        for name, value in self.settings.items():
+            if name not in ("data", "split", "image_root"):
+                words.append(f"{name}_{slug(value)}")
+        stem = "-".join(words)[:150]
+
+        old = result_path(self, f"eval-{stem}.json")
+        if old and old.is_file() and settings_of(old) != self.settings:
+            text = json.dumps(self.settings, sort_keys=True)
+            stem += "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+        return stem
 
     def other(self, path):
         """The Eval of another run on the same data, with its own views and vocabulary. Stop if
         that run does not offer this evaluation."""
         model, info = load_run(path, self.device)
-        if self.task not in offered(model):
+        if self.task not in offered(model, info["task"]):
             raise Stop(f"{path}: {type(model).__name__} trained for {info['task']} "
                        f"does not offer {self.task}")
 
@@ -879,11 +1018,14 @@ class Eval:
     def batches(self, records, what):
         """This process's batches, on the device. what: "image" (each picture once), "text" (each
         caption) or "sample" (each record); `index` holds their numbers in the data."""
+        if self.rehearsal:
+            raise Ready
+        workers = self.setting("workers", 0)
         batches = data.iter_eval(
             records, self.views, self.tokenizer, getattr(self.cfg, "image_size", None),
             self.cfg.max_text, max_regions=getattr(self.cfg, "max_regions", None), what=what,
             batch_size=self.opts.batch_size, rank=self.rank, world=self.world,
-            workers=max(0, self.setting("workers", 0)))
+            workers=workers if workers >= 0 else (os.cpu_count() or 1) // 4)
 
         # An unreadable picture is a grey one: it is counted, not left out.
         for batch in batches:
@@ -906,15 +1048,18 @@ class Eval:
         numbers, parts = [torch.empty(0, dtype=torch.long)], defaultdict(list)
         for batch in self.progress(self.batches(records, what), total, text or what):
             numbers.append(batch["index"].cpu())
-            for name, t in fn(batch).items():
+            with self.autocast:
+                found = fn(batch)
+            for name, t in found.items():
                 parts[name].append(t.cpu())
         mine = (torch.cat(numbers), {name: torch.cat(pieces) for name, pieces in parts.items()})
+        for name, t in mine[1].items():
+            check_numbers(self, text or what, t)
 
         # The rows of all processes; one that had no rows has no names either.
         pieces = [piece for piece in everyone(self, mine) if len(piece[0])]
         index = torch.cat([piece[0] for piece in pieces])
-        found = len(index.unique())
-        assert found == total, f"{found} of {total} rows were evaluated"
+        assert len(index.unique()) == total, f"{len(index)} of {total} rows were evaluated"
 
         # Brought into the order of the data.
         out = {}
@@ -938,6 +1083,13 @@ class Eval:
         of all captions ("text")."""
         encode = visual_encoder(self.model) if what == "image" else self.model.encode_text
         return self.collect(records, what, total, lambda b: encode(b).float(), f"{what}s")
+
+
+def check_numbers(ev, what, t):
+    """Stop if what the model gave holds NaN: a metric would take it for a low score."""
+    if t.is_floating_point() and t.isnan().any():
+        raise Stop(f"{ev.task}: the model gives NaN ({what}); its weights or --dtype "
+                   f"{ev.opts.dtype} are at fault")
 
 
 def visual_encoder(model):
@@ -968,19 +1120,25 @@ def retrieval(ev):
     run's dual encoder."""
     records = ev.open(need=("caption",))
     if ev.opts.captions is not None:
-        if ev.opts.captions < 1:
-            raise Stop(f"--captions {ev.opts.captions}: at least 1")
         records = data.first_captions(records, ev.opts.captions)
         ev.protocol.update(captions_kept=f"the first {ev.opts.captions} of each image")
     owner, order = data.flat_captions(records)[1].sort(stable=True)   # captions by their images
-    n, m = int(owner[-1]) + 1, len(owner)
+    n, m = len(owner.unique()), len(owner)
+    gallery_spans(ev, owner)
 
     # Whose scores come first, and the rule by which match() sorts their k best anew.
     first = candidates_of(ev) if ev.opts.candidates else ev
     dual = visual_encoder(first.model) is not None
     rule, k = ev.setting("rerank", "itm"), ev.opts.candidates or ev.setting("rerank_k", 128)
+    if k < 0:
+        raise Stop(f"--rerank_k {k}: at least 0")
     if not dual or k <= 0 or ev.opts.ensemble or not offers(ev.model, "match"):
+        if ev.opts.rerank in ("itm", "sum") or ev.opts.rerank_k:
+            raise Stop(f"{ev.task}: --rerank needs match() and a dual encoder, alone: "
+                       f"{type(ev.model).__name__} does not have both, or --ensemble was given")
         rule = "none"
+    check_memory(ev, n, m, 4 + 4 * bool(ev.opts.ensemble) + 5 * (rule != "none"))
+    runs = ensemble_runs(ev, dual) if ev.opts.ensemble else {}
 
     # What match() needs of the captions.
     texts = {}
@@ -993,8 +1151,8 @@ def retrieval(ev):
         text_emb = texts.pop("text_emb", None)                  # states may hold the embedding too
         sim = similarities(first, records, order, n, text_emb if first is ev else None)
         base = "dual encoder" if first is ev else f"dual encoder of {first.info['path']}"
-    if ev.opts.ensemble:
-        sim, base = ensemble(ev, records, order, sim if dual else None)
+    if runs:
+        sim, base = ensemble(ev, runs, records, order, sim)
     elif not dual:
         sim, base = match_scores(ev, records, texts), f"match, all {n * m:,} pairs"
 
@@ -1009,10 +1167,28 @@ def retrieval(ev):
     return {"rows": rows, "metrics": metrics}
 
 
+def free_memory():
+    """Bytes of main memory that may still be used: of all of it, where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(ev, n, m, held):
+    """Stop if the scores of n images and m captions, `held` bytes a pair at once, are more than
+    fits: each process keeps all of them."""
+    need, free = n * m * held, free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ev.device.type == "cuda":                        # similarities and new scores lie there
+        free = min(free, torch.cuda.mem_get_info(ev.device)[0])
+    if need > free:
+        raise Stop(f"{ev.task}: {n:,} images x {m:,} captions x {held} bytes are "
+                   f"{need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free for each process: a "
+                   "smaller gallery by --limit or --data (in train.py --eval_limit, --eval_data)")
+
+
 def candidates_of(ev):
     """The Eval of --candidates_from, which must have a dual encoder."""
-    if not ev.opts.candidates_from:
-        raise Stop("--candidates K: name a run with a dual encoder too: --candidates_from RUN")
     run = ev.other(ev.opts.candidates_from)
     if visual_encoder(run.model) is None:
         raise Stop(f"--candidates_from {run.info['path']}: "
@@ -1030,29 +1206,31 @@ def similarities(run, records, order, n, text_emb=None):
     return image_emb.to(run.device) @ text_emb.float().to(run.device).T
 
 
-def ensemble(ev, records, order, sim):
-    """The mean of this run's similarities (N, M) and those of the runs of --ensemble -> (N, M), its
-    name. order: (M,) sorts the captions. A run that is named twice, or this one, counts once."""
-    if sim is None:
+def ensemble_runs(ev, dual):
+    """The Evals of --ensemble. A run that is named twice, or this one, counts once."""
+    if not dual:
         raise Stop("--ensemble averages similarities of dual encoders; "
                    f"{type(ev.model).__name__} has none")
 
     # The same directory may be named in several ways.
-    mine = Path(ev.info["path"]).resolve()
     others = {path.resolve(): path for path in map(find_run, ev.opts.ensemble)}
-    others.pop(mine, None)
+    others.pop(Path(ev.info["path"]).resolve(), None)
     if not others:
         raise Stop("--ensemble: name at least one other run")
+    return {path: ev.other(path) for path in others.values()}
 
-    # Each run encodes the same gallery with its own views and vocabulary.
-    for path in others.values():
-        run = ev.other(path)
-        sim = sim + similarities(run, records, order, len(sim))
+
+def ensemble(ev, runs, records, order, sim):
+    """The mean of this run's similarities (N, M) and those of others -> (N, M), its name. runs:
+    {path: Eval}; order: (M,) sorts the captions. Each run encodes the same gallery with its own
+    views and vocabulary."""
+    for run in runs.values():
+        sim += similarities(run, records, order, len(sim))
         ev.bad |= run.bad
 
-    ev.protocol.update(ensemble=[str(mine), *map(str, others.values())])
-    total = 1 + len(others)
-    return sim / total, f"mean similarity of {total} runs"
+    ev.protocol.update(ensemble=[str(Path(ev.info["path"]).resolve()), *map(str, runs)])
+    total = 1 + len(runs)
+    return sim.div_(total), f"mean similarity of {total} runs"
 
 
 def match_scores(ev, records, texts, wanted=None):
@@ -1066,7 +1244,8 @@ def match_scores(ev, records, texts, wanted=None):
     m, n = len(next(iter(texts.values()))), len(data.unique_images(records)[0])
     out = torch.zeros(n, m)
     for batch in ev.progress(ev.batches(records, "image"), n, "matching"):
-        images, index = ev.states("image", batch), batch["index"].cpu()
+        with ev.autocast:
+            images, index = ev.states("image", batch), batch["index"].cpu()
         of_batch = torch.ones(len(index), m) if wanted is None else wanted[index]
 
         # The pairs of these images: a number in the batch, a number of a caption.
@@ -1074,7 +1253,8 @@ def match_scores(ev, records, texts, wanted=None):
             i, caption = pairs.T
             pair = {name: t[i.to(t.device)] for name, t in images.items()}
             pair |= {name: t[caption].to(ev.device) for name, t in texts.items()}
-            out[index[i], caption] = ev.model.match(pair).float().cpu()
+            with ev.autocast:
+                out[index[i], caption] = ev.model.match(pair).float().cpu()
 
     # A pair is scored by one process: the others add 0.
     if ev.world > 1:
@@ -1089,7 +1269,9 @@ def gallery_spans(ev, owner):
 
     owner: (M,) int64 the image of each caption, sorted.
     """
-    n = int(owner[-1]) + 1
+    n = len(owner.unique())
+    if not n:
+        raise Stop(f"{ev.task}: no caption in {ev.spec}")
 
     # COCO's 1K numbers are means over five folds of its 5,000 test images.
     folds = ev.opts.folds or (5 if n == 5000 else 1)
@@ -1180,30 +1362,36 @@ def vtm(ev):
 
 def masked(ev):
     """Accuracy of the model's guesses at hidden places of matched pairs (each record with its first
-    caption), beside that of the most frequent truth. The places are drawn with a fixed seed."""
+    caption), beside that of the most frequent truth. The places are drawn with a fixed seed
+    for each batch, whose records are the same for any number of processes."""
 
     def predictions(batch):
+        with seeded(int(batch["index"][0]), ev.device):
+            guesses = ev.model.masked_predictions(batch)
         found = {}
-        for name, (guess, truth) in ev.model.masked_predictions(batch).items():
+        for name, (guess, truth) in guesses.items():
             found[name, "guess"], found[name, "truth"] = guess, truth
         return found
 
     records = ev.open(need=("caption",))
-    with seeded(ev.rank, ev.device):
-        found = ev.collect_all(records, "sample", len(records), predictions)
+    found = ev.collect_all(records, "sample", len(records), predictions)
 
     # A row for each kind of hidden place.
     rows, metrics = [], {}
     for name in dict.fromkeys(name for name, _ in found):
         # -100 = a place that is not hidden.
         truth = found[name, "truth"]
+        if not (truth != -100).any():                   # of very few records
+            rows.append({"hidden": name, "places": 0})
+            continue
         guess, truth = found[name, "guess"][truth != -100], truth[truth != -100]
         accuracy = 100 * (guess == truth).double().mean().item()
         baseline = 100 * truth.bincount().max().item() / len(truth)
         metrics |= {name: accuracy, f"{name}_baseline": baseline}
         rows.append({"hidden": name, "places": len(truth), "accuracy": accuracy,
                      "most frequent": baseline})
-    ev.protocol.update(masks="drawn as in training, seed 0")
+    ev.protocol.update(masks="drawn as in training, seed: number of a batch's first record",
+                       batch_size=ev.opts.batch_size)
     return {"rows": rows, "metrics": metrics}
 
 
@@ -1231,12 +1419,12 @@ def vqa(ev):
     result = {}
     for record, number in zip(records, best.tolist()):
         result[record["question_id"]] = answers[number]
-    out = result_path(ev, f"vqa_{records.split}_results.json")
-    if ev.is_main and out:
+    out = result_path(ev, f"{ev.stem()}_results.json")
+    if out:
         lines = [{"question_id": question, "answer": answer} for question, answer in result.items()]
-        out.write_text(json.dumps(lines))
+        ev.files[out] = lambda path: path.write_text(json.dumps(lines))
     ev.protocol.update(questions=len(result), answers=len(answers), shortlist=k,
-                       result_file=str(out))
+                       result_file=out and str(out))
 
     truth = {record["question_id"]: record for record in records if record.get("answers")}
     if not truth:
@@ -1262,10 +1450,11 @@ def vqa_row(name, result, truth):
         if record.get("answer_type"):
             kinds[record["answer_type"]].append(score)
 
-    # The types in alphabetical order.
+    # The types in the order of the published tables, others behind them.
     row = {"answers": name, "questions": len(truth), "overall": sum(overall) / len(overall)}
-    for kind, scores in sorted(kinds.items()):
-        row[kind] = sum(scores) / len(scores)
+    for kind in dict.fromkeys(["yes/no", "number", "other", *sorted(kinds)]):
+        if kind in kinds:
+            row[kind] = sum(kinds[kind]) / len(kinds[kind])
     return row
 
 
@@ -1383,7 +1572,8 @@ def probe(ev):
                 "norm": ev.views.get("norm", "clip")}
 
     # At the end of training on other data there is nothing to measure, and that is said.
-    if ev.spec != "shapes" and not all(map(os.path.isdir, ev.spec.split(","))):
+    folders = ev.spec == "shapes" or all(map(os.path.isdir, ev.spec.split(",")))
+    if ev.other_kind() or not folders:
         hint = (f"not measured, {ev.spec} is no ImageFolder: "
                 "python eval.py RUN --task probe --data imagenet")
         if ev.opts.data:
@@ -1392,9 +1582,8 @@ def probe(ev):
 
     # Both splits and their labels.
     splits, truth = {}, {}
-    for name, split in (("train", "train"), ("test", "val")):
-        splits[name] = data.open_source("classes", ev.spec, split, ev.root, limit=ev.opts.limit,
-                                        need=("label",))
+    for name, split in (("test", "val"), ("train", "train")):
+        splits[name] = ev.open(need=("label",), split=split)
         labels = [record["label"] for record in splits[name]]
         truth[name] = torch.tensor(labels).to(ev.device)
     classes, lr = len(splits["train"].label_names), ev.opts.probe_lr
@@ -1420,7 +1609,7 @@ def probe(ev):
                      "train top-1": train, "top-1": test})
         metrics[name] = test
     tried = ", ".join(f"{rate:g}" for rate in PROBE_RATES)
-    ev.protocol.update(data=ev.spec, train=len(truth["train"]), test=len(truth["test"]),
+    ev.protocol.update(train=len(truth["train"]), test=len(truth["test"]),
                        classes=classes,
                        features="as they are" if lr else "mean 0 and deviation 1 over train",
                        lr=f"{lr:g}" if lr else f"of {tried} the best on a held-out tenth of train",
@@ -1444,7 +1633,10 @@ def detections(ev, records):
     """detect() on this process's pictures -> {record: with_overlaps()}."""
     found = {}
     for batch in ev.progress(ev.batches(records, "sample"), len(records), "detecting"):
-        for i, detected in zip(batch["index"].tolist(), ev.model.detect(batch)):
+        with ev.autocast:
+            results = ev.model.detect(batch)
+        for i, detected in zip(batch["index"].tolist(), results):
+            check_numbers(ev, "scores", detected["scores"])
             found[i] = with_overlaps(detected, records[i])
     return found
 
@@ -1537,7 +1729,7 @@ def picture_views(views):
     """-> (the views of a picture, or of its regions, and a caption; does a center crop hide a part
     of the picture from the model?)."""
     kept = {"source": "pairs", "text": "caption"}
-    for name in ("image", "image_eval", "norm", "regions"):
+    for name in ("image", "image_eval", "features", "features_eval", "norm", "regions"):
         if name in views:
             kept[name] = views[name]
     return kept, kept.get("image_eval") == "center"
@@ -1556,9 +1748,9 @@ def seen_picture(where, cropped):
     return data.center(picture, min(picture.size)) if cropped else picture
 
 
-def drawing_path(ev, name):
-    """The file of a drawing: --out, else `name` in the run's directory."""
-    path = ev.opts.out or result_path(ev, name)
+def drawing_path(ev):
+    """The file of a drawing: --out, else one in the run's directory."""
+    path = ev.opts.out or result_path(ev, f"{ev.stem()}.png")
     if not path:
         raise Stop(f"{ev.task}: the model is in no directory: name the PNG with --out")
     return Path(path)
@@ -1581,8 +1773,9 @@ def attention_maps(ev, batch):
     """model.gradcam() of a batch -> for each record ([(word, map (h, w))], the sentence's map
     (h, w)), float32 on the CPU."""
     # Grad-CAM needs gradients, and evaluation runs without.
-    with torch.enable_grad():
+    with torch.enable_grad(), ev.autocast:
         maps = ev.model.gradcam(batch, block=ev.opts.block)
+    check_numbers(ev, "maps", maps["word"])
 
     # Padding has no map.
     for b, mask in enumerate(batch["text_mask"].bool()):
@@ -1601,11 +1794,10 @@ def gradcam(ev):
 
     # One picture: every process looks at it, the main one draws.
     ev.alone()
+    out = drawing_path(ev)
     batch = next(ev.batches(one_record(ev.opts.image, ev.opts.text), "sample"))
     words, sentence = next(attention_maps(ev, batch))
-    out = drawing_path(ev, "gradcam.png")
-    if ev.is_main:
-        draw_maps(picture, ev.opts.text, words, sentence, out)
+    ev.files[out] = lambda path: draw_maps(picture, ev.opts.text, words, sentence, path)
     ev.protocol.update(image=ev.opts.image, text=ev.opts.text, block=ev.opts.block)
 
     # A word whose state the score does not read has no gradient.
@@ -1626,7 +1818,7 @@ def pointing(ev):
         raise Stop("pointing: boxes and a center crop do not go together")
     records = ev.open(need=("caption", "boxes", "labels"))
 
-    found = []                                                  # (inside, uniform, peak) of a word
+    mine = {}                                   # of a record: (inside, uniform, peak) of each word
     for batch in ev.progress(ev.batches(records, "sample"), len(records), "pointing"):
         maps = attention_maps(ev, batch)
         for i, bad, (words, _) in zip(batch["index"].tolist(), batch["bad"].tolist(), maps):
@@ -1634,10 +1826,14 @@ def pointing(ev):
             named = [(word, m) for word, m in words if word in boxes and m.max() > 0]
             if named and not bad:
                 size = data.load_image(records[i]["image"]).size
-                found += pointed(named, boxes, size)
+                mine[i] = pointed(named, boxes, size)
 
-    # The words of all processes.
-    found = sum(everyone(ev, found), [])
+    # The words of all processes, in the data's order.
+    of_record, found = {}, []
+    for piece in everyone(ev, mine):
+        of_record |= piece
+    for i in sorted(of_record):
+        found += of_record[i]
     if not found:
         raise Stop("pointing: no word that equals a label's name has a map other than zero: of the "
                    "last (or only) fusion layer the match score reads [CLS] alone")
@@ -1711,6 +1907,7 @@ def gallery(ev, k=5):
     if ev.opts.image:
         data.open_picture(ev.opts.image)
     records = ev.open(need=("caption",))
+    out = drawing_path(ev)
     captions, owner = data.flat_captions(records)
     pictures = [records[i]["image"] for i in data.unique_images(records)[0]]
     query = one_record(ev.opts.image or pictures[0], ev.opts.text or captions[0])
@@ -1740,9 +1937,7 @@ def gallery(ev, k=5):
             rows.append({"query": "" if n else asked, "rank": n + 1, "cosine": f"{scores[i]:.3f}",
                          "true": "yes" if right[i] else known, "found": str(things[i])})
 
-    out = drawing_path(ev, "gallery.png")
-    if ev.is_main:
-        draw_gallery(parts, out)
+    ev.files[out] = lambda path: draw_gallery(parts, path)
     ev.protocol.update(images=len(pictures), captions=len(captions), **metrics, file=str(out))
     return {"rows": rows, "metrics": metrics}
 
@@ -1789,13 +1984,15 @@ def attention(ev):
     else:
         records = ev.open(need=("caption",)).subset([0])
     image, text = records[0]["image"], records[0]["caption"][0]
-    picture = seen_picture(image, cropped)
+    picture, out = seen_picture(image, cropped), drawing_path(ev)
 
     # Each run's scores of areas and words.
     panels, rows = [], []
     for run in runs:
         batch = next(run.batches(records, "sample"))
-        scores, mask = run.model.token_scores(batch), batch["text_mask"][0].bool()
+        with run.autocast:
+            scores, mask = run.model.token_scores(batch), batch["text_mask"][0].bool()
+        check_numbers(run, "scores of areas", scores["image"])
         tokens = run.tokenizer.tokens(batch["text"][0][mask].tolist())
         pieces = word_maps(tokens, scores["text"][0][mask].float().cpu())
         words = [(word, float(score)) for word, score in pieces]
@@ -1810,9 +2007,7 @@ def attention(ev):
                      "brightest": f"row {row + 1}, column {column + 1}",
                      "top words": ", ".join(word for word, _ in best)})
 
-    out = drawing_path(ev, "attention.png")
-    if ev.is_main:
-        draw_ranks(picture, panels, out)
+    ev.files[out] = lambda path: draw_ranks(picture, panels, path)
     ev.protocol.update(text=text, image=image,
                        brightness="by rank of the cosine with the final vector", file=str(out))
     return {"rows": rows, "metrics": {}}
@@ -1980,10 +2175,7 @@ def speed(ev):
     reading files and of the detector behind stored regions; for a dual encoder and for a model that
     scores pairs; with --beside those of another run too. `growth` is as in growth()."""
     # The sizes, and the runs to compare.
-    words = ev.opts.sizes.split(",")
-    if not all(word.strip().isdecimal() and int(word) for word in words):
-        raise Stop(f"--sizes {ev.opts.sizes}: numbers of pictures, separated by commas")
-    sizes, runs = sorted(set(map(int, words))), [ev]
+    sizes, runs = sorted(set(map(int, ev.opts.sizes.split(",")))), [ev]
     if ev.opts.beside:
         runs.append(ev.other(ev.opts.beside))
 
@@ -2032,60 +2224,101 @@ def time_galleries(run, records, sizes, score, repeats):
         captions.append(sum(len(batch["index"]) for batch in texts))
 
         # The first call of all is slower, and is not counted.
-        if not seconds:
-            score(run, images[:1], texts[:1])
-        seconds.append(timed(lambda: score(run, images, texts), run.device, repeats))
+        with run.autocast:
+            if not seconds:
+                score(run, images[:1], texts[:1])
+            seconds.append(timed(lambda: score(run, images, texts), run.device, repeats))
     return captions, seconds
 
 
 # --------------------------------------------------------------------------------------------------
-# The evaluations: name -> (function, what the model must have: one of these sets of methods)
+# The evaluations
 
+class Task(NamedTuple):
+    """A row of TASKS."""
+
+    function: object            # Eval -> {"rows", "metrics"}
+    ways: list                  # what the model must have: one of these sets of methods
+    source: str = ""            # the kind of data of which it is the test, if only one is
+    flags: tuple = ()           # what it reads of the command line beside ALWAYS
+
+
+ALWAYS = ("run", "task", "vocab", "dtype", "batch_size", "workers")
+SPLIT = ("data", "image_root", "split", "limit", "regions")
+RANKED = (*SPLIT, "captions", "pairs", "rerank", "rerank_k", "candidates", "candidates_from",
+          "folds", "ensemble")
+DRAWN = ("image", "text", "out")
+
+# batch_size stands among the flags of those whose numbers depend on it.
 TASKS = {
-    "retrieval": (retrieval, [("encode_image", "encode_text"), ("match",)]),
-    "masked": (masked, [("masked_predictions",)]),
-    "vqa": (vqa, [("rank_answers",)]),
-    "ve": (classification, [("predict",)]),
-    "nlvr2": (classification, [("predict",)]),
-    "gradcam": (gradcam, [("gradcam",)]),
-    "pointing": (pointing, [("gradcam",)]),
-    "cross_attention": (cross_attention, [("cross_attention",)]),
-    "gallery": (gallery, [("encode_image", "encode_text")]),
-    "vtm": (vtm, [("encode_clip", "encode_text")]),
-    "sts": (sts, [("encode_text",)]),
-    "hashing": (hashing, [("hash_codes",)]),
-    "attention": (attention, [("token_scores",)]),
-    "speed": (speed, [("encode_image", "encode_text"), ("match",)]),
-    "linear": (classification, [("predict",)]),
-    "probe": (probe, [("visual_features",)]),
-    "tagging": (tagging, [("tag_scores",)]),
-    "detection": (detection, [("detect",)]),
-    "segmentation": (detection, [("detect",)]),
+    "retrieval": Task(retrieval, [("encode_image", "encode_text"), ("match",)], "", RANKED),
+    "masked": Task(masked, [("masked_predictions",)], "", (*SPLIT, "batch_size")),
+    "vqa": Task(vqa, [("rank_answers",)], "", (*SPLIT, "answers", "shortlist")),
+    "ve": Task(classification, [("predict",)], "ve", SPLIT),
+    "nlvr2": Task(classification, [("predict",)], "nlvr2", SPLIT),
+    "gradcam": Task(gradcam, [("gradcam",)], "", (*DRAWN, "block")),
+    "pointing": Task(pointing, [("gradcam",)], "", (*SPLIT, "block")),
+    "cross_attention": Task(cross_attention, [("cross_attention",)], "", (*SPLIT, "batch_size")),
+    "gallery": Task(gallery, [("encode_image", "encode_text")], "", (*SPLIT, *DRAWN)),
+    "vtm": Task(vtm, [("encode_clip", "encode_text")], "", RANKED),
+    "sts": Task(sts, [("encode_text",)], "", ("data", "split", "limit")),
+    "hashing": Task(hashing, [("hash_codes",)], "", (*SPLIT, "database", "map_at")),
+    "attention": Task(attention, [("token_scores",)], "", (*SPLIT, *DRAWN, "beside")),
+    "speed": Task(speed, [("encode_image", "encode_text"), ("match",)], "",
+                  (*SPLIT, "beside", "sizes", "batch_size", "pairs")),
+    "linear": Task(classification, [("predict",)], "classes", SPLIT),
+    "probe": Task(probe, [("visual_features",)], "", ("data", "image_root", "limit", "probe_lr")),
+    "tagging": Task(tagging, [("tag_scores",)], "", SPLIT),
+    "detection": Task(detection, [("detect",)], "", SPLIT),
+    "segmentation": Task(detection, [("detect",)], "", SPLIT),
 }
 
 
 # --------------------------------------------------------------------------------------------------
 # Running them
 
-def table(rows):
-    """Rows (dicts: text, floats with one decimal; a dash where a row has no value) -> a table of
-    fixed width."""
-    heads = dict.fromkeys(key for row in rows for key in row)
-    columns = []
+def table(rows, width=None):
+    """Rows (dicts: text, floats with one decimal; a dash where a row has no value) -> a table. One
+    that is wider than `width` (None: that of the terminal, or COLUMNS) goes on below, where its
+    first columns are repeated; text longer than half the width loses its middle."""
+    # Without a terminal and without COLUMNS there is no limit.
+    width = width or shutil.get_terminal_size((10 ** 6, 0)).columns
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    columns = {}
     for head in heads:
         cells = [head.replace("_r", " R@") if head[-1].isdigit() else head]
         for row in rows:
             value = row.get(head)
             shown = f"{value:.1f}" if isinstance(value, float) else str(value)
-            cells.append("-" if value is None else shown)
+            cells.append("-" if value is None else shortened(shown, width // 2 - 2))
 
         # Text stands on the left, numbers on the right.
-        width = max(map(len, cells))
+        most = max(map(len, cells))
         text = any(isinstance(row.get(head), str) for row in rows)
-        columns.append([cell.ljust(width) if text else cell.rjust(width) for cell in cells])
+        columns[head] = [cell.ljust(most) if text else cell.rjust(most) for cell in cells]
 
-    lines = ["  ".join(cells).rstrip() for cells in zip(*columns)]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    # Columns of one thing (i2t_r1, i2t_r5, ...) stay together; each block begins with the text.
+    first = len(list(itertools.takewhile(
+        lambda head: any(isinstance(row.get(head), str) for row in rows), heads[:-1])))
+    blocks = [heads[:first]]
+    for _, group in itertools.groupby(heads[first:], lambda head: head.split("_")[0]):
+        group = list(group)
+        taken = sum(len(columns[head][0]) + 2 for head in blocks[-1] + group) - 2
+        if taken > width and len(blocks[-1]) > first:
+            blocks.append(heads[:first])
+        blocks[-1] += group
+
+    out = []
+    for block in blocks:
+        lines = ["  ".join(cells).rstrip() for cells in zip(*(columns[head] for head in block))]
+        out.append("\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]]))
+    return "\n\n".join(out)
+
+
+def shortened(text, most):
+    """The text without its middle, if it is longer than `most`."""
+    half = max(1, (most - 3) // 2)
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def result_path(ev, name):
@@ -2120,53 +2353,79 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
     info: config.json and, if the results are to be written, `path`; task: a key of TASKS;
     opts: a dict or namespace over the command line's defaults.
     -> {"task", "metrics", "rows", "protocol"}, the same on all processes. Rank 0 prints the table
-    and writes eval-<task>.json. The model is left in the mode it was in. Stop, one line, if it
-    lacks what the task needs.
+    and writes eval-<task>-<data>-<split>.json. The model is left in the mode it was in. Stop, one
+    line, if it lacks what the task needs.
     """
-    if task not in TASKS or task not in offered(model):
-        known = "" if task in TASKS else f" (known: {', '.join(TASKS)})"
-        raise Stop(f"task {task}: {type(model).__name__} trained for {info['task']} "
-                   f"does not offer it{known}; it offers: {', '.join(offered(model)) or 'none'}")
-
-    # A caller from Python gives only what differs from the defaults.
-    defaults = vars(parser().parse_args([info.get("path") or ""]))
-    given = opts if isinstance(opts, dict) else vars(opts or argparse.Namespace())
-    ev = Eval(model, info, task, argparse.Namespace(**{**defaults, **given}), rank, world)
+    check_offer(model, info, task)
+    ev = Eval(model, info, task, options_of(task, opts), rank, world)
+    for name, t in model.named_parameters():
+        if not t.isfinite().all():
+            raise Stop(f"{info.get('path') or task}: weights are damaged, {name} is not finite")
 
     # no_grad, not inference_mode: a model may keep tensors for later training.
-    amp = contextlib.nullcontext()
-    if ev.opts.dtype != "float32":
-        amp = torch.autocast(ev.device.type, getattr(torch, ev.opts.dtype))
     training = model.training
     model.eval()
-    with torch.no_grad(), amp:
+    with torch.no_grad():
         result = TASKS[task][0](ev)
     model.train(training)
 
     # Unreadable pictures of all processes.
     ev.bad = set().union(*everyone(ev, ev.bad))
-    protocol = {**ev.protocol, "unreadable_images": len(ev.bad), **provenance(ev)}
+    protocol = {**ev.protocol, "unreadable_images": len(ev.bad), **provenance(ev),
+                "settings": ev.settings}
     result = {"task": task, **result, "protocol": protocol}
     if ev.is_main:
         report(ev, result)
     return result
 
 
-def report(ev, result):
-    """Writes an evaluation's result into the run's directory, and prints it."""
-    out = result_path(ev, f"eval-{ev.task}.json")
-    if out:
-        out.write_text(json.dumps(result, indent=1, default=str))
+def check(model, info, names, options):
+    """Stop, one line, for whatever evaluate() would stumble over: a training calls this before it
+    begins. Each evaluation is rehearsed up to its first batch: its name, its options, its data and
+    their size are looked at by the same lines that will be run at the end.
 
+    names: evaluations; options: as opts of evaluate(), the same for all. The data are read here,
+    and are at hand for the evaluation itself (see read_records).
+    """
+    for task in names:
+        check_offer(model, info, task)
+        try:
+            TASKS[task].function(Eval(model, info, task, options_of(task, options), 0, 1, True))
+        except Ready:
+            continue
+        except (Stop, data.DataError) as error:
+            raise Stop(f"the evaluation at the end: {error}") from None
+
+
+def write_whole(path, fn):
+    """fn(temporary path), then rename: `path` is whole, old or new. Stop if that is impossible."""
+    # The same ending: a drawing's format follows from it.
+    part = path.with_name(f".part-{path.name}")
+    try:
+        fn(part)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise Stop(f"{path}: not written: {error.strerror or error}") from None
+
+
+def report(ev, result):
+    """Prints an evaluation's result, and writes it into the run's directory: printed first, so that
+    a full disk loses no numbers."""
     # The protocol stands above the table, without what does not apply.
     words = [f"{key} {value}" for key, value in ev.protocol.items() if value is not None]
-    print("\n" + textwrap.fill(f"{ev.task}: {'; '.join(words)}", 120))
+    width = min(120, shutil.get_terminal_size((120, 0)).columns)
+    print("\n" + textwrap.fill(f"{ev.task}: {'; '.join(words)}", width))
     if ev.bad:
         print(f"{len(ev.bad)} images could not be read and were taken as grey ones")
     print(table(result["rows"]))
+
+    out = result_path(ev, f"eval-{ev.stem()}.json")
     if out:
-        print(f"-> {out}")
-    sys.stdout.flush()
+        ev.files[out] = lambda path: path.write_text(json.dumps(result, indent=1, default=str))
+    for path, fn in ev.files.items():
+        write_whole(path, fn)
+        print(f"-> {path}", flush=True)
 
 
 def parser():
@@ -2209,8 +2468,10 @@ def parser():
     p.add_argument("--shortlist", type=int, help="vqa: answers kept by first token (default: 128)")
     p.add_argument("--image", help="gradcam, attention, gallery: the picture")
     p.add_argument("--text", help="gradcam, attention: what is said of it; gallery: the query")
-    p.add_argument("--block", type=int, help="gradcam: fusion layer, from 0; default: the model's")
-    p.add_argument("--out", help="gradcam, attention, gallery: the PNG; default: RUN/<task>.png")
+    p.add_argument("--block", type=int,
+                   help="gradcam, pointing: fusion layer, from 0; default: the model's")
+    p.add_argument("--out", help="gradcam, attention, gallery: the PNG; default: in the run's "
+                                 "directory, named by task and options")
     p.add_argument("--beside", metavar="RUN", help="attention, speed: another run beside this one")
     p.add_argument("--sizes", default="16,32,64,128",
                    help="speed: gallery sizes in pictures (default: 16,32,64,128)")
@@ -2222,6 +2483,63 @@ def parser():
                         "default: the best of five on a held-out tenth, on features of mean 0 and "
                         "deviation 1")
     return p
+
+
+DEFAULTS = vars(parser().parse_args([""]))
+
+# The least and the most that a number may be.
+RANGES = {"limit": (1, math.inf), "captions": (1, math.inf), "batch_size": (1, math.inf),
+          "pairs": (1, math.inf), "workers": (-1, 1000), "rerank_k": (0, math.inf),
+          "candidates": (1, math.inf), "folds": (1, math.inf), "shortlist": (1, math.inf),
+          "block": (0, math.inf), "map_at": (1, math.inf), "probe_lr": (1e-9, 1e9)}
+
+# What must be there: files, and the run directories of find_run().
+FILES, RUNS = ("image", "answers", "database", "vocab"), ("candidates_from", "beside", "ensemble")
+
+
+def options_of(task, opts):
+    """All options of an evaluation, checked by themselves -> Namespace. opts: a dict or namespace
+    of what differs from the defaults, or None; what the evaluation does not read is left out.
+    Stop for a value that means nothing and for a file that is not there."""
+    given = opts if isinstance(opts, dict) else vars(opts or argparse.Namespace())
+    read = (*ALWAYS, *TASKS[task].flags)
+    opts = {**DEFAULTS, **{name: value for name, value in given.items() if name in read}}
+
+    # Numbers. NaN is in no range.
+    for name, (least, most) in RANGES.items():
+        if opts[name] is not None and not least <= opts[name] <= most:
+            legal = f"at least {least:g}" + f", at most {most:g}" * (most < math.inf)
+            raise Stop(f"--{name} {opts[name]}: {legal}")
+    if not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)*", opts["sizes"].replace(" ", "")):
+        raise Stop(f"--sizes {opts['sizes']}: numbers of pictures, separated by commas")
+    if bool(opts["candidates"]) != bool(opts["candidates_from"]):
+        raise Stop("--candidates K and --candidates_from RUN go together")
+
+    # Files and runs.
+    for name in FILES:
+        if opts[name] and opts[name] != "shapes" and not os.path.isfile(opts[name]):
+            raise Stop(f"--{name} {opts[name]}: no such file")
+    for name in RUNS:
+        for run in [opts[name]] if isinstance(opts[name], str) else opts[name] or []:
+            find_run(run)
+
+    # Where a drawing goes, and its format.
+    if opts["out"]:
+        out = Path(opts["out"])
+        if not out.parent.is_dir() or out.is_dir():
+            raise Stop(f"--out {out}: a file in a folder that exists")
+        if out.suffix.lower() not in Image.registered_extensions():
+            raise Stop(f"--out {out}: a picture's name, such as {out.stem}.png")
+    return argparse.Namespace(**opts)
+
+
+def check_read(tasks, opts):
+    """Stop for a flag that none of the evaluations reads."""
+    read = set(ALWAYS).union(*(TASKS[task].flags for task in tasks))
+    for name, value in vars(opts).items():
+        if value != DEFAULTS[name] and name not in read:
+            users = [task for task, row in TASKS.items() if name in row.flags]
+            raise Stop(f"{', '.join(tasks)} does not use --{name}; it is for {', '.join(users)}")
 
 
 def main(argv=None):
@@ -2239,7 +2557,12 @@ def main(argv=None):
 
     # Without --task: those that the model lists for the task it was trained on.
     model, info = load_run(opts.run, device)
-    tasks = [opts.task] if opts.task else module_of(model).EVALS[info["task"]]
+    tasks = [opts.task] if opts.task else module_of(model).EVALS.get(info["task"])
+    if not tasks:
+        raise Stop(f"{opts.run}: {info['task']} has no evaluation of its own: name one with --task")
+    for task in tasks:
+        check_offer(model, info, task)
+    check_read(tasks, opts)
     results = {task: evaluate(model, info, task, opts, rank, world) for task in tasks}
     if world > 1:
         dist.destroy_process_group()

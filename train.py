@@ -52,6 +52,7 @@ class Loop:
     image_id: Literal["file", "path"] = "file"  # same picture: by the files' ids, or by its path
     vocab: str = ""                 # BERT vocabulary file (default: of shapes, or of --init)
     split: str = "train"            # split to train on
+    hold_out: float = 0.025         # share kept for val, and for test, where files have no splits
     regions: str = ""               # files of tools.regions, comma-separated, for all images
     limit: int = 0                  # train on this many records, drawn by --seed; 0 = all
     tag_words: str = ""             # word list: a record's tags are its captions' words in it
@@ -513,8 +514,8 @@ def open_records(loop, views, untrained):
         need = tuple("caption" if key == "tags" else key for key in need)
     records = data.open_source(views["source"], loop.data, loop.split, loop.image_root or None,
                                limit=loop.limit or None, seed=loop.seed, need=need,
-                               missing="keep" if untrained else data.absent(views),
-                               image_id=loop.image_id)
+                               hold_out=loop.hold_out, image_id=loop.image_id,
+                               missing="keep" if untrained else data.absent(views))
     if loop.tag_words:
         records = data.caption_tags(records, loop.tag_words)
     if loop.paraphrase:
@@ -643,6 +644,15 @@ def stage_settings(module, preset, task, given, out, stage, init):
     if loop.stage_root:
         loop.image_root = loop.stage_root[stage]
     loop.vocab = loop.vocab or default_vocab(loop)
+
+    # nothing need be held out of the built-in world, nor where other files are evaluated
+    if loop.data == "shapes":
+        loop.hold_out = 0.0
+    elif loop.eval_data:
+        source = module.VIEWS[task]["source"]
+        mine = evaluation.real_files(loop.data, source)
+        if not mine & evaluation.real_files(loop.eval_data, source, flag="--eval_data"):
+            loop.hold_out = 0.0
     return loop, cfg, task
 
 
@@ -662,6 +672,7 @@ def count_steps(loop, records, untrained):
 
 def train(module, name, preset, task, given, out, stage=0, init=""):
     """One stage of one task, on every process -> (the bare model, the run's info)."""
+    main_task = task
     loop, cfg, task = stage_settings(module, preset, task, given, out, stage, init)
     rank, world, _ = data.ranks()
     device = choose_device(loop)
@@ -692,15 +703,18 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     foreign = {side: given[f"init_{side}"] for side in module.INITS if given.get(f"init_{side}")}
     raw, news = make_model(module, cfg, task, stats, loop, {} if stage else foreign)
     raw.to(device).train()
+    info = {"model": name, "preset": preset, "task": task,
+            "config": dataclasses.asdict(cfg), "loop": dataclasses.asdict(loop),
+            "files": sorted(evaluation.real_files(loop.data, views["source"], loop.split)),
+            "stats": stats, "views": views, "total_steps": total, "data_notes": records.notes,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+
+    check_closing(module, preset, main_task, given, out, raw, info)
     if "features" in data.view_keys(views).values():
         store_features(out, raw, loop, cfg, samples, views, device, workers)
     resuming = loop.resume and (out / "state.pt").exists()
     if hasattr(raw, "prepare") and not resuming:
         raw.prepare(samples)
-    info = {"model": name, "preset": preset, "task": task,
-            "config": dataclasses.asdict(cfg), "loop": dataclasses.asdict(loop),
-            "stats": stats, "views": views, "total_steps": total, "data_notes": records.notes,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     run = Run(loop, info, out, raw, make_optimizer(raw, loop), device,
               *choose_precision(loop, device), micro, epoch_steps)
 
@@ -819,18 +833,35 @@ def run_loop(run, stream, start):
         print(f"  {int(unreadable)} unreadable images on rank {rank} were replaced by others")
 
 
+def closing(module, raw, task, trained, loop):
+    """-> (the evaluations that end a run, their options). task: the run's; trained: the last
+    stage's, whose settings are `loop`."""
+    if loop.evals == "none":
+        return [], {}
+    names = loop.evals.split(",")
+    if loop.evals == "default":                         # a loss left out may leave an encoder out
+        there = evaluation.offered(raw, trained)
+        names = [name for name in module.EVALS[task] if name in there]
+    return names, {"split": loop.eval_split or None, "limit": loop.eval_limit or None}
+
+
+def check_closing(module, preset, task, given, out, raw, info):
+    """Finds what the evaluations at the end would stumble over before the run begins; before the
+    first of several stages too, with the settings of the last."""
+    stages = count_stages(module, preset, task, given)
+    loop, _, trained = stage_settings(module, preset, task, given, out, stages - 1,
+                                      info["loop"]["init"])
+    info = {**info, "task": trained, "loop": dataclasses.asdict(loop), "path": str(out)}
+    evaluation.check(raw, info, *closing(module, raw, task, trained, loop))
+
+
 def closing_evaluations(module, raw, task, info, folder):
     """The evaluations that end a run -> {evaluation: result}.
 
     On all processes: each takes its share, and none sits at a barrier until it times out.
     """
-    loop, (rank, world, _) = info["loop"], data.ranks()
-    if loop["evals"] == "none":
-        return {}
-    names = loop["evals"].split(",")
-    if loop["evals"] == "default":                      # a loss left out may leave an encoder out
-        names = [name for name in module.EVALS[task] if name in evaluation.offered(raw)]
-    options = {"split": loop["eval_split"] or None, "limit": loop["eval_limit"] or None}
+    rank, world, _ = data.ranks()
+    names, options = closing(module, raw, task, info["task"], Loop(**info["loop"]))
     info = {**info, "step": info["total_steps"], "path": str(folder)}
     return {name: evaluation.evaluate(raw, info, name, options, rank, world) for name in names}
 

@@ -1426,6 +1426,8 @@ class Codis(nn.Module):
         cfg, blocks, text_mask = self.cfg, self.fusion.blocks, batch["text_mask"]
         if block is None:
             block = min(2, max(len(blocks) - 2, 0))
+        if not 0 <= block < len(blocks):
+            raise SystemExit(f"--block {block}: the fusion has {len(blocks)} layers, from 0 on")
 
         # the pair through all layers, one of which shows its attention
         x = self.text(batch["text"], text_mask)                         # (B, T, D)

@@ -96,6 +96,7 @@ class Squares:
         """Three steps of any model; later flags win."""
         return ["--model", model, "--data", str(self.pairs), "--vocab", str(self.vocab),
                 "--out", str(out), "--batch_size", "8", "--steps", "3", "--workers", "0",
+                "--hold_out", "0",
                 "--device", "cpu", "--evals", "none", *map(str, more)]
 
     def imagebert(self, out, *more):

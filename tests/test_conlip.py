@@ -1117,7 +1117,7 @@ def test_protocol(task):
     assert not any(key.requires_grad for key in out["keys"])
     for emb in (model.encode_image(batch), model.encode_text(batch)):
         close(emb.norm(dim=-1), torch.ones(4), 1e-5)
-    offered = evaluation.offered(model)
+    offered = evaluation.offered(model, task)
     assert {"retrieval", "gallery", "speed"} <= set(offered)
     assert ("cross_attention" in offered) == (task == "pretrain")
 
@@ -1567,7 +1567,7 @@ def test_pretrain_evaluate_and_fine_tune(run, photos, tmp_path):
 
     train.main([*SMALL, *photos, "--task", "retrieval", "--init", str(run), "--out", str(tuned),
                 "--image_size", "48"])
-    assert (tuned / "eval-retrieval.json").exists()
+    assert (tuned / "eval-retrieval-pairs-val.json").exists()
     with pytest.raises(SystemExit, match="does not offer it.*it offers: retrieval, gallery"):
         evaluation.main([str(tuned), "--task", "cross_attention"])
 

@@ -963,7 +963,7 @@ def test_offers():
     whole = {"encode_image", "encode_text", "token_scores"}
     assert offers["pretrain"] == offers["ccl"] == offers["retrieval"] == whole
     assert offers["vtm"] == {"encode_clip", "encode_text"} and offers["hashing"] == {"hash_codes"}
-    assert ev.offered(make_model("hashing")) == ["hashing"]
+    assert ev.offered(make_model("hashing"), "hashing") == ["hashing"]
 
     # what is offered runs
     for task in TASKS:
@@ -1325,7 +1325,7 @@ BASE = {
         "image_size": (224, "section 4.2"), "backbone": ("resnet50", "section 4.2")},
 }
 NOT_THE_SCHEDULE = {
-    "data", "image_root", "image_id", "vocab", "split", "regions", "limit", "tag_words",
+    "data", "image_root", "image_id", "vocab", "split", "hold_out", "regions", "limit", "tag_words",
     "paraphrase", "stage_data", "stage_root", "workers", "warmup_lr", "min_lr", "seed", "out",
     "init", "resume", "device", "amp", "compile", "log_every", "save_every", "evals", "eval_data",
     "eval_root", "eval_split", "eval_limit", "rerank_k", "rerank"}

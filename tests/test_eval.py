@@ -2,10 +2,14 @@
 lines; runs of the real models as a user evaluates them."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
+import os
 import random
+import re
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -429,7 +433,8 @@ def test_whole_picture_is_the_baseline_of_detection(tmp_path):
     nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}
     model = SimpleNamespace(detect=lambda batch: [dict(nothing) for _ in batch["image"]])
     opts = ev.parser().parse_args(["x", "--data", str(file), "--image_root", str(tmp_path)])
-    one = mock.Mock(opts=opts, task="detection", info={}, world=1, model=model, protocol={})
+    one = mock.Mock(opts=opts, task="detection", info={}, world=1, model=model, protocol={},
+                    autocast=contextlib.nullcontext())
     one.open.return_value = data.open_source("detection", str(file), "train", str(tmp_path))
     one.progress.return_value = [{"index": torch.arange(2), "image": [None, None]}]
     rows = ev.detection(one)["rows"]
@@ -535,20 +540,24 @@ def test_timed_is_the_fastest_call(monkeypatch):
 def test_offers_is_what_the_model_lists_else_what_it_has():
     model = Tables(Config())
     assert ev.offers(model, "encode_image", "match") and not ev.offers(model, "predict")
-    assert ev.offered(model) == ["retrieval", "gallery", "sts", "speed"]
+    assert ev.offered(model, "pretrain") == ["retrieval", "gallery", "sts", "speed"]
 
     model.offers = {"encode_image", "encode_text", "predict"}       # it has no predict()
     assert ev.offers(model, "encode_image") and not ev.offers(model, "match")
-    assert ev.offered(model) == ["retrieval", "gallery", "sts", "speed"]
+    assert ev.offered(model, "pretrain") == ["retrieval", "gallery", "sts", "speed"]
     model.offers = {"match"}
-    assert ev.offered(model) == ["retrieval", "speed"]
+    assert ev.offered(model, "pretrain") == ["retrieval", "speed"]
     model.offers = set()
-    assert ev.offered(model) == []
+    assert ev.offered(model, "pretrain") == []
+
+    # a classifier is asked about its own kind of data alone: NLVR2's reads two pictures
+    assert ev.offered(Answerer(Config()), "nlvr2") == ["vqa", "nlvr2", "gradcam", "pointing"]
+    assert "nlvr2" not in ev.offered(Answerer(Config()), "vqa")
 
 
 def test_every_evaluation_has_its_row_in_tasks():
     """A function of Eval, and sets of method names, any of which is enough."""
-    for task, (function, ways) in ev.TASKS.items():
+    for task, (function, ways, _, _) in ev.TASKS.items():
         assert callable(function) and ways and all(isinstance(names, tuple) for names in ways), task
 
 
@@ -800,13 +809,13 @@ def test_a_model_without_encoders_scores_every_pair(world):
 def test_vqa_writes_every_question_once_and_scores_it(world, tmp_path):
     info = questions_info(world, path=str(tmp_path))
     out = ev.evaluate(Answerer(Config()), info, "vqa", {"batch_size": 4})
-    written = json.loads((tmp_path / "vqa_test_results.json").read_text())
+    written = json.loads((tmp_path / "vqa-questions-test_results.json").read_text())
     assert sorted(r["question_id"] for r in written) == list(range(91, 101))
     answers = {r["question_id"]: r["answer"] for r in written}
     assert answers == {100 - i: f"word{i % 3}" for i in range(10)}
     # 6 or 4 annotators of 10 suffice.
     assert out["metrics"] == pytest.approx({"accuracy": 100.0, "baseline": 100.0})
-    saved = json.loads((tmp_path / "eval-vqa.json").read_text())
+    saved = json.loads((tmp_path / "eval-vqa-questions-test.json").read_text())
     assert saved["protocol"]["answers"] == 3
 
 
@@ -906,7 +915,7 @@ def test_two_processes_find_what_one_finds(world, tmp_path):
     assert first["one"]["i2t_r1"] == 100                            # rank 1 had no picture
 
     # One process writes.
-    written = json.loads((tmp_path / "vqa_test_results.json").read_text())
+    written = json.loads((tmp_path / "vqa-questions-test_results.json").read_text())
     assert sorted(r["question_id"] for r in written) == list(range(91, 101))
     assert (tmp_path / "0.png").exists() and not (tmp_path / "1.png").exists()
 
@@ -933,9 +942,9 @@ def test_a_vocabulary_of_another_size_is_refused(world):
 
 
 def test_data_of_another_kind_must_be_named(world):
-    """A run on pairs has no NLVR2 data of its own."""
-    with pytest.raises(weights.Stop, match="reads nlvr2, the run's data are pairs"):
-        ev.evaluate(Answerer(Config()), info_of(world, "pairs.jsonl"), "nlvr2")
+    """A run on pairs has no questions of its own."""
+    with pytest.raises(weights.Stop, match="reads vqa, the run's data are pairs"):
+        ev.evaluate(Answerer(Config()), info_of(world, "pairs.jsonl"), "vqa")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1002,9 +1011,9 @@ def test_a_run_is_loaded_and_evaluated_from_the_command_line(world, tmp_path, mo
     # The run's own evaluations, on its own data.
     out = ev.main([str(tmp_path / "run")])
     assert out["retrieval"]["metrics"] == pytest.approx(expected(Tables(Config()))[1])
-    protocol = json.loads((run / "eval-retrieval.json").read_text())["protocol"]
+    protocol = json.loads((run / "eval-retrieval-pairs-test.json").read_text())["protocol"]
     assert len(protocol["sha256"]) == 64 and protocol["step"] == 7 and protocol["world_size"] == 1
-    assert "in domain, pre-trained only" in protocol["protocol"]
+    assert "in domain, TRAINED ON THESE PICTURES, pre-trained only" in protocol["protocol"]
     assert "i2t R@1" in capsys.readouterr().out
 
     # Other data.
@@ -1056,7 +1065,7 @@ SMALL = ("--batch_size 4 --steps 2 --image_size 32 --width 16 --embed_dim 16 --t
 
 def trained(letters, out, *flags):
     return train.main(["--model", "cookie", "--vocab", str(letters / "vocab.txt"),
-                       "--out", str(out), *SMALL, *map(str, flags)])
+                       "--hold_out", "0", "--out", str(out), *SMALL, *map(str, flags)])
 
 
 @pytest.fixture(scope="module")
@@ -1099,7 +1108,7 @@ def test_ensemble_is_the_mean_similarity(letters, two_runs):
     assert both["metrics"] == ev.recall(sum(sims) / 2, owner)
     assert not torch.equal(sims[0].argsort(), sims[1].argsort())
     assert both["metrics"] != ev.recall(sims[0], owner)
-    assert alone["protocol"]["protocol"].startswith("in domain, pre-trained only")
+    assert alone["protocol"]["protocol"].startswith("in domain, TRAINED ON THESE PICTURES, pre")
     with pytest.raises(SystemExit, match="at least one other"):
         ev.main([a, "--task", "retrieval", "--ensemble", a])
 
@@ -1138,6 +1147,7 @@ def test_speed_of_a_model_that_scores_pairs(letters, tmp_path):
     """Any model with match(): here CODIS' own, of which both ways are timed."""
     train.main(["--model", "codis", "--data", str(letters / "pairs.jsonl"),
                 "--vocab", str(letters / "vocab.txt"), "--out", str(tmp_path / "c"),
+                "--hold_out", "0",
                 "--steps", "0", "--batch_size", "4", "--evals", "none", "--image_size", "24",
                 "--vision_layers", "1", "--queue_size", "8", "--codewords", "8"])
     rows = ev.main([str(tmp_path / "c"), "--task", "speed", "--sizes", "2,6"])["speed"]["rows"]
@@ -1221,6 +1231,7 @@ def region_run(letters, region_file, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("runs") / "regions")
     train.main(["--model", "imagebert", "--data", str(letters / "pairs.jsonl"),
                 "--vocab", str(letters / "vocab.txt"), "--regions", region_file, "--out", out,
+                "--hold_out", "0",
                 "--steps", "0", "--batch_size", "4", "--workers", "0", "--evals", "none",
                 "--width", "16", "--layers", "1", "--heads", "2"])
     return out
@@ -1339,7 +1350,7 @@ def test_gallery_finds_what_belongs_together(conlip_run, photos):
     shown = gallery(conlip_run, "--text", record["caption"][1], "--image", str(photos / "20.png"))
     rank = shown["metrics"]["rank of the true image"]
     assert 1 <= rank <= 8 and 1 <= shown["metrics"]["rank of the true text"] <= 16
-    assert len(shown["rows"]) == 10 and Image.open(f"{conlip_run}/gallery.png").width > 900
+    assert len(shown["rows"]) == 10 and Image.open(shown["protocol"]["file"]).width > 900
 
     # the five nearest pictures, with the true one among them where its rank allows
     true = [row["rank"] for row in shown["rows"][:5] if row["true"] == "yes"]
@@ -1364,4 +1375,443 @@ def test_gallery_of_the_other_two_tower_models(name, photos, tmp_path):
     run = untrained(name, photos, tmp_path / "run")
     shown = gallery(run, "--text", "a red square", "--image", str(photos / "20.png"))
     assert len(shown["rows"]) == 10 and 1 <= shown["metrics"]["rank of the true text"] <= 16
-    assert list(tmp_path.rglob("gallery.png"))
+    assert list(tmp_path.rglob("gallery-pairs-val-*.png"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Names of results, and writing them
+
+def stem_of(world, tmp_path, task="retrieval", file="pairs.jsonl", **opts):
+    """What the results of an evaluation of the tables are called."""
+    info = info_of(world, file) | {"path": str(tmp_path)}
+    ev.evaluate(Tables(Config()), info, task, opts)
+    return sorted(path.name for path in tmp_path.glob("eval-*.json"))
+
+
+def test_no_result_replaces_another(world, tmp_path):
+    """Every option that decides about the numbers is in the name; what was asked for twice is one
+    file."""
+    for opts in ({}, {}, {"limit": 5}, {"captions": 1}, {"rerank": "none"}, {"rerank_k": 2},
+                 {"folds": 2}, {"vocab": str(world / "vocab.txt")}, {"dtype": "bfloat16"},
+                 {"split": "val"}, {"workers": 0, "batch_size": 3}):
+        stem_of(world, tmp_path, **opts)
+    assert stem_of(world, tmp_path, data=str(world / "lines.jsonl")) == [
+        "eval-retrieval-lines-test.json", "eval-retrieval-pairs-test-captions_1.json",
+        "eval-retrieval-pairs-test-dtype_bfloat16.json", "eval-retrieval-pairs-test-folds_2.json",
+        "eval-retrieval-pairs-test-limit_5.json", "eval-retrieval-pairs-test-rerank_k_2.json",
+        "eval-retrieval-pairs-test-rerank_none.json",
+        "eval-retrieval-pairs-test-vocab_vocab.txt.json", "eval-retrieval-pairs-test.json",
+        "eval-retrieval-pairs-val.json"]
+
+
+def test_another_file_of_the_same_name_is_another_result(world, tmp_path):
+    """In any spelling the same file is the same result; one in another folder is not."""
+    there = tmp_path / "there"
+    there.mkdir()
+    write(there / "pairs.jsonl", (world / "pairs.jsonl").read_text())
+    (tmp_path / "link").symlink_to(world)
+    out = tmp_path / "run"
+    out.mkdir()
+    stem_of(world, out)
+    assert len(stem_of(world, out, data=str(tmp_path / "link" / "pairs.jsonl"))) == 1
+    for _ in range(2):
+        names = stem_of(world, out, data=str(there / "pairs.jsonl"), image_root=str(world))
+    assert len(names) == 2 and re.fullmatch(r"eval-retrieval-pairs-test-\w{8}\.json", names[0])
+    kept = json.loads((out / "eval-retrieval-pairs-test.json").read_text())
+    assert kept["protocol"]["data"] != str(there / "pairs.jsonl")
+
+
+def test_a_result_that_cannot_be_written_is_printed_first(world, tmp_path, capsys):
+    info = info_of(world, "pairs.jsonl") | {"path": str(tmp_path / "gone")}
+    with pytest.raises(weights.Stop, match="gone/eval-retrieval-pairs-test.json: not written"):
+        ev.evaluate(Tables(Config()), info, "retrieval")
+    assert "dual encoder" in capsys.readouterr().out
+
+
+def test_a_result_is_whole_or_as_it_was(tmp_path):
+    """A full disk in the middle leaves the old file, and nothing beside it."""
+    def half(path):
+        path.write_text("ha")
+        raise OSError(28, "No space left on device")
+
+    file = write(tmp_path / "eval-x.json", "old")
+    with pytest.raises(weights.Stop, match="No space left"):
+        ev.write_whole(file, half)
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["eval-x.json"]
+    ev.write_whole(file, lambda path: path.write_text("new"))
+    assert file.read_text() == "new" and os.listdir(tmp_path) == ["eval-x.json"]
+
+
+# --------------------------------------------------------------------------------------------------
+# What a model was trained on is said
+
+def said(world, spec, trained, **more):
+    """The protocol's words on training, and the number of records, of a run trained on `trained`
+    with a hold-out of a fifth and evaluated on `spec`."""
+    info = info_of(world, "pairs.jsonl")
+    loop = {**info["loop"], "data": trained, "hold_out": 0.2, "split": "train", **more}
+    files = sorted(ev.real_files(trained, "pairs"))
+    opts = {"data": spec, "image_root": str(world), "rerank": "none", "split": more.get("asked")}
+    out = ev.evaluate(Tables(Config()), info | {"loop": loop, "files": files}, "retrieval", opts)
+    return out["protocol"]["protocol"], out["protocol"]["records"]
+
+
+def test_the_held_out_pictures_are_evaluated(world, tmp_path, monkeypatch):
+    """The run's own files, in whatever spelling and order, alone or with others: the part that was
+    held out. Other files: everything."""
+    pairs, lines = str(world / "pairs.jsonl"), str(world / "lines.jsonl")
+    words, held = said(world, pairs, pairs)
+    assert 0 < held < 10 and words.startswith(f"in domain, held out: {held} of 10 records by hash")
+    (tmp_path / "link.jsonl").symlink_to(pairs)
+    monkeypatch.chdir(world)
+    for spec in ("pairs.jsonl", str(tmp_path / "link.jsonl"), "./pairs.jsonl"):
+        assert said(world, spec, pairs) == (words, held), spec
+    assert said(world, f"{lines},{pairs}", f"{pairs},{lines}")[0].startswith("in domain, held out")
+    assert said(world, f"{lines},{pairs}", pairs)[0].startswith("in domain, held out")
+    assert said(world, lines, pairs) == (f"zero-shot, pre-trained only, trained on {pairs}", 44)
+
+
+@pytest.mark.parametrize("more", [{"hold_out": 0.0}, {"asked": "train"}])
+def test_training_pictures_are_called_that(world, more):
+    pairs = str(world / "pairs.jsonl")
+    words, records = said(world, pairs, pairs, **more)
+    assert words.startswith("in domain, TRAINED ON THESE PICTURES") and records > 0
+
+
+def test_the_runs_that_a_run_began_from_count(world, tmp_path):
+    """Fine-tuned on other files: what the first run was trained on is not zero-shot."""
+    pairs, lines = str(world / "pairs.jsonl"), str(world / "lines.jsonl")
+    info = info_of(world, "pairs.jsonl") | {"files": sorted(ev.real_files(pairs, "pairs"))}
+    write(tmp_path / "config.json", info)
+    words, records = said(world, pairs, lines, init=str(tmp_path))
+    assert words.startswith("in domain, TRAINED ON THESE PICTURES") and records == 10
+    held = {**info["loop"], "hold_out": 0.2}
+    write(tmp_path / "config.json", info | {"loop": held})
+    assert said(world, pairs, lines, init=str(tmp_path))[0].startswith("in domain, held out")
+
+
+# --------------------------------------------------------------------------------------------------
+# Checked before a training
+
+def small_conlip(photos, out, *flags):
+    return ["--model", "conlip", "--data", str(photos / "pairs.jsonl"), "--batch_size", "8",
+            "--vocab", str(photos / "vocab.txt"), "--workers", "0", "--steps", "1",
+            "--out", str(out), *map(str, flags)]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--evals", "retreival"], "task retreival: .*known: retrieval"),
+    (["--evals", "vqa"], "does not offer it; it offers: retrieval"),
+    (["--evals", "gallery"], "ask with a text"),
+    (["--eval_split", "dev"], "no split 'dev'"),
+    (["--eval_data", "no.json"], "--eval_data no.json: no such file"),
+    (["--eval_root", "nowhere"], "nowhere: no such directory"),
+    (["--rerank_k", "-1"], "--rerank_k -1"), (["--eval_limit", "-1"], "--limit -1: at least 1"),
+    (["--evals", "hashing"], "does not offer it"),
+    (["--evals", "sts", "--eval_split", "val"], "reads sts, the run's data are pairs"),
+    (["--evals", "retrieval,sts", "--eval_split", "val", "--eval_data", "{vocab}"], "vocab.txt")])
+def test_evaluations_are_checked_before_the_run_begins(photos, tmp_path, flags, message):
+    """One line, and the directory is not touched."""
+    flags = [flag.replace("{vocab}", str(photos / "vocab.txt")) for flag in flags]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("an earlier run\n")
+    with pytest.raises(SystemExit, match=message) as error:
+        train.main(small_conlip(photos, tmp_path / "run", *flags))
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path / "run") == ["log.jsonl"]
+
+
+def test_a_gallery_beyond_memory_is_refused_before_the_run(photos, tmp_path, monkeypatch):
+    """8 pictures, 16 captions, 4 bytes: 512 bytes; with 511 free it does not begin."""
+    monkeypatch.setattr(ev, "free_memory", lambda: 511)
+    with pytest.raises(SystemExit, match="8 images x 16 captions x 4 bytes.*--eval_limit"):
+        train.main(small_conlip(photos, tmp_path / "run", "--eval_split", "val"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(ev, "free_memory", lambda: 512)
+    assert train.main(small_conlip(photos, tmp_path / "run", "--eval_split", "val"))
+
+
+def test_memory_counts_what_is_held_and_who_shares_it(monkeypatch):
+    one = SimpleNamespace(task="retrieval", device=torch.device("cpu"))
+    monkeypatch.setattr(ev, "free_memory", lambda: 9_000)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    ev.check_memory(one, 10, 100, 9)
+    refused("10 images x 101 captions", ev.check_memory, one, 10, 101, 9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    refused("0.0 GB are free for each process", ev.check_memory, one, 10, 51, 9)
+
+
+def test_free_memory_is_the_systems():
+    assert 10 ** 7 < ev.free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_data_are_read_once_for_the_check_and_the_evaluation(photos, tmp_path, monkeypatch):
+    """The training's own records, then those of the evaluation: read at the start, at hand at the
+    end; a file that has changed since is read again."""
+    ev.read_records.cache_clear()
+    real, opened = data.open_source, []
+    monkeypatch.setattr(data, "open_source", lambda source, spec, split, *more, **how: (
+        opened.append(split), real(source, spec, split, *more, **how))[1])
+    out = train.main(small_conlip(photos, tmp_path / "run"))
+    assert out["retrieval"]["protocol"]["split"] == "val"
+    assert opened == ["train", "test", "val"]
+
+    rows = (photos / "pairs.jsonl").read_text()
+    other = write(tmp_path / "pairs.jsonl", rows)
+    command = [str(tmp_path / "run"), "--data", str(other), "--image_root", str(photos)]
+    assert ev.main(command)["retrieval"]["protocol"]["records"] == 8
+    write(other, rows.rpartition("\n{")[0] + "\n")
+    assert ev.main(command)["retrieval"]["protocol"]["records"] == 7
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+@pytest.mark.parametrize("flags, message", [
+    ("--task retrieval --limit 0", "--limit 0: at least 1"),
+    ("--task retrieval --limit -5", "--limit -5"), ("--task retrieval --captions 0", "--captions"),
+    ("--task retrieval --batch_size 0", "--batch_size 0"),
+    ("--task retrieval --pairs 0", "--pairs 0"),
+    ("--task retrieval --workers -2", "--workers -2: at least -1, at most 1000"),
+    ("--task retrieval --rerank_k -1", "--rerank_k -1"),
+    ("--task retrieval --folds 0", "--folds 0"),
+    ("--task retrieval --folds -3", "--folds -3"), ("--task retrieval --folds 99", "--folds 99"),
+    ("--task retrieval --candidates 0 --candidates_from x", "--candidates 0"),
+    ("--task retrieval --candidates 2", "go together"),
+    ("--task retrieval --candidates_from x", "go together"),
+    ("--task retrieval --candidates 2 --candidates_from nowhere", "nowhere: no run here"),
+    ("--task retrieval --ensemble nowhere", "nowhere: no run here"),
+    ("--task retrieval --rerank itm", "--rerank needs match"),
+    ("--task retrieval --vocab nowhere", "--vocab nowhere: no such file"),
+    ("--task retrieval --split nowhere", "no split 'nowhere'"),
+    ("--task retrieval --image_root nowhere", "nowhere: no such directory"),
+    ("--task retrieval --block 1", "retrieval does not use --block; it is for gradcam, pointing"),
+    ("--task retrieval --out x.png", "retrieval does not use --out"),
+    ("--task sts --folds 2", "sts does not use --folds; it is for retrieval"),
+    ("--folds 2 --map_at 3", "retrieval does not use --map_at; it is for hashing"),
+    ("--task speed --sizes a,b", "--sizes a,b"), ("--task speed --sizes 0", "--sizes 0"),
+    ("--task speed --sizes 4,", "--sizes 4,"), ("--task speed --beside nowhere", "no run here"),
+    ("--task gallery --text a --out nowhere/x.png", "--out nowhere/x.png: a file in a folder"),
+    ("--task gallery --text a --out x.nope", "--out x.nope: a picture's name, such as x.png"),
+    ("--task gallery --image nowhere.png", "--image nowhere.png: no such file"),
+    ("--task nope", "task nope"), ("--task vqa", "does not offer it")])
+def test_a_flag_without_meaning_is_one_line(conlip_run, flags, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as error:
+        ev.main([conlip_run, *flags.split()])
+    assert "\n" not in str(error.value) and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("task, name, value", [
+    ("hashing", "map_at", 0), ("vqa", "shortlist", 0), ("gradcam", "block", -1),
+    ("probe", "probe_lr", math.nan), ("probe", "probe_lr", 0.0), ("probe", "probe_lr", math.inf),
+    ("vqa", "answers", "nowhere"), ("hashing", "database", "nowhere")])
+def test_a_flag_of_other_evaluations_too(task, name, value):
+    refused(f"--{name} {value}", ev.options_of, task, {name: value})
+    assert vars(ev.options_of("retrieval", {name: value})) == ev.DEFAULTS       # not its flag
+
+
+def test_every_number_has_its_range_and_every_flag_its_reader():
+    """A flag that is added must be given both."""
+    flags = {action.dest: action for action in ev.parser()._actions if action.dest != "help"}
+    numbers = {name for name, action in flags.items() if action.type in (int, float)}
+    assert numbers == set(ev.RANGES)
+    read = set(ev.ALWAYS).union(*(row.flags for row in ev.TASKS.values()))
+    assert read == set(flags)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda run: (run / "model.safetensors").unlink(), "model.safetensors: no such file"),
+    (lambda run: (run / "model.safetensors").write_bytes(b"x" * 99), "cannot be read as weights"),
+    (lambda run: (run / "config.json").write_text('{"mod'), "config.json: damaged"),
+    (lambda run: (run / "config.json").write_text("[1]"), "config.json: damaged"),
+    (lambda run: shutil.rmtree(run), "no run here")])
+def test_a_run_that_is_not_whole_is_one_line(conlip_run, tmp_path, damage, message):
+    run = tmp_path / "run"
+    shutil.copytree(conlip_run, run)
+    damage(run)
+    refused(message, ev.main, [str(run)])
+
+
+# --------------------------------------------------------------------------------------------------
+# At 80 columns, and with bad numbers
+
+def test_a_wide_table_goes_on_below(monkeypatch):
+    row = {"images": "all 1,000", "scores": "re-ranked, itm, k=16", **dict.fromkeys(
+        (f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)), 100.0),
+        "mean": 99.9, "rsum": 599.9, "i2t_medr": 647.0, "t2i_medr": 500.0}
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = ev.table([row]).splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = [line.split("  ") for line in lines if line.startswith("images")]
+    assert len(heads) > 1 and "i2t R@1  i2t R@5  i2t R@10" in lines[0]
+    for head in ev.table([row], 1000).splitlines()[0].split("  "):
+        assert sum(head.strip() in [cell.strip() for cell in line] for line in heads) >= 1
+    monkeypatch.delenv("COLUMNS")
+    assert len(ev.table([row]).splitlines()) == 3                   # no terminal: one line a row
+
+
+def test_a_long_text_loses_its_middle():
+    shown = ev.table([{"run": "a" * 70 + "/the-end", "n": 5}], 80)
+    assert max(map(len, shown.splitlines())) <= 80 and "...aaaaa" in shown and "the-end" in shown
+    assert ev.shortened("abcdef", 6) == "abcdef" and ev.shortened("abcdefgh", 7) == "ab...gh"
+
+
+def test_nan_is_no_score(world):
+    """Of the model's answers, and of its weights."""
+    class Broken(Answerer):
+        def predict(self, batch):
+            return super().predict(batch) * math.nan
+
+    info = info_of(world, "nlvr2.jsonl", task="nlvr2")
+    refused("gives NaN", ev.evaluate, Broken(Config()), info, "nlvr2")
+    model = Answerer(Config())
+    model.words.data[3, 3] = math.inf
+    refused("words is not finite", ev.evaluate, model, info, "nlvr2")
+
+
+def test_unreadable_pictures_are_counted(world, tmp_path):
+    for n in range(3):
+        shutil.copy(world / f"{n}.png", tmp_path)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    rows = [{"image": f"{n}.png", "caption": f"word{n}"} for n in range(3)]
+    file = write_lines(tmp_path / "three.jsonl", rows)
+    out = ev.evaluate(Tables(Config()), info_of(world, "pairs.jsonl"), "retrieval",
+                      {"data": str(file)})
+    assert out["protocol"]["unreadable_images"] == 1 and out["protocol"]["images"] == 3
+
+
+def test_a_file_without_records_is_one_line(world, tmp_path):
+    for text in ("", '{"image": "0.png", "caption": []}'):
+        file = write(tmp_path / "none.jsonl", text)
+        with pytest.raises(SystemExit, match="none.jsonl") as error:
+            ev.evaluate(Tables(Config()), info_of(world, "pairs.jsonl"), "retrieval",
+                        {"data": str(file), "image_root": str(world)})
+        assert "\n" not in str(error.value)
+
+
+def test_vqa_scores_each_type_of_answer(tmp_path):
+    """On the built-in world, whose annotations have official types."""
+    records = data.open_source("vqa", "shapes", "test", limit=200)
+    truth = {record["question_id"]: record for record in records}
+    row = ev.vqa_row("x", {question: "yes" for question in truth}, truth)
+    assert list(row)[3:] == ["yes/no", "number", "other"]
+    by_hand = [ev.vqa_accuracy("yes", r["answers"]) for r in records if r["answer_type"] == "other"]
+    assert row["other"] == pytest.approx(100 * np.mean(by_hand)) and row["yes/no"] > 20
+
+
+def test_workers_mean_what_they_mean_in_training(world, monkeypatch):
+    """The run's number, --workers', and for -1 one for four cores."""
+    monkeypatch.setattr(ev.os, "cpu_count", lambda: 13)
+    seen = []
+    monkeypatch.setattr(data, "iter_eval", lambda *args, **how: seen.append(how["workers"]) or [])
+    for opts, run in (({}, 2), ({"workers": 5}, 2), ({"workers": -1}, 2), ({}, -1), ({}, 0)):
+        info = info_of(world, "pairs.jsonl")
+        info["loop"]["workers"] = run
+        one = ev.Eval(Tables(Config()), info, "retrieval", ev.options_of("retrieval", opts), 0, 1)
+        list(one.batches(None, "image"))
+    assert seen == [2, 5, 3, 3, 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Every evaluation, of a model that offers it
+
+TINY = {
+    "codis": "--vision_layers 1 --text_layers 1 --fusion_layers 2 --queue_size 16 --codewords 8",
+    "conlip": "--vision_layers 1 --text_layers 1 --queue_size 16",
+    "cookie": "--image_size 32 --width 16 --embed_dim 16 --te_heads 2 --heads 2 --text_layers 1",
+    "imagebert": "--layers 1 --width 16 --heads 2",
+    "mct": "--image_size 32 --vision_width 4 --width 24 --text_layers 1 --text_heads 3 "
+           "--head_hidden 20 --queue_size 16 --rois 8 --detect_max 48"}
+PICTURE = "--image datasets/shapes/images/test/000003.jpg --text square"
+
+# evaluation -> (model, the task it was trained for, flags)
+EVERY = {
+    "retrieval": ("codis", "pretrain", ""), "masked": ("imagebert", "pretrain", ""),
+    "vqa": ("codis", "vqa", "--shortlist 5"), "ve": ("codis", "ve", ""),
+    "nlvr2": ("codis", "nlvr2", ""), "gradcam": ("codis", "pretrain", PICTURE),
+    "pointing": ("codis", "pretrain", ""), "cross_attention": ("conlip", "pretrain", ""),
+    "gallery": ("conlip", "pretrain", PICTURE), "vtm": ("cookie", "vtm", ""),
+    "sts": ("conlip", "pretrain", ""), "hashing": ("cookie", "hashing", "--map_at 5"),
+    "attention": ("cookie", "pretrain", ""), "speed": ("mct", "retrieval_gru", "--sizes 2,3"),
+    "linear": ("mct", "linear", ""), "probe": ("mct", "pretrain", "--probe_lr 1"),
+    "tagging": ("mct", "tag_supervised", ""), "detection": ("mct", "detection", ""),
+    "segmentation": ("mct", "segmentation", "")}
+
+
+@pytest.fixture(scope="module")
+def every_run(tmp_path_factory):
+    """(model, task) -> the directory of a tiny model that was not trained; "hashing" -> flags for
+    thirty pictures, for its evaluation reads a whole database."""
+    root, runs = tmp_path_factory.mktemp("every"), {}
+    world = data.world_files("pairs", "test")[1]
+    for name in ("test", "database"):
+        lines = data.text_lines(f"{world}/hashing/{name}.txt")
+        write(root / f"{name}.txt", "\n".join(itertools.islice(lines, 30)))
+    runs["hashing"] = ["--data", str(root), "--image_root", world]
+    for model, task, _ in EVERY.values():
+        if (model, task) in runs:
+            continue
+        runs[model, task] = str(root / f"{model}-{task}")
+        train.main(["--model", model, "--task", task, "--out", runs[model, task], "--steps", "0",
+                    "--evals", "none", "--workers", "0", "--batch_size", "4", "--limit", "40",
+                    *TINY[model].split()])
+    return runs
+
+
+def evaluate_every(runs, *flags, but=()):
+    """Every evaluation -> {its name: its metrics}."""
+    out = {}
+    for task, (model, trained, more) in EVERY.items():
+        read = ev.TASKS[task].flags + ev.ALWAYS
+        kept = []
+        for name, value in flags:
+            kept += [f"--{name}", value] if name in read else []
+        if task not in but:
+            argv = [runs[model, trained], "--task", task, *more.split(), *kept, *runs.get(task, [])]
+            out[task] = ev.main(argv)[task]["metrics"]
+    return out
+
+
+def finite(metrics):
+    return all(math.isfinite(x) for x in metrics.values() if x is not None)
+
+
+def test_the_list_of_every_evaluation_is_whole():
+    assert set(EVERY) == set(ev.TASKS)
+
+
+@pytest.mark.parametrize("flags", [
+    [("limit", "2"), ("batch_size", "1")], [("limit", "6"), ("dtype", "bfloat16")]])
+def test_every_evaluation_of_few_records(every_run, flags):
+    """No error and no NaN, in batches of one and under autocast. A gallery of six has no word with
+    a map of zeros."""
+    but = ("speed", "pointing") if flags[0][1] == "2" else ()
+    for task, metrics in evaluate_every(every_run, *flags, but=but).items():
+        assert finite(metrics), (task, metrics)
+
+
+def every_job(rank, port, runs, file):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    with mock.patch.object(torch.distributed, "init_process_group"), \
+            mock.patch.object(torch.distributed, "destroy_process_group"):
+        found = evaluate_every(runs, *SHARED, but=("speed",))
+    torch.save(found, f"{file}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+SHARED = [("limit", "23"), ("batch_size", "4")]             # six batches, the last one short
+
+
+def test_two_processes_give_exactly_the_numbers_of_one(every_run, tmp_path):
+    """Every evaluation but that of seconds."""
+    one = evaluate_every(every_run, *SHARED, but=("speed",))
+    port = 29400 + random.SystemRandom().randrange(1000)
+    torch.multiprocessing.spawn(every_job, (port, every_run, str(tmp_path / "rank")), nprocs=2)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for task, metrics in one.items():
+            assert two[task] == metrics, (rank, task)

@@ -212,8 +212,8 @@ def names_read():
                     found[owner].update(word for word in words if isinstance(word, str))
 
     # what eval.py asks for by tables, an f-string and offers(); torch's own names are none of ours
-    for _, ways in evaluation.TASKS.values():
-        for way in ways:
+    for row in evaluation.TASKS.values():
+        for way in row.ways:
             found["model"].update(way)
     found["model"] |= {"image_states", "text_states"}
     found["model"] -= {*dir(torch.nn.Module()), "no_sync"}          # no_sync is DDP's

@@ -1312,7 +1312,7 @@ def test_mct_offers(task, methods):
     with torch.no_grad():
         for name in model.offers:
             assert len(getattr(model, name)(batch)) == 6
-    assert set(mct.EVALS[task]) <= set(evaluation.offered(model))
+    assert set(mct.EVALS[task]) <= set(evaluation.offered(model, task))
 
 
 def test_mct_param_groups():
@@ -1911,7 +1911,7 @@ def test_mct_every_task_trains(tmp_path, tok, capsys):
         data = sources[mct.VIEWS[task]["source"]]
         return train.main(["--model", "mct", "--task", task, "--data", str(data),
                            "--image_root", str(tmp_path), "--vocab", str(tok),
-                           "--out", str(tmp_path / task), *TINY, *flags])
+                           "--out", str(tmp_path / task), "--hold_out", "0", *TINY, *flags])
 
     init = ("--init", str(tmp_path / "pretrain"))
     for task in mct.TASKS:

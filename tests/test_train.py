@@ -346,7 +346,8 @@ def test_tiny_learns(model):
     train.main(["--model", model, "--steps", "150", "--evals", "none", "--out", out,
                 "--workers", "0"])
     evaluation.main([out, "--task", "retrieval", "--split", "train", "--rerank_k", "0"])
-    rows = {row["scores"]: row for row in read_json(f"{out}/eval-retrieval.json")["rows"]}
+    result = read_json(f"{out}/eval-retrieval-shapes-train-rerank_k_0.json")
+    rows = {row["scores"]: row for row in result["rows"]}
     for key in ("i2t_r10", "t2i_r10"):
         assert rows["dual encoder"][key] >= 4 * rows["chance"][key], rows
 
@@ -359,9 +360,9 @@ def test_regions_pretraining_fine_tuning_and_evaluation(squares, tmp_path, capsy
                                  "--eval_limit", "6"))
     text = capsys.readouterr().out
     assert squares.stand_in in text and "match, all 72 pairs" in text and "moc" in text
-    protocol = read_json(tmp_path / "pre" / "eval-retrieval.json")["protocol"]
+    protocol = read_json(tmp_path / "pre" / "eval-retrieval-pairs-train-limit_6.json")["protocol"]
     assert protocol["images"] == 6 and protocol["regions"] == squares.stand_in
-    masked = read_json(tmp_path / "pre" / "eval-masked.json")["metrics"]
+    masked = read_json(tmp_path / "pre" / "eval-masked-pairs-train-limit_6.json")["metrics"]
     assert set(masked) == {"mlm", "mlm_baseline", "moc", "moc_baseline"}
 
     # fine-tuning starts from it, with the matching head
@@ -389,7 +390,7 @@ def test_regions_stand_for_the_pictures(squares, tmp_path, capsys):
     assert "24 records of" in out and "without_regions 1" in out
     assert "missing" not in out.split("parameters")[0]
     assert "1 of 25 records left out" in err
-    protocol = read_json(tmp_path / "run" / "eval-retrieval.json")["protocol"]
+    protocol = read_json(tmp_path / "run" / "eval-retrieval-pairs-train-limit_100.json")["protocol"]
     assert protocol["images"] == 24 and protocol["unreadable_images"] == 0
 
     with pytest.raises(data.DataError, match="none of the 25 image files"):
@@ -406,7 +407,7 @@ def test_two_processes_of_regions(squares, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes x 1 x 4" in done.stdout
-    two = read_json(tmp_path / "two" / "eval-retrieval.json")
+    two = read_json(tmp_path / "two" / "eval-retrieval-pairs-train-limit_100.json")
     one = evaluation.main([str(tmp_path / "two"), "--task", "retrieval", "--split", "train"])
     assert two["metrics"] == pytest.approx(one["retrieval"]["metrics"])
     assert two["protocol"]["captions"] == 48

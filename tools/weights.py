@@ -173,7 +173,7 @@ def load_run(path, device="cpu"):
     try:
         info = json.loads((path / "config.json").read_text())
         name, task, config = info["model"], info["task"], info["config"]
-    except (ValueError, KeyError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise Stop(f"{path / 'config.json'}: damaged ({type(e).__name__}: {e})") from None
 
     module = load_module(name)

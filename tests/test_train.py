@@ -25,7 +25,7 @@ from tools import shapes, weights
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 MODELS = sorted(path.stem for path in (ROOT / "models").glob("*.py"))
-SMALL = ["--batch_size", "8", "--workers", "0", "--warmup_steps", "2", "--evals", "none",
+SMALL = ["--batch_size", "8", "--workers", "0", "--warmup_steps", "1", "--evals", "none",
          "--queue_size", "64", "--codewords", "16", "--vision_layers", "1", "--text_layers", "1"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -14,7 +14,6 @@ it may fill. Every tensor of both sides is accounted for before anything changes
 `Stop`: one line, exit status 1.
 """
 
-import argparse
 import dataclasses
 import importlib
 import json
@@ -32,11 +31,9 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tools import Parser, Stop
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Stop(SystemExit):
-    """Something the user can put right: one line, exit status 1."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -616,8 +613,7 @@ def write_folder(state, config, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="tools.weights", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.weights", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("show", help="the names and shapes of a file of weights")
     one.add_argument("path", help="a file, a folder with model.safetensors, or a hub name")

@@ -15,6 +15,7 @@ was stopped goes on, with --resume, bit for bit as if it had not been.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -129,6 +130,7 @@ class Loop:
 # --------------------------------------------------------------------------------------------------
 # Settings
 
+@functools.cache
 def fields_of(cls):
     """The fields of a dataclass, from its source -> list of (field, its comment, its group).
 

@@ -153,6 +153,8 @@ class Config:
                              f"--patch {self.patch}")
         if self.stem == "conv" and self.patch % 4:
             raise SystemExit(f"--patch {self.patch}: --stem conv wants a multiple of 4")
+        if self.stem == "conv" and self.vision_width < 2:
+            raise SystemExit("--vision_width 1: --stem conv halves it")
         if self.vision_width % self.vision_heads:
             raise SystemExit(f"--vision_heads {self.vision_heads}: does not divide "
                              f"--vision_width {self.vision_width}")

@@ -139,6 +139,8 @@ class Config:
                              f"{self.patch} x --mask_unit {self.mask_unit}")
         if self.stem == "conv" and self.patch % 4:
             raise SystemExit(f"--patch {self.patch}: --stem conv wants a multiple of 4")
+        if self.stem == "conv" and self.width < 2:
+            raise SystemExit("--width 1: --stem conv halves it")
         if self.width % self.heads:
             raise SystemExit(f"--heads {self.heads}: does not divide --width {self.width}")
         if self.max_text > self.positions:

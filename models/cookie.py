@@ -139,6 +139,10 @@ class Config:
         if self.embed_dim % self.te_heads:
             raise SystemExit(f"--te_heads {self.te_heads}: does not divide "
                              f"--embed_dim {self.embed_dim}")
+        stride = 2 ** (1 + len(NETS[self.backbone][1]))
+        if self.image_size < stride:
+            raise SystemExit(f"--image_size {self.image_size}: --backbone {self.backbone} has a "
+                             f"stride of {stride}")
         if self.max_text > self.positions:
             raise SystemExit(f"--max_text {self.max_text}: more than --positions {self.positions}")
         if self.tcl_mask + self.tcl_substitute > 1:

@@ -11,7 +11,9 @@ holds a copy of check_fields().
 
 import argparse
 import math
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 
@@ -30,7 +32,8 @@ Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
 Rate = Annotated[float, "from 0 to below 1", lambda x: 0 <= x < 1]
 Amount = Annotated[float, "0 or more", lambda x: 0 <= x < math.inf]
 Positive = Annotated[float, "above 0", lambda x: 0 < x < math.inf]
-KINDS = (Size, Few, Count, Share, Rate, Amount, Positive)
+Finite = Annotated[float, "a finite number", math.isfinite]
+KINDS = (Size, Few, Count, Share, Rate, Amount, Positive, Finite)
 
 
 def check_fields(settings):
@@ -55,6 +58,22 @@ def check_fields(settings):
         for one in value if several and alike else [value]:
             if not alike or not isinstance(one, types) or not legal(one):
                 raise SystemExit(f"--{field.name} {one}: {told}")
+
+
+def check_out(path, flag, folder=False):
+    """Stop, one line, where no file can be written at `path`, or no folder with `folder`."""
+    path = Path(path)
+    if not path.name and not path.is_dir():
+        raise Stop(f"{flag}: no name")
+    if path.exists() and path.is_dir() != folder:
+        raise Stop(f"{flag} {path}: a {'file, not a folder' if folder else 'folder, not a file'}")
+
+    # what is there already of the folders on the way
+    place = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
+    if place != path and not place.is_dir():
+        raise Stop(f"{flag} {path}: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK):
+        raise Stop(f"{flag} {path}: no permission to write in {place}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tools import Parser, Stop
+from tools import Parser, Stop, check_out
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -301,7 +301,7 @@ def from_timm(state):
 
 def local(name):
     """A file or folder as it is, or a hub name (`bert-base-uncased`), fetched once -> a path."""
-    if Path(name).exists():
+    if name and Path(name).exists():
         return name
     if name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".pth", ".pt", ".bin")):
         raise Stop(f"{name}: no such file")
@@ -623,6 +623,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     if args.verb == "export":
+        check_out(args.out, "--out", folder=True)
         print("\n".join(export(args.run, args.out)))
         return
     state, config = read_foreign(local(args.path), args.path)

@@ -2853,8 +2853,8 @@ def map_safetensors(path):
             content = blob[start + begin:start + end].view(types[entry["dtype"]])
             arrays[name] = content.reshape(entry["shape"])
         return arrays, metadata
-    except FileNotFoundError:
-        fail(f"{path}: no such file")
+    except OSError as e:
+        fail(f"{path}: {e.strerror.lower()}")
     except (ValueError, KeyError) as e:
         fail(f"{path}: not a whole safetensors file of regions ({e})")
 

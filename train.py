@@ -112,6 +112,9 @@ class Loop:
         if not 0 < smallest <= largest:
             raise Stop(f"--crop_scale {smallest:g} {largest:g}: the smallest share, above 0, and "
                        "then the largest")
+        if self.image_root and self.data == "shapes" and not self.stage_data:
+            raise Stop(f"--image_root {self.image_root}: the built-in world has its own; name "
+                       "--data")
         if self.min_lr > self.lr:
             raise Stop(f"--min_lr {self.min_lr:g}: more than --lr {self.lr:g}")
         if self.gamma > 1:
@@ -323,6 +326,8 @@ def count_stages(module, preset, task, given):
     if stages > 1 and "stage_data" not in given and any("own_data" in row for row in rows):
         raise Stop(f"train.py: {task} has {stages} stages: name the data of each "
                    "(--stage_data A B), or of the only one (--stage_data A)")
+    if "stage_root" in given and "stage_data" not in given:
+        raise Stop("train.py: --stage_root goes with --stage_data")
     if len(given.get("stage_root", [0] * stages)) != stages:
         raise Stop(f"train.py: {len(given['stage_root'])} --stage_root for {stages} stages")
     return stages

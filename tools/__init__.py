@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 
@@ -62,15 +61,18 @@ def check_fields(settings):
 
 def check_out(path, flag, folder=False):
     """Stop, one line, where no file can be written at `path`, or no folder with `folder`."""
-    path = Path(path)
-    if not path.name and not path.is_dir():
-        raise Stop(f"{flag}: no name")
-    if path.exists() and path.is_dir() != folder:
+    place = os.path.abspath(path)
+    if not str(path):
+        raise Stop(f"{flag} is empty")
+    if os.path.exists(place) and os.path.isdir(place) != folder:
         raise Stop(f"{flag} {path}: a {'file, not a folder' if folder else 'folder, not a file'}")
 
     # what is there already of the folders on the way
-    place = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
-    if place != path and not place.is_dir():
+    while not os.path.lexists(place):
+        if len(os.path.basename(place).encode()) > 255:
+            raise Stop(f"{flag} {path}: too long a name")
+        place = os.path.dirname(place)
+    if not os.path.isdir(place) and place != os.path.abspath(path):
         raise Stop(f"{flag} {path}: {place} is a file, not a folder")
     if not os.access(place, os.W_OK):
         raise Stop(f"{flag} {path}: no permission to write in {place}")

@@ -1518,7 +1518,7 @@ def versions(root, seed, scale):
     None: that of the world that is there, else 1."""
     try:
         found = json.loads((root / "version.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):     # none, or not written by us
+    except (OSError, ValueError):                       # none, or not written by this file
         found = {}
     if scale is None:
         scale = found.get("scale", 1.0)

@@ -198,7 +198,7 @@ def read_file(path, where):
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
-        reason = str(e).strip().splitlines()[0]
+        reason = (str(e).strip() or "it is empty").splitlines()[0]     # an EOFError says nothing
         raise Stop(f"{where}: {path.name} cannot be read as weights: {reason}") from None
 
     # DeiT and Lightning wrap theirs

@@ -37,7 +37,6 @@ record, chosen by (seed, draw) alone; in evaluation it becomes a grey image; bot
 Nothing here reads or changes a global random state: a sample is a function of (record, seed, draw).
 """
 
-import argparse
 import array
 import csv
 import errno
@@ -73,6 +72,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models as tokenizer_models, normalizers, pre_tokenizers
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from tools import Parser
 
 # A truncated JPEG must fail, not come back half grey. Pictures that are too large are refused by
 # load_image, so PIL need not warn of them as well.
@@ -3498,8 +3499,8 @@ def map_safetensors(path):
             content = blob[start + begin:start + end].view(types[entry["dtype"]])
             arrays[name] = content.reshape(entry["shape"])
         return arrays, metadata
-    except FileNotFoundError:
-        fail(f"{path}: no such file")
+    except OSError as e:
+        fail(f"{path}: {e.strerror.lower()}")
     except (ValueError, KeyError) as e:
         fail(f"{path}: not a whole safetensors file of regions ({e})")
 
@@ -3809,8 +3810,7 @@ def print_table(table):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="data.py", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
 
     # check, the one task so far

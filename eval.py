@@ -44,7 +44,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from tools import shapes
+from tools import Parser, shapes
 from tools.weights import Stop, find_run, load_run
 
 HERE = Path(__file__).resolve().parent
@@ -2429,8 +2429,7 @@ def report(ev, result):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="eval.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="eval.py", description=__doc__)
     p.add_argument("run", help="a run's directory: config.json, model.safetensors")
     p.add_argument("--task", help=f"{', '.join(TASKS)}; default: those of the run's own task")
 

@@ -15,6 +15,7 @@ was stopped goes on, with --resume, bit for bit as if it had not been.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -24,10 +25,11 @@ import platform
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -36,13 +38,17 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from tools import weights
-from tools.weights import Stop
+from tools import (Amount, Count, Parser, Positive, Rate, Share, Size, Stop, check_fields,
+                   weights)
 
 
 # The settings that every model shares. A model's own are the fields of its Config. Both become
 # flags of the command line, and the comment behind a field is its help: the file that is edited is
-# the only place where a setting is written.
+# the only place where a setting is written. Its type says what is legal: see tools/__init__.py.
+
+Workers = Annotated[int, "from -1 to 1000", lambda n: -1 <= n <= 1000]
+Seed = Annotated[int, "from 0 to below 2**32", lambda n: 0 <= n < 2**32]
+
 
 @dataclass
 class Loop:
@@ -54,57 +60,82 @@ class Loop:
     split: str = "train"            # split to train on
     hold_out: float = 0.025         # share kept for val, and for test, where files have no splits
     regions: str = ""               # files of tools.regions, comma-separated, for all images
-    limit: int = 0                  # train on this many records, drawn by --seed; 0 = all
+    limit: Count = 0                # train on this many records, drawn by --seed; 0 = all
     tag_words: str = ""             # word list: a record's tags are its captions' words in it
     paraphrase: str = ""            # file of paraphrases (back-translations), joined by caption
-    stage_data: tuple = ()          # data of each stage; their number is the number of stages
-    stage_root: tuple = ()          # image folder of each stage (default: --image_root)
+    stage_data: tuple[str, ...] = ()    # data of each stage; their number is the number of stages
+    stage_root: tuple[str, ...] = ()    # image folder of each stage (default: --image_root)
     image_view: str = ""            # augmentation in place of the task's own (see data.py)
-    crop_scale: tuple = (0.2, 1.0)  # area share of random crops
-    workers: int = -1               # loader processes per rank; -1 = one per 4 cores
+    crop_scale: tuple[Share, Share] = (0.2, 1.0)            # area share of random crops
+    workers: Workers = -1           # loader processes per rank; -1 = one per 4 cores
 
     # -- schedule: how long, how fast
-    steps: int = 0                  # optimizer steps; 0 = by epochs
-    epochs: float = 1.0             # passes over the data, where steps is 0
+    steps: Count = 0                # optimizer steps; 0 = by epochs
+    epochs: Positive = 1.0          # passes over the data, where steps is 0
     epoch_of: Literal["images", "captions"] = "images"      # a pass over images draws a caption
-    batch_size: int = 32            # samples per optimizer step, over all processes
-    accum: int = 1                  # forward-backward passes per optimizer step
+    batch_size: Size = 32           # samples per optimizer step, over all processes
+    accum: Size = 1                 # forward-backward passes per optimizer step
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"    # sgd has momentum 0.9
-    lr: float = 1e-4                # peak learning rate
-    beta2: float = 0.999            # second Adam coefficient; the first is 0.9
-    weight_decay: float = 0.0       # as the optimizer defines it
+    lr: Positive = 1e-4             # peak learning rate
+    beta2: Rate = 0.999             # second Adam coefficient; the first is 0.9
+    weight_decay: Amount = 0.0      # as the optimizer defines it
     schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"    # after warm-up
-    warmup_steps: float = 0.0       # steps from warmup_lr to lr; below 1: share of all steps
-    warmup_lr: float = 0.0          # first learning rate of the warm-up
-    min_lr: float = 0.0             # last learning rate of cosine and linear
+    warmup_steps: Amount = 0.0      # steps from warmup_lr to lr; below 1: share of all steps
+    warmup_lr: Amount = 0.0         # first learning rate of the warm-up
+    min_lr: Amount = 0.0            # last learning rate of cosine and linear
     milestones: str = "0.5"         # schedule step: shares of all steps where lr drops
-    gamma: float = 0.1              # schedule step: the factor by which it drops
-    clip: float = 0.0               # largest gradient norm; 0 = no clipping
-    seed: int = 0                   # of everything random
+    gamma: Positive = 0.1           # schedule step: the factor by which it drops
+    clip: Amount = 0.0              # largest gradient norm; 0 = no clipping
+    seed: Seed = 0                  # of everything random
 
     # -- run: where, and on what
     out: str = ""                   # run directory (default: out/MODEL-TASK)
     init: str = ""                  # start from the weights of this run
     resume: bool = False            # go on from OUT/state.pt
-    device: str = ""                # cuda or cpu (default: cuda where there is one)
+    device: Literal["", "cuda", "cpu"] = ""                 # (default: cuda where there is one)
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"   # auto = bf16 on CUDA, else fp32
     compile: bool = False           # torch.compile
-    log_every: int = 20             # steps per line of log.jsonl
-    save_every: int = 500           # steps per checkpoint
+    log_every: Size = 20            # steps per line of log.jsonl
+    save_every: Size = 500          # steps per checkpoint
 
     # -- evaluation: what follows the training
     evals: str = "default"          # evaluations, comma-separated; "none"
     eval_data: str = ""             # their data (default: --data)
     eval_root: str = ""             # their image folder (default: --image_root)
     eval_split: str = ""            # their split (default: test; without one, val)
-    eval_limit: int = 0             # their number of records; 0 = all
-    rerank_k: int = 0               # candidates that match() re-ranks; 0 = eval.py's default
+    eval_limit: Count = 0           # their number of records; 0 = all
+    rerank_k: Count = 0             # candidates that match() re-ranks; 0 = eval.py's default
     rerank: Literal["", "itm", "sum"] = ""                  # re-ranking (default: eval.py's)
+
+    def check(self):
+        """Stop, one line, for a value outside its type, and for values that contradict another."""
+        check_fields(self)
+        smallest, largest = self.crop_scale
+        if not 0 < smallest <= largest:
+            raise Stop(f"--crop_scale {smallest:g} {largest:g}: the smallest share, above 0, and "
+                       "then the largest")
+        if self.image_root and self.data == "shapes" and not self.stage_data:
+            raise Stop(f"--image_root {self.image_root}: the built-in world has its own; name "
+                       "--data")
+        if self.min_lr > self.lr:
+            raise Stop(f"--min_lr {self.min_lr:g}: more than --lr {self.lr:g}")
+        if self.gamma > 1:
+            raise Stop(f"--gamma {self.gamma:g}: a factor above 1 raises the learning rate")
+        try:
+            shares = [0.0, *map(float, self.milestones.split(",")), 1.0]
+        except ValueError:
+            shares = []                                 # a word among them
+        if not all(a < b for a, b in zip(shares, shares[1:])) or not shares:
+            raise Stop(f"--milestones {self.milestones}: rising shares of the run between 0 and 1, "
+                       "separated by commas")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise Stop("--device cuda: there is no CUDA device here")
 
 
 # --------------------------------------------------------------------------------------------------
 # Settings
 
+@functools.cache
 def fields_of(cls):
     """The fields of a dataclass, from its source -> list of (field, its comment, its group).
 
@@ -136,23 +167,23 @@ def add_flags(parser, cls, shown, title=""):
             groups[group] = parser.add_argument_group(title or group)
 
         # the help: the comment, and the default that this run would take
-        default = getattr(cls(), field.name)
         told = show(shown[field.name])
         text = f"{comment} [{told}]" if told else comment
-        options = {"help": text.replace("%", "%%"), "metavar": type(default).__name__.upper()}
+        options = {"help": text.replace("%", "%%")}
 
         # how a value is read follows from the field's type
-        if get_args(field.type):                                    # a Literal
-            options |= {"choices": get_args(field.type), "metavar": "WORD"}
-            options["help"] = f"{', '.join(filter(None, get_args(field.type)))}: {options['help']}"
-        elif isinstance(default, bool):
-            options |= {"nargs": "?", "const": True, "type": boolean}
-        elif isinstance(default, tuple):
-            inner = type(default[0]) if default else str
-            options |= {"nargs": len(default) or "+", "type": inner}
-            options["metavar"] = inner.__name__.upper()
+        kind = field.type
+        if get_origin(kind) is tuple:
+            inner = get_args(kind)
+            kind, options["nargs"] = inner[0], "+" if inner[-1] is ... else len(inner)
+        if get_origin(kind) is Literal:
+            options |= {"choices": get_args(kind), "metavar": "WORD"}
+            options["help"] = f"{', '.join(filter(None, get_args(kind)))}: {options['help']}"
         else:
-            options["type"] = type(default)
+            kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        if kind is bool:
+            options |= {"nargs": "?", "const": True, "type": boolean}
         groups[group].add_argument(f"--{field.name}", **options)
 
 
@@ -166,18 +197,6 @@ def boolean(text):
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "1")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line and help for a terminal of 80 columns."""
-
-    def __init__(self, **options):
-        def narrow(prog):
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80)
-        super().__init__(formatter_class=narrow, allow_abbrev=False, **options)
-
-    def error(self, message):
-        raise Stop(f"{self.prog}: {message} (see --help)")
 
 
 def parse(argv):
@@ -219,6 +238,8 @@ def parse(argv):
     for name, value in vars(parser.parse_args(argv)).items():
         if value is not None and name not in ("model", "preset", "task"):
             given[name] = tuple(value) if isinstance(value, list) else value
+    for stage in range(count_stages(module, preset, task, given)):
+        settings(module, preset, task, given, stage)    # a Stop for values that cannot be meant
     return module, chosen.model, preset, task, given
 
 
@@ -261,17 +282,40 @@ def settings(module, preset, task, given, stage=0):
             chosen["steps"] = 0
         chosen.update(level)
 
+        # a warm-up that is said together with the length must fit into it. A run made shorter than
+        # its recipe, for a quick look, may end within the recipe's
+        if "warmup_steps" in level:
+            check_warmup(chosen["warmup_steps"], chosen.get("steps", 0))
+
     def fill(cls):
-        values = {}
-        for field in dataclasses.fields(cls):
-            words = get_args(field.type)
-            if field.name in chosen:
-                values[field.name] = chosen[field.name]
-            if words and values.get(field.name, field.default) not in words:
-                raise Stop(f"{field.name} is {values[field.name]!r}, and not one of "
-                           f"{', '.join(filter(None, words))}")
-        return cls(**values)
-    return fill(Loop), fill(module.Config)
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in chosen.items() if name in names})
+    loop, cfg = fill(Loop), fill(module.Config)
+    loop.check()
+    cfg.check(recipe.get("task", task))
+    return loop, cfg
+
+
+def check_warmup(warmup_steps, total):
+    if 0 < total < warmup_steps:
+        raise Stop(f"--warmup_steps {warmup_steps:g}: the run has {total:,} steps")
+
+
+def check_memory(module, cfg, task, stats, micro):
+    """Stop where weights and one batch of pictures exceed this machine's memory.
+
+    The model is built on the device "meta", which knows sizes and holds no numbers: a width with a
+    zero too many ends here, and not when the machine has been swapping for an hour.
+    """
+    with torch.device("meta"):
+        model = module.Model(cfg, task, num_labels=stats.get("num_labels", 0))
+    weights_size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    pictures_size = 4 * micro * 3 * getattr(cfg, "image_size", 0) ** 2
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for what, size in (("the weights", weights_size), ("a batch of pictures", pictures_size)):
+        if size > there:
+            raise Stop(f"train.py: {what} would take {size / 1e9:,.0f} GB, this machine has "
+                       f"{there / 1e9:,.0f} GB: check the flags of size")
 
 
 def count_stages(module, preset, task, given):
@@ -284,6 +328,8 @@ def count_stages(module, preset, task, given):
     if stages > 1 and "stage_data" not in given and any("own_data" in row for row in rows):
         raise Stop(f"train.py: {task} has {stages} stages: name the data of each "
                    "(--stage_data A B), or of the only one (--stage_data A)")
+    if "stage_root" in given and "stage_data" not in given:
+        raise Stop("train.py: --stage_root goes with --stage_data")
     if len(given.get("stage_root", [0] * stages)) != stages:
         raise Stop(f"train.py: {len(given['stage_root'])} --stage_root for {stages} stages")
     return stages
@@ -291,6 +337,11 @@ def count_stages(module, preset, task, given):
 
 # --------------------------------------------------------------------------------------------------
 # Learning rate and optimizer
+
+def warmup_length(total, loop):
+    """In steps: --warmup_steps below 1 is a share of all."""
+    return loop.warmup_steps if loop.warmup_steps >= 1 else loop.warmup_steps * total
+
 
 def learning_rate(step, total, loop):
     """The learning rate of optimizer step 0..total-1.
@@ -300,7 +351,7 @@ def learning_rate(step, total, loop):
     """
     # warm-up: Adam divides by an estimate of the squared gradient, which is rough after few steps;
     # at the full rate the first ones would throw the weights far away in directions of chance
-    warmup = loop.warmup_steps if loop.warmup_steps >= 1 else loop.warmup_steps * total
+    warmup = warmup_length(total, loop)
     if step < warmup:
         return loop.warmup_lr + (loop.lr - loop.warmup_lr) * step / warmup
 
@@ -597,7 +648,15 @@ def choose_precision(loop, device):
 
 
 def describe(run, records, module, news):
-    """The lines before the first step: everything that the run depends on."""
+    """The lines before the first step, as wide as the terminal; in a log file, whole."""
+    width = shutil.get_terminal_size(fallback=(10_000, 0)).columns
+    for line in facts(run, records, module, news):
+        yield textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False,
+                            break_on_hyphens=False)
+
+
+def facts(run, records, module, news):
+    """Everything that the run depends on, a line each."""
     loop, info, total = run.loop, run.info, run.info["total_steps"]
     notes = ", ".join(f"{key} {n:,}" for key, n in records.notes.items())
     yield (f"{info['model']} ({info['preset']}) {info['task']}: {len(records):,} records of "
@@ -617,18 +676,42 @@ def describe(run, records, module, news):
             yield f"  {label}: {together / 1e6:.1f}M"
 
     # schedule, settings, and where the weights came from
-    first, last = (learning_rate(step, total, loop) for step in (0, max(0, total - 1)))
+    end = max(0, total - 1)
+    steps = 0, min(end, math.ceil(warmup_length(total, loop))), end     # a quick look ends early
+    first, peak, last = (learning_rate(step, total, loop) for step in steps)
     yield (f"  {total:,} steps of {loop.batch_size} = {data.ranks()[1]} processes x {loop.accum} x "
            f"{run.micro}, {total / run.epoch_steps:.2f} epochs of {loop.epoch_of}")
-    yield (f"  {run.precision} on {run.device}; {loop.optimizer} lr {first:.2g} -> {loop.lr:.2g} "
+    yield (f"  {run.precision} on {run.device}; {loop.optimizer} lr {first:.2g} -> {peak:.2g} "
            f"-> {last:.2g} ({loop.schedule})")
-    yield "  " + " ".join(f"{key}={value}" for key, value in info["config"].items())
+
+    # the settings by group, but for what is left empty
+    groups = {}
+    for part, title in ((loop, ""), (run.raw.cfg, "model")):
+        for field, _, group in fields_of(type(part)):
+            value = getattr(part, field.name)
+            if value not in ("", ()):
+                words = groups.setdefault(title or group.split(":")[0], [])
+                words.append(f"{field.name}={value}")
+    for title, words in groups.items():
+        yield f"  {title}: {' '.join(words)}"
     for line in news + getattr(run.raw, "remarks", []):
         yield "  " + line
 
 
 def count(parameters):
     return sum(p.numel() for p in parameters)
+
+
+def beside_bar(bar, values):
+    """The losses that a progress bar's line has room for, beside a bar of ten characters."""
+    bare = tqdm.format_meter(**{**bar.format_dict, "ncols": None, "postfix": None})
+    room, text = shutil.get_terminal_size().columns - len(bare) - 1, ""
+    for name, value in values.items():
+        word = f" {name} {value:.2f}"
+        if len(text) + len(word) > room:
+            break
+        text += word
+    return text.strip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -698,6 +781,8 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
     workers = loop.workers if loop.workers >= 0 else (os.cpu_count() or 1) // 4
 
     units, epoch_steps, total = count_steps(loop, records, untrained)
+    check_warmup(given.get("warmup_steps", 0), total)
+    check_memory(module, cfg, task, stats, micro)
 
     # model and optimizer; foreign weights are for the first stage, the others go on from it
     foreign = {side: given[f"init_{side}"] for side in module.INITS if given.get(f"init_{side}")}
@@ -813,8 +898,7 @@ def run_loop(run, stream, start):
                 line = {"step": done, "lr": lr, **values, "samples_per_s": speed,
                         "unreadable": int(unreadable)}
                 print(json.dumps(line), file=log, flush=True)
-                text = " ".join(f"{name} {value:.2f}" for name, value in values.items())
-                bar.set_postfix_str(text, refresh=False)
+                bar.set_postfix_str(beside_bar(bar, values), refresh=False)
             since, since_step = time.perf_counter(), done
 
         # a checkpoint; its seconds do not count in samples_per_s

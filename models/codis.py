@@ -80,8 +80,8 @@ Run: python train.py --model codis      (tiny on shapes, two CPU cores: 5.6 min;
 import functools
 import math
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -90,57 +90,80 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+# what a number of Config may be: its type, this in words, and as a test
+Size = Annotated[int, "from 1 to 10**6", lambda n: 1 <= n <= 10**6]
+Few = Annotated[int, "from 1 to 1000", lambda n: 1 <= n <= 1000]
+Tokens = Annotated[int, "from 3 to 10**4", lambda n: 3 <= n <= 10**4]
+Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
+Rate = Annotated[float, "from 0 to below 1", lambda x: 0 <= x < 1]
+Positive = Annotated[float, "above 0", lambda x: 0 < x < math.inf]
+
 
 @dataclass
 class Config:
-    image_size: int = 256           # pixels a side
-    patch: int = 16                 # pixels a side of a patch
+    image_size: Size = 256          # pixels a side
+    patch: Size = 16                # pixels a side of a patch
     stem: Literal["patch", "conv"] = "patch"    # one projection (ViT), or three convolutions
-    vision_width: int = 768         # D of the image encoder
-    vision_layers: int = 12         # blocks of the image encoder
-    vision_heads: int = 12          # attention heads of the image encoder
-    width: int = 768                # D of text and fusion encoder
-    text_layers: int = 6            # BERT's first layers: text only
-    fusion_layers: int = 6          # BERT's last layers: with cross-attention to the image
-    heads: int = 12                 # attention heads of text and fusion encoder
-    mlp_ratio: int = 4              # hidden width of a feed-forward block over D
+    vision_width: Size = 768        # D of the image encoder
+    vision_layers: Few = 12         # blocks of the image encoder
+    vision_heads: Few = 12          # attention heads of the image encoder
+    width: Size = 768               # D of text and fusion encoder
+    text_layers: Few = 6            # BERT's first layers: text only
+    fusion_layers: Few = 6          # BERT's last layers: with cross-attention to the image
+    heads: Few = 12                 # attention heads of text and fusion encoder
+    mlp_ratio: Few = 4              # hidden width of a feed-forward block over D
     act: Literal["gelu", "relu"] = "gelu"       # the activation
-    dropout: float = 0.1            # in the text and fusion encoders, as BERT
-    embed_dim: int = 256            # d, of embeddings and codewords
-    max_text: int = 25              # tokens of a caption, [CLS] and [SEP] included
-    positions: int = 512            # position embeddings of the text encoder, as BERT
+    dropout: Rate = 0.1             # in the text and fusion encoders, as BERT
+    embed_dim: Size = 256           # d, of embeddings and codewords
+    max_text: Tokens = 25           # tokens of a caption, [CLS] and [SEP] included
+    positions: Tokens = 512         # position embeddings of the text encoder, as BERT
     vocab_size: int = 30522         # [data] words and word pieces of the vocabulary
     pad_id: int = 0                 # [data] id of [PAD]
     cls_id: int = 101               # [data] id of [CLS]
     sep_id: int = 102               # [data] id of [SEP]
     mask_id: int = 103              # [data] id of [MASK]
     first_word: int = 999           # [data] lowest id of an ordinary word
-    queue_size: int = 65536         # Q, teacher keys kept per modality
-    momentum: float = 0.995         # alpha of Eq. 6
-    temp: float = 0.07              # initial temperature gamma
-    distill: float = 0.4            # weight of the teacher in the targets of Eq. 5
+    queue_size: Size = 65536        # Q, teacher keys kept per modality
+    momentum: Share = 0.995         # alpha of Eq. 6
+    temp: Positive = 0.07           # initial temperature gamma
+    distill: Share = 0.4            # weight of the teacher in the targets of Eq. 5
     batch_keys: bool = True         # the global batch's keys join the queue in Eq. 4
     intra: bool = True              # image-image and text-text alignment in Eq. 5
     codebook: bool = True           # the codebook losses, Eq. 3
-    codewords: int = 4000           # K
+    codewords: Size = 4000          # K
     codebook_target: Literal["cross", "same"] = "cross"     # whose plan guides a modality
     codebook_features: Literal["teacher", "student"] = "teacher"    # whose features are transported
-    ot_eps: float = 0.5             # epsilon of Algorithm 2
-    ot_iters: int = 50              # outer iterations of Algorithm 2
-    ot_inner: int = 1               # inner iterations of Algorithm 2
-    mlm_prob: float = 0.15          # share of words masked
+    ot_eps: Positive = 0.5          # epsilon of Algorithm 2
+    ot_iters: Few = 50              # outer iterations of Algorithm 2
+    ot_inner: Few = 1               # inner iterations of Algorithm 2
+    mlm_prob: Share = 0.15          # share of words masked
     mlm_mask_only: bool = False     # replace every chosen word by [MASK]
-    mlm_distill: float = 0.0        # weight of a fusion teacher in the MLM targets; 0 builds none
-    max_answer: int = 10            # tokens of an answer, [CLS] and [SEP] included
-    queue_chunk: int = 8192         # keys scored at a time
-    init_std: float = 0.02          # standard deviation of initial weights
-    pos_std: float = 0.02           # that of the image encoder's position embeddings, class token
+    mlm_distill: Share = 0.0        # weight of a fusion teacher in the MLM targets; 0 builds none
+    max_answer: Tokens = 10         # tokens of an answer, [CLS] and [SEP] included
+    queue_chunk: Size = 8192        # keys scored at a time
+    init_std: Positive = 0.02       # standard deviation of initial weights
+    pos_std: Positive = 0.02        # that of the image encoder's position embeddings, class token
     checkpointing: bool = False     # recompute encoder blocks in backward, to save memory
 
-    def __post_init__(self):
+    def check(self, task):
+        """SystemExit, one line, for a value that its type or another value forbids."""
+        check_fields(self)
         if self.image_size % self.patch:
             raise SystemExit(f"--image_size {self.image_size}: not a multiple of "
                              f"--patch {self.patch}")
+        if self.stem == "conv" and self.patch % 4:
+            raise SystemExit(f"--patch {self.patch}: --stem conv wants a multiple of 4")
+        if self.stem == "conv" and self.vision_width < 2:
+            raise SystemExit("--vision_width 1: --stem conv halves it")
+        if self.vision_width % self.vision_heads:
+            raise SystemExit(f"--vision_heads {self.vision_heads}: does not divide "
+                             f"--vision_width {self.vision_width}")
+        if self.width % self.heads:
+            raise SystemExit(f"--heads {self.heads}: does not divide --width {self.width}")
+        for name in ("max_text", "max_answer"):
+            if getattr(self, name) > self.positions:
+                raise SystemExit(f"--{name} {getattr(self, name)}: more than "
+                                 f"--positions {self.positions}")
 
 
 # minutes on two CPU cores
@@ -287,6 +310,31 @@ PAIR_METHODS = {"encode_image", "encode_text", "image_states", "text_states", "m
 MEMORY = ("queue_ids", "ptr", "ramp", "distill")    # where a training stands, not what it learnt
 OFFERS = {"pretrain": PAIR_METHODS, "retrieval": PAIR_METHODS, "vqa": {"rank_answers"},
           "ve": {"predict"}, "nlvr2": {"predict"}, "assign": {"predict"}}
+
+
+# Copied from tools/__init__.py::check_fields
+def check_fields(settings):
+    """SystemExit, one line, for a field of a dataclass whose value its type does not allow."""
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), field.type
+        several = get_origin(kind) is tuple
+        if several:
+            kind = get_args(kind)[0]
+
+        # what the type says: one of some words, a number in a range, or no more than the type
+        told, legal = f"not a {getattr(kind, '__name__', kind)}", lambda _: True
+        if get_origin(kind) is Literal:
+            words = get_args(kind)
+            told, legal = f"not one of {', '.join(filter(None, words))}", words.count
+        elif get_origin(kind) is Annotated:
+            kind, told, legal = get_args(kind)
+
+        # a whole number may stand for a float; JSON makes a list of a tuple
+        types = {float: (int, float), int: int, str: str, bool: bool}.get(kind, object)
+        alike = isinstance(value, (tuple, list)) == several
+        for one in value if several and alike else [value]:
+            if not alike or not isinstance(one, types) or not legal(one):
+                raise SystemExit(f"--{field.name} {one}: {told}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -916,6 +964,7 @@ class Codis(nn.Module):
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
+        cfg.check(task)
         self.cfg, self.task = cfg, task
         self.offers = OFFERS[task]              # the methods that eval.py may call
 

@@ -74,8 +74,8 @@ Run: python models/conlip.py      (2 s: shapes, parameters and every loss on a r
 import math
 import re
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -83,63 +83,66 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+# what a number of Config may be: its type, this in words, and as a test
+Size = Annotated[int, "from 1 to 10**6", lambda n: 1 <= n <= 10**6]
+Few = Annotated[int, "from 1 to 1000", lambda n: 1 <= n <= 1000]
+Tokens = Annotated[int, "from 3 to 10**4", lambda n: 3 <= n <= 10**4]
+Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
+Rate = Annotated[float, "from 0 to below 1", lambda x: 0 <= x < 1]
+Positive = Annotated[float, "above 0", lambda x: 0 < x < math.inf]
+
 
 @dataclass
 class Config:
-    image_size: int = 224           # pixels a side
-    patch: int = 16                 # pixels a side of a patch
-    stem: str = "patch"             # "patch": one projection (ViT); "conv": three convolutions
-    width: int = 768                # D of both towers, whose [CLS] states are compared as they are
-    vision_layers: int = 12         # blocks of the image tower
-    text_layers: int = 12           # blocks of the text tower
-    heads: int = 12                 # attention heads, everywhere
-    mlp_ratio: int = 4              # hidden width of a feed-forward part over D
-    act: str = "gelu"               # "gelu" or "relu"
-    dropout: float = 0.1            # in the text tower and the token-level heads
-    max_text: int = 50              # tokens of a caption, [CLS] and [SEP] included
-    positions: int = 512            # position embeddings of the text tower, as BERT
+    image_size: Size = 224          # pixels a side
+    patch: Size = 16                # pixels a side of a patch
+    stem: Literal["patch", "conv"] = "patch"                # one projection, or three convolutions
+    width: Size = 768               # D of both towers, whose [CLS] states are compared as they are
+    vision_layers: Few = 12         # blocks of the image tower
+    text_layers: Few = 12           # blocks of the text tower
+    heads: Few = 12                 # attention heads, everywhere
+    mlp_ratio: Few = 4              # hidden width of a feed-forward part over D
+    act: Literal["gelu", "relu"] = "gelu"                   # the activation
+    dropout: Rate = 0.1             # in the text tower and the token-level heads
+    max_text: Tokens = 50           # tokens of a caption, [CLS] and [SEP] included
+    positions: Tokens = 512         # position embeddings of the text tower, as BERT
     vocab_size: int = 30522         # [data] tokens of the vocabulary
     pad_id: int = 0                 # [data] the id of [PAD]
     cls_id: int = 101               # [data] the id of [CLS]
     sep_id: int = 102               # [data] the id of [SEP]
     mask_id: int = 103              # [data] the id of [MASK]
     first_word: int = 999           # [data] lowest id of an ordinary word
-    queue_size: int = 12288         # Q, momentum keys kept per modality
-    momentum: float = 0.99          # m of Eq. 8
-    temp: float = 0.05              # tau, fixed
-    contrast: str = "dcl"           # "dcl" (Eq. 10-11) or "infonce" (Eq. 9)
-    positive: str = "momentum"      # whose key is the positive: "momentum" or "online" (as printed)
-    mlm: str = "con"                # "con" (Eq. 5), "vanilla" (complete image) or "none"
-    mim: str = "con"                # "con" (Eq. 6), "vanilla" (complete text) or "none"
-    mlm_prob: float = 0.15          # share of words masked
-    mim_prob: float = 0.5           # share of patches masked
-    mask_unit: int = 1              # patches a side of what is masked as one
-    head_layers: int = 1            # layers of a token-level head
+    queue_size: Size = 12288        # Q, momentum keys kept per modality
+    momentum: Share = 0.99          # m of Eq. 8
+    temp: Positive = 0.05           # tau, fixed
+    contrast: Literal["dcl", "infonce"] = "dcl"             # Eq. 10-11, or Eq. 9
+    positive: Literal["momentum", "online"] = "momentum"    # whose key; online as printed
+    mlm: Literal["con", "vanilla", "none"] = "con"          # Eq. 5; vanilla: complete image
+    mim: Literal["con", "vanilla", "none"] = "con"          # Eq. 6; vanilla: complete text
+    mlm_prob: Share = 0.15          # share of words masked
+    mim_prob: Share = 0.5           # share of patches masked
+    mask_unit: Few = 1              # patches a side of what is masked as one
+    head_layers: Few = 1            # layers of a token-level head
     head_shared: bool = False       # its layers share their parameters
-    init_std: float = 0.02          # standard deviation of initial weights
-    pos_std: float = 0.02           # that of the image tower's position embeddings and class token
+    init_std: Positive = 0.02       # standard deviation of initial weights
+    pos_std: Positive = 0.02        # that of the image tower's position embeddings and class token
     checkpointing: bool = False     # recompute blocks in backward instead of keeping activations
 
-    def __post_init__(self):
-        choices = {
-            "contrast": ("dcl", "infonce"),
-            "positive": ("momentum", "online"),
-            "mlm": ("con", "vanilla", "none"),
-            "mim": ("con", "vanilla", "none"),
-        }
-        for field, words in choices.items():
-            given = getattr(self, field)
-            if given not in words:
-                raise SystemExit(f"--{field} {given}: it is one of {', '.join(words)}")
-
-        if self.queue_size < 1:
-            raise SystemExit(f"--queue_size {self.queue_size}: "
-                             "every negative is a key of the queue")
-
-        # images divide into units, units into patches
-        if self.image_size % (self.patch * self.mask_unit):
-            raise SystemExit(f"--image_size {self.image_size}: not a multiple of "
-                             f"patch {self.patch} x mask_unit {self.mask_unit}")
+    def check(self, task):
+        """SystemExit, one line, for a value that its type or another value forbids."""
+        check_fields(self)
+        unit = self.patch * self.mask_unit              # images divide into units, units in patches
+        if self.image_size % unit:
+            raise SystemExit(f"--image_size {self.image_size}: not a multiple of --patch "
+                             f"{self.patch} x --mask_unit {self.mask_unit}")
+        if self.stem == "conv" and self.patch % 4:
+            raise SystemExit(f"--patch {self.patch}: --stem conv wants a multiple of 4")
+        if self.stem == "conv" and self.width < 2:
+            raise SystemExit("--width 1: --stem conv halves it")
+        if self.width % self.heads:
+            raise SystemExit(f"--heads {self.heads}: does not divide --width {self.width}")
+        if self.max_text > self.positions:
+            raise SystemExit(f"--max_text {self.max_text}: more than --positions {self.positions}")
 
 
 PRESETS = {
@@ -269,6 +272,31 @@ VIEWS = {"pretrain": PAIRS, "retrieval": PAIRS}
 BACKBONE = ("vision.", "text.")  # `--init` must fill every name that starts so
 COUNTS = {"image tower": ("vision",), "text tower": ("text",),
           "MLM head": ("mlm_layers", "mlm_head"), "MIM head": ("mim_layers", "mim_head")}
+
+
+# Copied from tools/__init__.py::check_fields
+def check_fields(settings):
+    """SystemExit, one line, for a field of a dataclass whose value its type does not allow."""
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), field.type
+        several = get_origin(kind) is tuple
+        if several:
+            kind = get_args(kind)[0]
+
+        # what the type says: one of some words, a number in a range, or no more than the type
+        told, legal = f"not a {getattr(kind, '__name__', kind)}", lambda _: True
+        if get_origin(kind) is Literal:
+            words = get_args(kind)
+            told, legal = f"not one of {', '.join(filter(None, words))}", words.count
+        elif get_origin(kind) is Annotated:
+            kind, told, legal = get_args(kind)
+
+        # a whole number may stand for a float; JSON makes a list of a tuple
+        types = {float: (int, float), int: int, str: str, bool: bool}.get(kind, object)
+        alike = isinstance(value, (tuple, list)) == several
+        for one in value if several and alike else [value]:
+            if not alike or not isinstance(one, types) or not legal(one):
+                raise SystemExit(f"--{field.name} {one}: {told}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -775,6 +803,7 @@ class ConLIP(nn.Module):
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
+        cfg.check(task)
         self.cfg, self.task = cfg, task
         self.vision = MaskedViT(cfg)
         self.text = Bert(cfg)

@@ -61,8 +61,8 @@ Run: python models/cookie.py      (2 s: shapes, parameters and every loss on a r
 
 import contextlib
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -72,45 +72,57 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
+# what a number of Config may be: its type, this in words, and as a test
+Size = Annotated[int, "from 1 to 10**6", lambda n: 1 <= n <= 10**6]
+Few = Annotated[int, "from 1 to 1000", lambda n: 1 <= n <= 1000]
+FewOrNone = Annotated[int, "from 0 to 1000", lambda n: 0 <= n <= 1000]
+Tokens = Annotated[int, "from 3 to 10**4", lambda n: 3 <= n <= 10**4]
+Count = Annotated[int, "from 0 to 10**15", lambda n: 0 <= n <= 10**15]
+Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
+Rate = Annotated[float, "from 0 to below 1", lambda x: 0 <= x < 1]
+Amount = Annotated[float, "0 or more", lambda x: 0 <= x < math.inf]
+Positive = Annotated[float, "above 0", lambda x: 0 < x < math.inf]
+
 
 @dataclass
 class Config:
-    image_size: int = 512           # pixels a side
-    backbone: str = "resnext101_32x8d"  # resnet50, resnet101, resnext101_32x8d or tiny
-    width: int = 768                # D_T of the text encoder
-    text_layers: int = 12           # its layers
-    heads: int = 12                 # its attention heads
-    mlp_ratio: int = 4              # hidden width of its feed-forward blocks over D_T
-    act: str = "gelu"               # its activation, "gelu" or "relu"
-    dropout: float = 0.1            # in text encoder, TAV-TE and WS-TE
-    embed_dim: int = 1024           # D, of the joint space and its transformers
-    te_heads: int = 8               # attention heads of TAV-TE and WS-TE
-    te_ratio: int = 1               # their intermediate size over D
-    tav_layers: int = 1             # layers of the TAV-TE; 0 = none (Table 5b)
-    ws_layers: int = 2              # layers of the WS-TE; 0 = none (Tables 5b, 5c)
-    ws: str = "te"                  # "te": transformer layers; "fc": feed-forward only (Table 5b)
+    image_size: Size = 512          # pixels a side
+    backbone: Literal["resnet50", "resnet101", "resnext101_32x8d",  # the image encoder
+                      "tiny"] = "resnext101_32x8d"
+    width: Size = 768               # D_T of the text encoder
+    text_layers: Few = 12           # its layers
+    heads: Few = 12                 # its attention heads
+    mlp_ratio: Few = 4              # hidden width of its feed-forward blocks over D_T
+    act: Literal["gelu", "relu"] = "gelu"                   # its activation
+    dropout: Rate = 0.1             # in text encoder, TAV-TE and WS-TE
+    embed_dim: Size = 1024          # D, of the joint space and its transformers
+    te_heads: Few = 8               # attention heads of TAV-TE and WS-TE
+    te_ratio: Few = 1               # their intermediate size over D
+    tav_layers: FewOrNone = 1       # layers of the TAV-TE; 0 = none (Table 5b)
+    ws_layers: FewOrNone = 2        # layers of the WS-TE; 0 = none (Tables 5b, 5c)
+    ws: Literal["te", "fc"] = "te"                          # "fc": feed-forward only (Table 5b)
     ws_shared: bool = True          # the same WS-TE for images and texts (Table 5b)
-    pooling: str = "mean"           # of tokens: "mean" or "gpo"
-    embed: str = "joint"            # "bert": mean of BERT's last layer, no image tower (Table 4a)
-    temp: float = 0.05              # tau of Eq. 5
+    pooling: Literal["mean", "gpo"] = "mean"                # of tokens
+    embed: Literal["joint", "bert"] = "joint"               # bert: BERT alone, no image (Table 4a)
+    temp: Positive = 0.05           # tau of Eq. 5
     vcl: bool = True                # visual contrast in stage 2 (Table 5a)
     tcl: bool = True                # textual contrast in stage 2 (Table 5a)
-    ccl_on: str = "raw"             # stage 2 contrasts modalities on "raw" or "view1" inputs
-    tcl_prob: float = 0.2           # share of words that a text view changes
-    tcl_mask: float = 0.5           # of these: share masked
-    tcl_substitute: float = 0.1     # share substituted by a random word; the rest is deleted
-    margin: float = 0.2             # of the hinge loss (retrieval)
-    warmup_epochs: float = 1.0      # epochs of the mean hinge, before the hardest negative alone
+    ccl_on: Literal["raw", "view1"] = "raw"                 # inputs of CCL in stage 2
+    tcl_prob: Share = 0.2           # share of words that a text view changes
+    tcl_mask: Share = 0.5           # of these: share masked
+    tcl_substitute: Share = 0.1     # share substituted by a random word; the rest is deleted
+    margin: Amount = 0.2            # of the hinge loss (retrieval)
+    warmup_epochs: Amount = 1.0     # epochs of the mean hinge, before the hardest negative alone
     frame_width: int = 2048         # [data] features of a frame (vtm)
     vtm_te: bool = False            # let frames and words pass the WS-TE (vtm)
-    bits: int = 64                  # K, length of a hash code (hashing)
-    quantization: float = 0.05      # weight of CSQ's quantization loss
-    hash_dropout: float = 0.5       # in the hash head
-    vision_lr: float = 0.0          # the CNN's share of lr; 0 = 0.1 for a ResNeXt, else 1
-    text_lr: float = 1.0            # BERT's share of lr
-    chunk: int = 0                  # rows encoded at a time, without --compile; 0 = all
-    max_text: int = 50              # m, tokens of a caption, [CLS] and [SEP] included
-    positions: int = 512            # position embeddings of the text encoder, as BERT
+    bits: Few = 64                  # K, length of a hash code (hashing)
+    quantization: Amount = 0.05     # weight of CSQ's quantization loss
+    hash_dropout: Rate = 0.5        # in the hash head
+    vision_lr: Amount = 0.0         # the CNN's share of lr; 0 = 0.1 for a ResNeXt, else 1
+    text_lr: Amount = 1.0           # BERT's share of lr
+    chunk: Count = 0                # rows encoded at a time, without --compile; 0 = all
+    max_text: Tokens = 50           # m, tokens of a caption, [CLS] and [SEP] included
+    positions: Tokens = 512         # position embeddings of the text encoder, as BERT
     vocab_size: int = 30522         # [data] words of the vocabulary
     pad_id: int = 0                 # [data] [PAD]
     cls_id: int = 101               # [data] [CLS]
@@ -118,6 +130,24 @@ class Config:
     mask_id: int = 103              # [data] [MASK]
     first_word: int = 999           # [data] lowest id of an ordinary word
     checkpointing: bool = False     # recompute transformer layers in backward to save memory
+
+    def check(self, task):
+        """SystemExit, one line, for a value that its type or another value forbids."""
+        check_fields(self)
+        if self.width % self.heads:
+            raise SystemExit(f"--heads {self.heads}: does not divide --width {self.width}")
+        if self.embed_dim % self.te_heads:
+            raise SystemExit(f"--te_heads {self.te_heads}: does not divide "
+                             f"--embed_dim {self.embed_dim}")
+        stride = 2 ** (1 + len(NETS[self.backbone][1]))
+        if self.image_size < stride:
+            raise SystemExit(f"--image_size {self.image_size}: --backbone {self.backbone} has a "
+                             f"stride of {stride}")
+        if self.max_text > self.positions:
+            raise SystemExit(f"--max_text {self.max_text}: more than --positions {self.positions}")
+        if self.tcl_mask + self.tcl_substitute > 1:
+            raise SystemExit(f"--tcl_substitute {self.tcl_substitute}: with --tcl_mask "
+                             f"{self.tcl_mask} more than all")
 
 
 PRESETS = {
@@ -360,8 +390,31 @@ BACKBONE = ("vision.", "text.", "tav.", "ws.", "ws_text.")  # `--init` must fill
 def setup(cfg, task, stats):
     if task == "vtm":
         cfg.frame_width = stats["frame_width"]
-    if cfg.max_text > cfg.positions:
-        raise SystemExit(f"--max_text {cfg.max_text}: BERT has --positions {cfg.positions}")
+
+
+# Copied from tools/__init__.py::check_fields
+def check_fields(settings):
+    """SystemExit, one line, for a field of a dataclass whose value its type does not allow."""
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), field.type
+        several = get_origin(kind) is tuple
+        if several:
+            kind = get_args(kind)[0]
+
+        # what the type says: one of some words, a number in a range, or no more than the type
+        told, legal = f"not a {getattr(kind, '__name__', kind)}", lambda _: True
+        if get_origin(kind) is Literal:
+            words = get_args(kind)
+            told, legal = f"not one of {', '.join(filter(None, words))}", words.count
+        elif get_origin(kind) is Annotated:
+            kind, told, legal = get_args(kind)
+
+        # a whole number may stand for a float; JSON makes a list of a tuple
+        types = {float: (int, float), int: int, str: str, bool: bool}.get(kind, object)
+        alike = isinstance(value, (tuple, list)) == several
+        for one in value if several and alike else [value]:
+            if not alike or not isinstance(one, types) or not legal(one):
+                raise SystemExit(f"--{field.name} {one}: {told}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,8 +433,6 @@ class ResNet(nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        if name not in NETS:
-            raise SystemExit(f"--backbone {name}: it is one of {', '.join(NETS)}")
         block, depths, planes, groups, group_width = NETS[name]
 
         # stem: a quarter of the resolution
@@ -970,13 +1021,8 @@ class Cookie(nn.Module):
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
+        cfg.check(task)
         self.cfg, self.task = cfg, task
-        choices = {"pooling": ("mean", "gpo"), "ws": ("te", "fc"), "ccl_on": ("raw", "view1"),
-                   "embed": ("joint", "bert")}
-        for field, values in choices.items():
-            if getattr(cfg, field) not in values:
-                raise SystemExit(f"--{field} {getattr(cfg, field)}: "
-                                 f"it is one of {', '.join(values)}")
 
         # the towers; what this task offers to evaluation
         joint = cfg.embed == "joint" and task != "hashing"
@@ -1032,7 +1078,8 @@ class Cookie(nn.Module):
         width, dropout, bits = self.vision.width, self.cfg.hash_dropout, self.cfg.bits
         self.hash_layer = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout),
                                         nn.Linear(width, width), nn.ReLU(), nn.Linear(width, bits))
-        centers, tie = hash_centers(num_labels, bits)
+        with torch.device("cpu"):               # the same draws wherever the model is built
+            centers, tie = hash_centers(num_labels, bits)
         self.register_buffer("centers", centers)
         self.register_buffer("tie", tie)
 

@@ -67,25 +67,35 @@ Run: python models/imagebert.py      (2 s: shapes, parameters and every loss on 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+# what a number of Config may be: its type, this in words, and as a test
+Size = Annotated[int, "from 1 to 10**6", lambda n: 1 <= n <= 10**6]
+Few = Annotated[int, "from 1 to 1000", lambda n: 1 <= n <= 1000]
+Tokens = Annotated[int, "from 3 to 10**4", lambda n: 3 <= n <= 10**4]
+Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
+Rate = Annotated[float, "from 0 to below 1", lambda x: 0 <= x < 1]
+Amount = Annotated[float, "0 or more", lambda x: 0 <= x < math.inf]
+Positive = Annotated[float, "above 0", lambda x: 0 < x < math.inf]
+
 
 @dataclass
 class Config:
-    width: int = 768                # D
-    layers: int = 12                # transformer layers
-    heads: int = 12                 # attention heads
-    mlp_ratio: int = 4              # hidden width of a feed-forward block over D
-    act: str = "gelu"               # "gelu" or "relu"
-    dropout: float = 0.1            # everywhere, as BERT
-    max_text: int = 44              # tokens of a sentence, [CLS] and [SEP] included
-    max_regions: int = 100          # the surest of an image's regions, if the file has scores
-    positions: int = 512            # position embeddings, as BERT; the last is that of all regions
+    width: Size = 768               # D
+    layers: Few = 12                # transformer layers
+    heads: Few = 12                 # attention heads
+    mlp_ratio: Few = 4              # hidden width of a feed-forward block over D
+    act: Literal["gelu", "relu"] = "gelu"                   # the activation
+    dropout: Rate = 0.1             # everywhere, as BERT
+    max_text: Tokens = 44           # tokens of a sentence, [CLS] and [SEP] included
+    max_regions: Few = 100          # the surest of an image's regions, if the file has scores
+    positions: Tokens = 512         # position embeddings, as BERT; the last is that of all regions
     vocab_size: int = 30522         # [data] words of the vocabulary file
     pad_id: int = 0                 # [data] id of [PAD]
     cls_id: int = 101               # [data] id of [CLS]
@@ -96,22 +106,37 @@ class Config:
     region_classes: int = 91        # [data] K labels of the detector, from the regions file
     global_feature: bool = False    # the whole image as one more token (Table 4, part 1)
     global_dim: int = 2048          # [data] size of its feature, from the regions file
-    mlm: float = 1.0                # weight of Eq. 2; 0 leaves the task out
-    moc: float = 1.0                # weight of Eq. 3; 0 leaves the task out
-    mrfr: float = 1.0               # weight of Eq. 4 (Table 4, part 2); 0 leaves the task out
-    itm: float = 1.0                # weight of Eq. 5; 0 leaves the task out
-    mlm_prob: float = 0.15          # share of words hidden
-    region_prob: float = 0.15       # probability that a region is hidden
-    region_zero: float = 0.9        # share of hidden regions whose feature becomes zero, not kept
-    twin_iou: float = 0.4           # regions that overlap a zeroed one more are zeroed too
-    bce: float = 1.0                # fine-tuning: weight of Eq. 6, alone the best (Table 4, part 4)
-    ce: float = 0.0                 # weight of Eq. 7
-    triplet: float = 0.0            # weight of Eq. 9
-    margin: float = 0.2             # of Eq. 9
-    pool: int = 4                   # P candidates: the positive and P - 1 negatives a direction
-    negatives: str = "both"         # "text": for each image; "image": for each sentence; "both"
-    init_std: float = 0.02          # standard deviation of initial weights, BERT's
+    mlm: Amount = 1.0               # weight of Eq. 2; 0 leaves the task out
+    moc: Amount = 1.0               # weight of Eq. 3; 0 leaves the task out
+    mrfr: Amount = 1.0              # weight of Eq. 4 (Table 4, part 2); 0 leaves the task out
+    itm: Amount = 1.0               # weight of Eq. 5; 0 leaves the task out
+    mlm_prob: Share = 0.15          # share of words hidden
+    region_prob: Share = 0.15       # probability that a region is hidden
+    region_zero: Share = 0.9        # share of hidden regions whose feature becomes zero, not kept
+    twin_iou: Share = 0.4           # regions that overlap a zeroed one more are zeroed too
+    bce: Amount = 1.0               # fine-tuning: weight of Eq. 6, alone the best (Table 4, part 4)
+    ce: Amount = 0.0                # weight of Eq. 7
+    triplet: Amount = 0.0           # weight of Eq. 9
+    margin: Amount = 0.2            # of Eq. 9
+    pool: Few = 4                   # P candidates: the positive and P - 1 negatives a direction
+    negatives: Literal["both", "text", "image"] = "both"    # text: other texts for each image
+    init_std: Positive = 0.02       # standard deviation of initial weights, BERT's
     checkpointing: bool = False     # recompute layers in backward instead of keeping them
+
+    def check(self, task):
+        """SystemExit, one line, for a value that its type or another value forbids."""
+        check_fields(self)
+        if self.width % self.heads:
+            raise SystemExit(f"--heads {self.heads}: does not divide --width {self.width}")
+        if self.max_text >= self.positions:
+            raise SystemExit(f"--max_text {self.max_text}: of {self.positions} positions the last "
+                             "is that of the regions")
+        if self.pool < 2:
+            raise SystemExit(f"--pool {self.pool}: the positive and at least one negative make 2")
+        weights = {"pretrain": (self.mlm, self.moc, self.mrfr, self.itm),
+                   "retrieval": (self.bce, self.ce, self.triplet)}
+        if not any(weights[task]):
+            raise SystemExit("every loss has weight 0: nothing to train")
 
 
 PRESETS = {
@@ -226,25 +251,8 @@ DIRECTIONS = {"both": ("text", "image"), "text": ("text",), "image": ("image",)}
 def setup(cfg, task, stats):
     """Takes the sizes of the regions file from `stats`, the data.stats() of the training records.
 
-    A setting that cannot work is a SystemExit of one line.
+    SystemExit, one line, where the file lacks what a setting wants.
     """
-    # settings
-    for field, values in (("negatives", tuple(DIRECTIONS)), ("act", ("gelu", "relu"))):
-        if getattr(cfg, field) not in values:
-            raise SystemExit(f"--{field} {getattr(cfg, field)}: it is one of {', '.join(values)}")
-    if cfg.pool < 2:
-        raise SystemExit(f"--pool {cfg.pool}: the positive and at least one negative make 2")
-    if cfg.max_text >= cfg.positions:
-        raise SystemExit(f"--max_text {cfg.max_text}: of {cfg.positions} positions the last is "
-                         "that of the regions")
-    if cfg.width % cfg.heads:
-        raise SystemExit(f"--width {cfg.width}: not a multiple of {cfg.heads} heads")
-    weights = {"pretrain": (cfg.mlm, cfg.moc, cfg.mrfr, cfg.itm),
-               "retrieval": (cfg.bce, cfg.ce, cfg.triplet)}
-    if not any(weights[task]):
-        raise SystemExit("every loss has weight 0: nothing to train")
-
-    # the regions file
     cfg.region_dim, cfg.region_classes = stats["region_dim"], stats["region_classes"]
     if task == "pretrain" and cfg.moc and not cfg.region_classes:
         raise SystemExit("the regions carry no labels, which MOC learns from: use --moc 0, "
@@ -254,6 +262,31 @@ def setup(cfg, task, stats):
         if not cfg.global_dim:
             raise SystemExit("--global_feature: the regions file has none: make it with "
                              "python -m tools.regions --global_feature NAME")
+
+
+# Copied from tools/__init__.py::check_fields
+def check_fields(settings):
+    """SystemExit, one line, for a field of a dataclass whose value its type does not allow."""
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), field.type
+        several = get_origin(kind) is tuple
+        if several:
+            kind = get_args(kind)[0]
+
+        # what the type says: one of some words, a number in a range, or no more than the type
+        told, legal = f"not a {getattr(kind, '__name__', kind)}", lambda _: True
+        if get_origin(kind) is Literal:
+            words = get_args(kind)
+            told, legal = f"not one of {', '.join(filter(None, words))}", words.count
+        elif get_origin(kind) is Annotated:
+            kind, told, legal = get_args(kind)
+
+        # a whole number may stand for a float; JSON makes a list of a tuple
+        types = {float: (int, float), int: int, str: str, bool: bool}.get(kind, object)
+        alike = isinstance(value, (tuple, list)) == several
+        for one in value if several and alike else [value]:
+            if not alike or not isinstance(one, types) or not legal(one):
+                raise SystemExit(f"--{field.name} {one}: {told}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -680,6 +713,7 @@ class ImageBert(nn.Module):
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
+        cfg.check(task)
         self.cfg, self.task = cfg, task
         self.bert = Bert(cfg)
         self.regions = RegionEmbeddings(cfg)

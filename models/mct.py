@@ -79,9 +79,9 @@ Run: python models/mct.py      (5 s: parameters and every loss of every task on 
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -99,56 +99,84 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
+# what a number of Config may be: its type, this in words, and as a test
+Size = Annotated[int, "from 1 to 10**6", lambda n: 1 <= n <= 10**6]
+Few = Annotated[int, "from 1 to 1000", lambda n: 1 <= n <= 1000]
+FewOrNone = Annotated[int, "from 0 to 1000", lambda n: 0 <= n <= 1000]
+Tokens = Annotated[int, "from 3 to 10**4", lambda n: 3 <= n <= 10**4]
+Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
+Rate = Annotated[float, "from 0 to below 1", lambda x: 0 <= x < 1]
+Amount = Annotated[float, "0 or more", lambda x: 0 <= x < math.inf]
+Positive = Annotated[float, "above 0", lambda x: 0 < x < math.inf]
+
 
 @dataclass
 class Config:
-    image_size: int = 224           # pixels a side
+    image_size: Size = 224          # pixels a side
     block: Literal["bottleneck", "basic"] = "bottleneck"    # residual block, as in ResNet-50
-    layers: tuple = (3, 4, 6, 3)    # blocks in the four stages
+    layers: tuple[Few, ...] = (3, 4, 6, 3)                  # blocks in the four stages
     stem: Literal["imagenet", "small"] = "imagenet"         # first convolution: 7x7, or 3x3
-    vision_width: int = 64          # channels of the first stage, with the small stem
-    width: int = 768                # D of the text encoder
-    text_layers: int = 12           # its layers
-    text_heads: int = 12            # its attention heads
-    mlp_ratio: int = 4              # hidden width of a feed-forward block over D
+    vision_width: Size = 64         # channels of the first stage, with the small stem
+    width: Size = 768               # D of the text encoder
+    text_layers: Few = 12           # its layers
+    text_heads: Few = 12            # its attention heads
+    mlp_ratio: Few = 4              # hidden width of a feed-forward block over D
     act: Literal["gelu", "relu"] = "gelu"                   # activation of the text encoder
-    dropout: float = 0.1            # in the text encoder, as BERT
-    init_std: float = 0.02          # standard deviation of the text encoder's initial weights
-    max_text: int = 30              # tokens of a caption, [CLS] and [SEP] included
-    positions: int = 512            # position embeddings of the text encoder, as BERT
+    dropout: Rate = 0.1             # in the text encoder, as BERT
+    init_std: Positive = 0.02       # standard deviation of the text encoder's initial weights
+    max_text: Tokens = 30           # tokens of a caption, [CLS] and [SEP] included
+    positions: Tokens = 512         # position embeddings of the text encoder, as BERT
     vocab_size: int = 30522         # [data] words in the vocabulary file
     pad_id: int = 0                 # [data] [PAD] in the vocabulary file
     heads: Literal["distinct", "unified"] = "distinct"      # one head a space, or one for both
-    head_hidden: int = 2048         # hidden width of a head
-    intra_dim: int = 128            # d of the intra-modal embeddings
-    inter_dim: int = 1024           # d of the inter-modal embeddings
-    queue_size: int = 32768         # K, keys kept per queue (Stock: 65536)
-    momentum: float = 0.999         # m, how slowly the key encoders follow
-    tau: float = 0.07               # temperature of Eq. 3, 5, 8
-    margin: float = 0.2             # alpha of Eq. 11, 14
-    tag_eps: int = 2                # epsilon of Eq. 4: positives share more tags than this
-    lambda_ii: float = 1.0          # weight of J_ii; a loss of weight 0 is not built
-    lambda_tag: float = 1.0         # weight of J_tag; 0 where the data have no tags
-    lambda_cc: float = 1.0          # weight of J_cc
-    lambda_ic: float = 1e-4         # weight of J_ic, a sum over the queue
-    lambda_ci: float = 1e-4         # weight of J_ci, a sum over the queue
-    text_lr: float = 4e-5           # peak learning rate of the text side; the image side has --lr
-    bn_groups: int = 8              # virtual batch norm groups where one process trains
-    tag_vocab: int = 18157          # V, the most frequent tags that count
+    head_hidden: Size = 2048        # hidden width of a head
+    intra_dim: Size = 128           # d of the intra-modal embeddings
+    inter_dim: Size = 1024          # d of the inter-modal embeddings
+    queue_size: Size = 32768        # K, keys kept per queue (Stock: 65536)
+    momentum: Share = 0.999         # m, how slowly the key encoders follow
+    tau: Positive = 0.07            # temperature of Eq. 3, 5, 8
+    margin: Amount = 0.2            # alpha of Eq. 11, 14
+    tag_eps: FewOrNone = 2          # epsilon of Eq. 4: positives share more tags than this
+    lambda_ii: Amount = 1.0         # weight of J_ii; a loss of weight 0 is not built
+    lambda_tag: Amount = 1.0        # weight of J_tag; 0 where the data have no tags
+    lambda_cc: Amount = 1.0         # weight of J_cc
+    lambda_ic: Amount = 1e-4        # weight of J_ic, a sum over the queue
+    lambda_ci: Amount = 1e-4        # weight of J_ci, a sum over the queue
+    text_lr: Amount = 4e-5          # peak learning rate of the text side; the image side has --lr
+    bn_groups: Few = 8              # virtual batch norm groups where one process trains
+    tag_vocab: Size = 18157         # V, the most frequent tags that count
     tag_width: int = 0              # [data] L, most tags of a record
-    queue_chunk: int = 8192         # keys scored at a time
+    queue_chunk: Size = 8192        # keys scored at a time
     checkpointing: bool = False     # recompute text layers in backward, to save memory
-    word_dim: int = 300             # retrieval_gru: word embeddings
-    joint_dim: int = 1024           # retrieval_gru: d of the joint space
-    tag_dim: int = 4096             # tagging: d of the PMI embeddings, at most V
-    tag_hidden: int = 2048          # tagging: hidden width of the MLP
-    detect_sizes: tuple = (480, 512, 544, 576, 608, 640,  # short sides; evaluation takes the last
-                           672, 704, 736, 768, 800)
-    detect_max: int = 1333          # longest side
-    anchors: tuple = (32, 64, 128, 256, 512)  # anchor sides in pixels; with FPN one per level
-    fpn_width: int = 256            # segmentation: channels of the feature pyramid and mask head
-    rois: int = 512                 # RoIs sampled per image in training
-    proposals: tuple = (2000, 1000)  # RPN's boxes kept, in training and evaluation
+    word_dim: Size = 300            # retrieval_gru: word embeddings
+    joint_dim: Size = 1024          # retrieval_gru: d of the joint space
+    tag_dim: Size = 4096            # tagging: d of the PMI embeddings, at most V
+    tag_hidden: Size = 2048         # tagging: hidden width of the MLP
+    detect_sizes: tuple[Size, ...] = (480, 512, 544, 576, 608,  # short sides, last: evaluation's
+                                      640, 672, 704, 736, 768, 800)
+    detect_max: Size = 1333         # longest side
+    anchors: tuple[Size, ...] = (32, 64, 128, 256, 512)     # sides, in pixels; FPN: one a level
+    fpn_width: Size = 256           # segmentation: channels of the feature pyramid and mask head
+    rois: Size = 512                # RoIs sampled per image in training
+    proposals: tuple[Size, Size] = (2000, 1000)     # RPN's boxes, in training and evaluation
+
+    def check(self, task):
+        """SystemExit, one line, for a value that its type or another value forbids."""
+        check_fields(self)
+        for name, number in (("layers", 4), ("proposals", 2)):
+            if len(getattr(self, name)) != number:
+                raise SystemExit(f"--{name} {getattr(self, name)}: {number} numbers")
+        if self.width % self.text_heads:
+            raise SystemExit(f"--text_heads {self.text_heads}: does not divide "
+                             f"--width {self.width}")
+        if self.max_text > self.positions:
+            raise SystemExit(f"--max_text {self.max_text}: more than --positions {self.positions}")
+        if self.heads == "unified" and self.intra_dim != self.inter_dim:
+            raise SystemExit(f"--heads unified: --intra_dim {self.intra_dim} and --inter_dim "
+                             f"{self.inter_dim} differ")
+        if task == "segmentation" and len(self.anchors) != 5:
+            raise SystemExit(f"--anchors: {len(self.anchors)} sides, one for each of the pyramid's "
+                             "five levels are wanted")
 
 
 PRESETS = {
@@ -361,6 +389,31 @@ def setup(cfg, task, stats):
     cfg.tag_width = stats.get("tag_width", 0)
     if not stats.get("tags"):
         cfg.lambda_tag = 0.0
+
+
+# Copied from tools/__init__.py::check_fields
+def check_fields(settings):
+    """SystemExit, one line, for a field of a dataclass whose value its type does not allow."""
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), field.type
+        several = get_origin(kind) is tuple
+        if several:
+            kind = get_args(kind)[0]
+
+        # what the type says: one of some words, a number in a range, or no more than the type
+        told, legal = f"not a {getattr(kind, '__name__', kind)}", lambda _: True
+        if get_origin(kind) is Literal:
+            words = get_args(kind)
+            told, legal = f"not one of {', '.join(filter(None, words))}", words.count
+        elif get_origin(kind) is Annotated:
+            kind, told, legal = get_args(kind)
+
+        # a whole number may stand for a float; JSON makes a list of a tuple
+        types = {float: (int, float), int: int, str: str, bool: bool}.get(kind, object)
+        alike = isinstance(value, (tuple, list)) == several
+        for one in value if several and alike else [value]:
+            if not alike or not isinstance(one, types) or not legal(one):
+                raise SystemExit(f"--{field.name} {one}: {told}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -919,6 +972,7 @@ class Mct(nn.Module):
 
     def __init__(self, cfg, task="pretrain", num_labels=0):
         super().__init__()
+        cfg.check(task)
         self.cfg, self.task = cfg, task
         self.students = []                      # names of the parts that have a momentum copy
         self.frozen = task in ("linear", "retrieval_gru", "tagging")    # the ResNet is not trained
@@ -1001,12 +1055,7 @@ class Mct(nn.Module):
         cfg = self.cfg
         dims = {"intra": cfg.intra_dim, "inter": cfg.inter_dim}
         if cfg.heads == "unified":
-            if cfg.intra_dim != cfg.inter_dim:
-                raise SystemExit(f"models/mct.py: --heads unified: --intra_dim ({cfg.intra_dim}) "
-                                 f"and --inter_dim ({cfg.inter_dim}) differ")
             return nn.ModuleDict({"both": mlp(width, cfg.head_hidden, cfg.inter_dim)})
-        if cfg.heads != "distinct":
-            raise SystemExit(f"models/mct.py: --heads {cfg.heads}: distinct or unified")
         return nn.ModuleDict({space: mlp(width, cfg.head_hidden, dims[space]) for space in spaces})
 
     def build_head(self, width, num_labels):

@@ -1127,14 +1127,14 @@ def test_a_model_without_heads_offers_no_cross_attention():
 
 
 @pytest.mark.parametrize("setting, words", [
-    (dict(mlm="nope"), "--mlm nope: it is one of con, vanilla, none"),
+    (dict(mlm="nope"), "--mlm nope: not one of con, vanilla, none"),
     (dict(mim="nope"), "--mim nope"), (dict(contrast="nope"), "--contrast nope"),
     (dict(positive="nope"), "--positive nope"), (dict(mask_unit=2), "multiple"),
-    (dict(queue_size=0), "--queue_size 0: every negative is a key of the queue"),
+    (dict(queue_size=0), "--queue_size 0: from 1 to"),
 ])
 def test_bad_settings_are_one_line(setting, words):
     with pytest.raises(SystemExit, match=words):
-        small(**setting)
+        ConLIP(small(**setting))
 
 
 # Every number of Config, and where it comes from.

@@ -1229,7 +1229,7 @@ def test_max_text(world, tmp_path, monkeypatch):
         run(world, tmp_path / str(width), "--data", world / "pairs.jsonl", "--evals", "none",
             "--max_text", width, "--steps", 0)
         assert widths == [(width,)] * 2                                 # two stages
-    with pytest.raises(SystemExit, match="--max_text 15: BERT has --positions 14"):
+    with pytest.raises(SystemExit, match="--max_text 15: more than --positions 14"):
         run(world, tmp_path / "x", "--data", world / "pairs.jsonl", "--max_text", 15,
             "--positions", 14)
 

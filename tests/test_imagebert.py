@@ -1294,7 +1294,9 @@ def test_one_loss_is_enough(task, weights):
     ("--width", "retrieval", dict(heads=3), {})])
 def test_settings_that_cannot_work_are_one_line(flag, task, changes, stats):
     with pytest.raises(SystemExit, match=flag) as caught:
-        ib.setup(config(**changes), task, STATS | stats)
+        cfg = config(**changes)
+        ib.setup(cfg, task, STATS | stats)
+        ib.ImageBert(cfg, task)
     assert "\n" not in str(caught.value)
 
 

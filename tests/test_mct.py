@@ -1353,9 +1353,11 @@ def test_mct_setup_without_tags():
 
 
 def test_mct_refuses():
-    for over in (dict(lambda_ii=0.0, lambda_tag=0.0, lambda_ic=0.0, lambda_ci=0.0),
-                 dict(heads="unified"), dict(heads="none")):
-        with pytest.raises(SystemExit, match="models/mct.py"):
+    for over, words in ((dict(lambda_ii=0.0, lambda_tag=0.0, lambda_ic=0.0, lambda_ci=0.0),
+                         "models/mct.py: lambda_ii"),
+                        (dict(heads="unified"), "--heads unified: --intra_dim"),
+                        (dict(heads="none"), "--heads none: not one of distinct, unified")):
+        with pytest.raises(SystemExit, match=words):
             make_model(**over)
 
 

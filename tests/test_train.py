@@ -25,7 +25,7 @@ from tools import shapes, weights
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 MODELS = sorted(path.stem for path in (ROOT / "models").glob("*.py"))
-SMALL = ["--batch_size", "8", "--workers", "0", "--warmup_steps", "2", "--evals", "none",
+SMALL = ["--batch_size", "8", "--workers", "0", "--warmup_steps", "1", "--evals", "none",
          "--queue_size", "64", "--codewords", "16", "--vision_layers", "1", "--text_layers", "1"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -207,8 +207,9 @@ def test_the_learning_rate_is_a_function_of_the_step():
 
 @pytest.mark.parametrize("task", imagebert.TASKS)
 def test_a_model_without_param_groups_gets_decay_on_matrices_only(task):
-    sizes = dict(width=16, layers=2, heads=2, mlp_ratio=2, positions=12, vocab_size=40, cls_id=2,
-                 sep_id=3, mask_id=4, first_word=5, region_dim=6, region_classes=5)
+    sizes = dict(width=16, layers=2, heads=2, mlp_ratio=2, max_text=11, positions=12,
+                 vocab_size=40, cls_id=2, sep_id=3, mask_id=4, first_word=5, region_dim=6,
+                 region_classes=5)
     model = imagebert.ImageBert(imagebert.Config(**sizes), task)
     assert not hasattr(model, "param_groups")
     groups = train.make_optimizer(model, train.Loop(weight_decay=0.1, lr=0.5)).param_groups

@@ -81,6 +81,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from tools import Count, Finite, Parser, Positive, Share, Size, Stop, check_out
+
 # torch, data.py and tools/weights.py are imported where pairs are scored and nowhere else: the map
 # runs in hundreds of processes, and torch alone takes hundreds of MB of each.
 
@@ -101,10 +103,6 @@ CHANCE_TEXTS = 2000                 # texts to score with other pictures, for th
 
 # open_image() refuses what is too large, so PIL need not warn of it as well
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class Stop(SystemExit):
-    """Something the user can put right: one line, exit status 1."""
 
 
 def fail(message):
@@ -1107,8 +1105,11 @@ class Scorer:
     def __init__(self, run, device, batch_size):
         # not at the top of this file: see there
         import data
+        import torch
         from tools.weights import load_run
 
+        if device == "cuda" and not torch.cuda.is_available():
+            fail("--device cuda: there is no CUDA device here")
         self.model, info = load_run(run, device)
         self.device, self.batch_size = device, batch_size
         step = info.get("step", "?")
@@ -1717,8 +1718,7 @@ def show(report, out):
 # The command line
 
 def read_flags(argv):
-    parser = argparse.ArgumentParser(prog="python -m tools.lait", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.lait", description=__doc__)
     add = parser.add_argument_group("files and passes").add_argument
     add("--in", dest="pages", help="folder of pages (.html) and archives (.warc, .warc.gz), "
         "or one of these files")
@@ -1732,55 +1732,50 @@ def read_flags(argv):
     add("--language", default="", help="FILE.py:FUNCTION instead of language()")
     add("--natural", default="", help="FILE.py:FUNCTION instead of natural()")
     add("--safe", default="", help="FILE.py:FUNCTION instead of safe()")
-    add("--per_page", type=int, default=1, help="most dominant images of a page [1]")
-    add("--min_side", type=int, default=300,
+    add("--per_page", type=Size, default=1, help="most dominant images of a page [1]")
+    add("--min_side", type=Count, default=300,
         help="both sides of an image must be larger, in pixels [300, the paper's]")
-    add("--max_page", type=int, default=4, help="largest page, in MB [4]")
-    add("--max_image", type=int, default=32, help="largest image file, in MB [32]")
-    add("--page_seconds", type=float, default=5.0, help="most CPU seconds to parse a page [5]")
-    add("--part", type=int, default=1000,
+    add("--max_page", type=Size, default=4, help="largest page, in MB [4]")
+    add("--max_image", type=Size, default=32, help="largest image file, in MB [32]")
+    add("--page_seconds", type=Positive, default=5.0, help="most CPU seconds to parse a page [5]")
+    add("--part", type=Size, default=1000,
         help="documents held and written at once; a stop loses no more [1000]")
 
     add = parser.add_argument_group("map: sentences").add_argument
     add("--vocab", default="",
         help="BERT's vocab.txt for the out-of-vocabulary rule (default: that rule is off)")
-    add("--max_oov", type=float, default=0.3,
+    add("--max_oov", type=Share, default=0.3,
         help="largest share of a sentence's words outside the vocabulary [0.3]")
-    add("--min_words", type=int, default=4, help="least words of a sentence; without --score, a "
+    add("--min_words", type=Size, default=4, help="least words of a sentence; without --score, a "
         "shorter one that is the image's own stays where it has no longer one [4]")
-    add("--max_words", type=int, default=40, help="most words of a sentence [40]")
+    add("--max_words", type=Size, default=40, help="most words of a sentence [40]")
     add("--spam", default="", help="file of phrases, one a line, instead of the built-in spam list")
 
     add = parser.add_argument_group("scoring: map, and the reduce's threshold").add_argument
     add("--score", default="", help="run directory whose model scores each pair "
         "(default: the text of the surest source is taken)")
-    add("--device", default="cpu", help="of the scoring model [cpu]")
-    add("--batch_size", type=int, default=64, help="of the scoring model [64]")
+    add("--device", default="cpu", choices=("cuda", "cpu"), help="of the scoring model [cpu]")
+    add("--batch_size", type=Size, default=64, help="of the scoring model [64]")
 
     add = parser.add_argument_group("reduce").add_argument
-    add("--min_score", type=float, help="least score of a pair (default: see --chance_quantile)")
-    add("--chance_quantile", type=float, default=0.95,
+    add("--min_score", type=Finite, help="least score of a pair (default: see --chance_quantile)")
+    add("--chance_quantile", type=Share, default=0.95,
         help="the least score is this quantile of the scores with other pictures [0.95]")
-    add("--max_images", type=int, default=10,
+    add("--max_images", type=Size, default=10,
         help="a text of more images than this is dropped with all of them [10]")
-    add("--sort_lines", type=int, default=500_000,
+    add("--sort_lines", type=Size, default=500_000,
         help="candidates that a sort holds in memory [500000]")
-    add("--shard_size", type=int, default=1000, help="pairs in a tar [1000]")
+    add("--shard_size", type=Size, default=1000, help="pairs in a tar [1000]")
     return parser.parse_args(argv)
 
 
 def check_flags(args):
     """Stop for a value that cannot be meant. Fills in --images."""
-    for name in ("max_images", "per_page", "min_words", "max_page", "max_image", "part",
-                 "sort_lines", "shard_size", "batch_size"):
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: at least 1")
-    if not 0 <= args.chance_quantile <= 1:
-        fail(f"--chance_quantile {args.chance_quantile}: between 0 and 1")
+    if args.min_words > args.max_words:
+        fail(f"--min_words {args.min_words}: more than --max_words {args.max_words}")
     if args.merge and args.shard:
         fail("--shard makes a part of the candidates, --merge puts all together: one of the two")
-    if os.path.exists(args.out) and not os.path.isdir(args.out):
-        fail(f"--out {args.out}: a file, not a folder")
+    check_out(args.out, "tools.lait: --out", folder=True)
     if args.merge:
         return
 

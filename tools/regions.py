@@ -16,7 +16,6 @@ After a stop, kill -9 included, the same command goes on; another one is refused
 cannot be read is left out, said and counted.
 """
 
-import argparse
 import base64
 import hashlib
 import itertools
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 import data
 from data import ROW_ARRAYS, SAFE_TYPES
+from tools import Parser, Share, Size, check_out
 from tools.weights import read_file
 
 
@@ -532,8 +532,7 @@ def convert_regions(args):
 # The command
 
 def build_parser():
-    p = argparse.ArgumentParser(prog="python -m tools.regions", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="python -m tools.regions", description=__doc__)
 
     # what is looked at, and what is made
     p.add_argument("--images", help="a folder of pictures, a folder of tar shards, or image-text "
@@ -547,8 +546,8 @@ def build_parser():
                    help="the detector's: a file, or COCO_V1 = torchvision's, downloaded (default)")
     p.add_argument("--random_weights", action="store_true",
                    help="a detector that knows nothing, to try the pipeline; the file says so")
-    p.add_argument("--top", type=int, default=100, help="regions a picture at most (default: 100)")
-    p.add_argument("--min_score", type=float, default=0.05,
+    p.add_argument("--top", type=Size, default=100, help="regions a picture at most (default: 100)")
+    p.add_argument("--min_score", type=Share, default=0.05,
                    help="least score of a region (default: 0.05, torchvision's)")
     p.add_argument("--global_feature", choices=GLOBAL_MODELS,
                    help="also store a CNN's pooled feature of each picture")
@@ -558,9 +557,9 @@ def build_parser():
     # the rest
     p.add_argument("--label_names",
                    help="names of the labels in --tsv, one a line (default: 1,600 numbers)")
-    p.add_argument("--shard", type=int, default=1000,
+    p.add_argument("--shard", type=Size, default=1000,
                    help="pictures between two savings (default: 1000)")
-    p.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     return p
 
 
@@ -569,6 +568,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if bool(args.images) == bool(args.tsv):
         fail("name the pictures (--images) or bottom-up-attention files (--tsv)")
+    check_out(args.out, "regions.py: --out")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no CUDA device here")
     unreadable = extract_regions(args) if args.images else convert_regions(args)
 
     # read it again, as training will

@@ -33,7 +33,6 @@ split plus 0 (train), 100,000 (val) or 200,000 (test).
     python -m tools.shapes --sheet sheet.png     # and a contact sheet to look at
 """
 
-import argparse
 import fcntl
 import functools
 import hashlib
@@ -53,6 +52,8 @@ from typing import NamedTuple, Optional
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+import tools
 
 ROOT = Path(__file__).resolve().parent.parent / "datasets" / "shapes"
 COUNTS = {"train": 10000, "val": 1000, "test": 1000}                # pictures
@@ -1517,7 +1518,7 @@ def versions(root, seed, scale):
     None: that of the world that is there, else 1."""
     try:
         found = json.loads((root / "version.json").read_text())
-    except FileNotFoundError:
+    except (OSError, ValueError):                       # none, or not written by this file
         found = {}
     if scale is None:
         scale = found.get("scale", 1.0)
@@ -1541,6 +1542,7 @@ def ensure(root=ROOT, quiet=False, seed=0, scale=None):
     if found == wanted:
         return root
 
+    tools.check_out(root, "tools.shapes: --root", folder=True)
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(root.parent / f".{root.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -1597,17 +1599,22 @@ def sheet(root, path, n=24):
     for i, strip in enumerate(strips):
         with Image.open(strip) as frames:
             page.paste(frames, (5, page.height - 80 * (len(strips) - i)))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.shapes",
-                                     description="Writes the built-in world of nanovlp.")
+    parser = tools.Parser(prog="python -m tools.shapes",
+                          description="Writes the built-in world of nanovlp.")
     parser.add_argument("--root", type=Path, default=ROOT, help="where it lies")
-    parser.add_argument("--scale", type=float, help="a share of every count, for quick trials "
+    parser.add_argument("--scale", type=tools.Share, help="a share of every count, for trials "
                         "(default: that of the world that is there, else 1)")
     parser.add_argument("--sheet", type=Path, help="also draw a contact sheet into this file")
     args = parser.parse_args(argv)
+    if args.sheet:
+        tools.check_out(args.sheet, "tools.shapes: --sheet")
+        if args.sheet.suffix.lower() not in Image.registered_extensions():
+            raise tools.Stop(f"tools.shapes: --sheet {args.sheet}: name a picture, as sheet.png")
 
     # the world and what is in it
     root = ensure(args.root, scale=args.scale)

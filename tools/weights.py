@@ -14,7 +14,6 @@ it may fill. Every tensor of both sides is accounted for before anything changes
 `Stop`: one line, exit status 1.
 """
 
-import argparse
 import dataclasses
 import importlib
 import json
@@ -32,11 +31,9 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tools import Parser, Stop, check_out
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Stop(SystemExit):
-    """Something the user can put right: one line, exit status 1."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +198,7 @@ def read_file(path, where):
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
-        reason = str(e).strip().splitlines()[0]
+        reason = (str(e).strip() or "it is empty").splitlines()[0]     # an EOFError says nothing
         raise Stop(f"{where}: {path.name} cannot be read as weights: {reason}") from None
 
     # DeiT and Lightning wrap theirs
@@ -304,7 +301,7 @@ def from_timm(state):
 
 def local(name):
     """A file or folder as it is, or a hub name (`bert-base-uncased`), fetched once -> a path."""
-    if Path(name).exists():
+    if name and Path(name).exists():
         return name
     if name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".pth", ".pt", ".bin")):
         raise Stop(f"{name}: no such file")
@@ -616,8 +613,7 @@ def write_folder(state, config, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="tools.weights", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.weights", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("show", help="the names and shapes of a file of weights")
     one.add_argument("path", help="a file, a folder with model.safetensors, or a hub name")
@@ -627,6 +623,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     if args.verb == "export":
+        check_out(args.out, "--out", folder=True)
         print("\n".join(export(args.run, args.out)))
         return
     state, config = read_foreign(local(args.path), args.path)

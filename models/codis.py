@@ -160,6 +160,8 @@ class Config:
                              f"--vision_width {self.vision_width}")
         if self.width % self.heads:
             raise SystemExit(f"--heads {self.heads}: does not divide --width {self.width}")
+        if self.ot_eps < 0.05:
+            raise SystemExit(f"--ot_eps {self.ot_eps}: below 0.05 float32 has no exp(-D/eps)")
         for name in ("max_text", "max_answer"):
             if getattr(self, name) > self.positions:
                 raise SystemExit(f"--{name} {getattr(self, name)}: more than "

@@ -97,8 +97,9 @@ def say(message):
 
 
 def one_line(text):
-    """Names of files and keys may hold line breaks; a message may not."""
-    return re.sub(r"[\x00-\x1f\x7f]+", " ", text)
+    """Names of files and keys may hold line breaks or be endless; a message may not."""
+    text = re.sub(r"[\x00-\x1f\x7f]+", " ", text)
+    return text if len(text) < 1000 else f"{text[:500]} ... {text[-400:]}"
 
 
 def ranks():
@@ -329,7 +330,10 @@ def read_json(path):
         return json_lines(path)
     text = "\n".join(text_lines(path))
     try:
-        return parse_json(text, path)
+        value = parse_json(text, path)
+        if not isinstance(value, (dict, list)):
+            fail(f"{path}: an object or a list expected, found {type(value).__name__}")
+        return value
     except json.JSONDecodeError as e:
         # jsonl under the name .json, as NLVR2 publishes it
         if e.msg == "Extra data" and text.lstrip()[:1] == "{":
@@ -1413,7 +1417,7 @@ def clip_table(path):
             fail(f"{path} line 1: columns video_id and sentence expected")
         for cells in filter(None, reader):
             where, row = f"{path} line {reader.line_num}", dict(zip(header, cells))
-            if not row["video_id"] or not row.get("sentence", "").strip():
+            if not row.get("video_id") or not row.get("sentence", "").strip():
                 fail(f"{where}: video_id and sentence expected, found {reprlib.repr(cells)}")
             rows.append((where, row["video_id"], row["sentence"].strip()))
     except csv.Error as e:
@@ -1547,7 +1551,7 @@ def voc_objects(file):
             record["boxes"].append([x0 - 1, y0 - 1, x1, y1])
             record["labels"].append(VOC_CLASSES.index(thing.findtext("name")))
             record["crowd"].append(0)
-            record["difficult"].append(int(thing.findtext("difficult") or 0))
+            record["difficult"].append(("0", "1").index(thing.findtext("difficult") or "0"))
     except OSError as e:
         fail(f"{file}: {e.strerror}")
     except (ElementTree.ParseError, TypeError, ValueError, LookupError) as e:
@@ -1883,6 +1887,21 @@ def answer_list(records, n=3192):
         counts.update(normalize_answer(answer) for answer in record["answers"] or ())
     del counts[""]
     return most_frequent(counts, n)
+
+
+def read_answers(path):
+    """An answer list, a JSON list of strings or one answer a line -> list of str, each once."""
+    text = "\n".join(text_lines(path))
+    answers = text.split("\n")
+    if text.lstrip().startswith("["):
+        answers = read_json(path)
+        if not fits(answers, [str]):
+            fail(f"{path}: a list of strings expected")
+    answers = list(dict.fromkeys(answer.strip() for answer in answers))
+    answers = [answer for answer in answers if answer]
+    if not answers:
+        fail(f"{path}: no answer in it")
+    return answers
 
 
 def tag_list(records, n=None):
@@ -2593,7 +2612,7 @@ def read_frames(path):
         if not stat.S_ISREG(os.stat(path).st_mode):
             fail(f"{path}: not a file")
         x = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, SyntaxError, EOFError, tokenize.TokenError) as e:
+    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, tokenize.TokenError) as e:
         fail(f"{path}: not a readable .npy file ({e})")
     if not isinstance(x, np.ndarray) or x.ndim != 2 or not x.size or x.dtype.kind not in "fiu":
         fail(f"{path}: shape {getattr(x, 'shape', None)}, not (frames, D) numbers")
@@ -3552,7 +3571,9 @@ def check_split(records, title):
 
     # what a tar lost has no record; records of missing files are kept here, and are counted too
     kept = sum(any(troubles.get(file) == "missing" for file in files_of(r)) for r in records)
-    rows["samples without a picture"] = records.notes.get("missing", 0) - kept
+    lost = records.notes.get("missing", 0) - kept
+    if lost:
+        rows["samples without a picture"] = lost
     if records.name == "pairs":
         rows["duplicate captions"] = records.notes.get("duplicates", 0)
     for note, count in records.notes.items():
@@ -3578,25 +3599,27 @@ def check(spec, image_root=None, split=None, source=None, as_json=False):
     # five records, always the same ones: a wrong pairing shows at a glance
     for i in sorted(random.Random(0).sample(range(len(everything)), min(5, len(everything)))):
         record = everything[i]
-        report["samples"].append([", ".join(map(str, files_of(record))), in_words(record)])
-    lost = sum(rows["samples without a picture"] for rows in report["splits"].values())
+        report["samples"].append([", ".join(map(str, files_of(record))), in_words(record, everything.label_names)])
+    lost = sum(rows.get("samples without a picture", 0) for rows in report["splits"].values())
     print(json.dumps(report, indent=1) if as_json else in_lines(report))
     return len(report["troubles"]) + lost
 
 
-def in_words(record):
+def in_words(record, label_names):
     """What a record says of its picture, on one line."""
     told = []
-    for key in ("question", "answers", "caption", "s1", "s2", "score", "label", "class_name",
-                "labels", "boxes"):
+    for key in ("question", "answers", "caption", "s1", "s2", "score", "label", "labels"):
         value = record.get(key)
-        if value is None or key == "label" and "class_name" in record:
+        if value in (None, []):
             continue
-        # of several the first, and of lists of labels and boxes the number of entries
-        if key in ("labels", "boxes"):
-            value = f"{len(value)} {key}"
+        # names of labels; of hashing's row of 0 and 1 the positions
+        if key == "labels":
+            value = [n for n, on in enumerate(value) if on] if not record.get("boxes") else value
+            value = "labels " + " ".join(str(label_names[n] if label_names else n) for n in value)
+        elif key == "label" and label_names:
+            value = label_names[value]
         elif isinstance(value, list):
-            value = f"{value[0]} (and {len(value) - 1} more)" if len(value) > 1 else value[0]
+            value = value[0] + f" (and {len(value) - 1} more)" * (len(value) > 1)
         told.append(str(value))
     return one_line(" | ".join(told)) or "no caption"
 
@@ -3625,7 +3648,8 @@ def in_lines(report):
     if len(troubles) > 10:
         lines.append(f"  ... and {len(troubles) - 10} more")
     lines.append("for example:")
-    lines += [f"  {where}: {words}" if where else f"  {words}" for where, words in report["samples"]]
+    for where, words in report["samples"]:
+        lines.append(f"  {where}: {words}" if where else f"  {words}")
     return "\n".join(lines)
 
 

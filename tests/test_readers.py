@@ -1,0 +1,690 @@
+"""Readers under damage: a seeded mutator over every source, every format of pairs, and every other
+file that data.py reads.
+
+Small files that are right are written, then one of them is damaged: cut, flipped, emptied, in
+another encoding, a key removed, a value of a wrong type. What then happens is one of two things: a
+DataError of one line that names the file, or records whose values mean something. By hand, more of
+them: `READERS_TIMES=10 pytest tests/test_readers.py`."""
+
+import io
+import json
+import os
+import random
+import signal
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from tools.regions import collect_regions
+
+TIMES = int(os.environ.get("READERS_TIMES", 1))
+SECONDS = 5                     # a reader of files this small that takes longer hangs
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red blue circle square is it two yes no".split()
+SIZE = (24, 16)
+
+
+# --------------------------------------------------------------------------------------------------
+# Small files that are right: each function writes one data set into a folder -> what to damage, and
+# --data
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+def lines(path, rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def pictures(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, name in enumerate(names):
+        Image.new("RGB", SIZE, (60 * n, 90, 200)).save(folder / name)
+
+
+RECORDS = [{"image": "0.png", "image_id": 3, "split": "train", "caption": ["a red circle", "red"],
+            "paraphrase": ["circle", ["a circle", "it is red"]], "tags": ["red", "circle"],
+            "boxes": [[1, 2, 10.5, 12], [0, 0, 4, 4]], "labels": [0, 4],
+            "label_names": ["circle", "square"]},
+           {"image": "1.png", "image_id": 4, "caption": "it is blue", "other": [1, {"a": None}]}]
+
+
+def records_lines(home):
+    pictures(home, "0.png", "1.png")
+    return [lines(home / "pairs.jsonl", RECORDS)]
+
+
+def records_json(home):
+    pictures(home, "0.png", "1.png")
+    return [write(home / "pairs.json", RECORDS)]
+
+
+def karpathy(home):
+    images = []
+    for n, part in enumerate(("train", "restval", "test")):
+        images.append({"filename": f"{n}.png", "filepath": "val2014", "cocoid": 7 + n, "imgid": n,
+                       "split": part, "sentences": [{"raw": "a red circle"}, {"raw": "it is red"}]})
+    pictures(home / "val2014", "0.png", "1.png", "2.png")
+    return [write(home / "dataset_coco.json", {"images": images, "dataset": "coco"})]
+
+
+def coco(home):
+    pictures(home / "val2017", "0.png", "1.png")
+    images = [{"id": n, "file_name": f"{n}.png", "width": 24, "height": 16} for n in (0, 1)]
+    captions = [{"image_id": n % 2, "id": n, "caption": f"a {n}"} for n in range(3)]
+    run = {"size": [16, 24], "counts": [10, 20, 354]}
+    notes = [{"id": 1, "image_id": 0, "category_id": 18, "bbox": [1, 2, 9, 9], "iscrowd": 0,
+              "area": 40.5, "segmentation": [[1, 2, 10, 2, 10, 11]]},
+             {"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0.5, 9, 9], "iscrowd": 1,
+              "area": 20, "segmentation": run}]
+    categories = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}]
+    return [write(home / "captions_val2017.json", {"images": images, "annotations": captions}),
+            write(home / "instances_val2017.json",
+                  {"images": images, "annotations": notes, "categories": categories})]
+
+
+def instances(home):
+    return coco(home)[1:]
+
+
+def tsv(home):
+    pictures(home, "0.png", "1.png")
+    return [write(home / "cc.tsv", "a red circle\t0.png\nit is blue\thttp://x.org/a/1.png?w=3\n")]
+
+
+def token(home):
+    pictures(home / "Flicker8k_Dataset", "0.jpg", "1.jpg")
+    rows = "".join(f"{n % 2}.jpg#{n // 2}\ta red circle {n}\n" for n in range(4))
+    return [write(home / "Flickr8k.token.txt", rows),
+            write(home / "Flickr_8k.trainImages.txt", "0.jpg\n"),
+            write(home / "Flickr_8k.testImages.txt", "1.jpg\n")][:1]
+
+
+def captions_txt(home):
+    pictures(home / "Images", "0.jpg", "1.jpg")
+    return [write(home / "captions.txt", 'image,caption\n0.jpg,a red circle\n'
+                                         '1.jpg,"it is ""red"" , blue"\n1.jpg,blue\n')]
+
+
+def results_csv(home):
+    pictures(home / "flickr30k_images", "0.jpg", "1.jpg")
+    return [write(home / "results.csv", "image_name| comment_number| comment\n"
+                                        "0.jpg| 0| a red circle\n1.jpg| 0| it is blue\n")]
+
+
+def folder(home):
+    pictures(home / "files" / "00000", "0.jpg", "1.jpg")
+    write(home / "files" / "00000_stats.json", {"count": 2})
+    return [write(home / "files" / "00000" / "0.txt", "a red circle"),
+            write(home / "files" / "00000" / "1.json", {"caption": "it is blue", "key": "1"})]
+
+
+def tar(home):
+    picture = io.BytesIO()
+    Image.new("RGB", SIZE, (1, 2, 3)).save(picture, "PNG")
+    path = home / "00000.tar"
+    home.mkdir(parents=True)
+    parts = [("0.png", picture.getvalue()), ("0.txt", b"a red circle"),
+             ("1.png", picture.getvalue()), ("1.json", b'{"caption": "it is blue"}')]
+    with tarfile.open(path, "w") as out:
+        for name, content in parts:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+    return [path]
+
+
+def vqa(home):
+    pictures(home / "images", "COCO_train2014_000000000042.jpg", "own.png")
+    questions = [{"image_id": 42, "question": "is it red", "question_id": 1},
+                 {"image_id": 7, "question": "is it two", "question_id": 2, "image": "own.png"}]
+    notes = []
+    for n in (1, 2):
+        answers = [{"answer": word, "answer_id": k} for k, word in enumerate(("yes", "no"))]
+        notes.append({"question_id": n, "image_id": 42, "answers": answers,
+                      "answer_type": "yes/no", "question_type": "is it"})
+    return [write(home / "v2_OpenEnded_mscoco_train2014_questions.json",
+                  {"data_subtype": "train2014", "questions": questions}),
+            write(home / "v2_mscoco_train2014_annotations.json", {"annotations": notes})]
+
+
+def vqa_as_pairs(home):
+    return vqa(home)[:1]
+
+
+def gqa(home):
+    pictures(home, "235.jpg")
+    return [write(home / "gqa.json", {"05": {"imageId": "235", "question": "is it red?"},
+                                      "06": {"imageId": "235", "question": "is it blue?"}})]
+
+
+def ve(home):
+    pictures(home, "1.jpg", "2.jpg")
+    return [lines(home / "ve.jsonl", [
+        {"Flickr30K_ID": "1", "gold_label": "neutral", "sentence2": "it is red", "pairID": "1#0"},
+        {"image": "2.jpg", "gold_label": "-", "sentence2": "red"},
+        {"image": "2.jpg", "gold_label": "entailment", "sentence2": "it is blue"}])]
+
+
+def nlvr2(home):
+    pictures(home / "dev", "dev-8-0-img0.png", "dev-8-0-img1.png")
+    pictures(home / "train" / "63", "l.png", "r.png")
+    return [lines(home / "dev.json", [
+        {"identifier": "dev-8-0-3", "sentence": "left is red", "label": "True"},
+        {"identifier": "train-9-1-0", "directory": 63, "sentence": "red", "label": False,
+         "left_image": "l.png", "right_image": "r.png"}])]
+
+
+def sts_folder(home):
+    home = home / "STS12-en-test"
+    return [write(home / "STS.input.MSRvid.txt", "a red\tit is red\nno\tyes\nis\tit\n"),
+            write(home / "STS.gs.MSRvid.txt", "4.4\n\n0\n")]
+
+
+def sts_table(home):
+    row = "main-captions\tMSRvid\t2012test\t0000\t{}\tit is red\tit is {}\n"
+    return [write(home / "sts-dev.csv", row.format("5.000", "red") + row.format(2, "blue"))]
+
+
+def hashing(home):
+    pictures(home / "coco", "0.jpg", "1.jpg")
+    return [write(home / "test.txt", "data/coco/0.jpg 0 1 1\ncoco/1.jpg 0 0 1\n")]
+
+
+def clips(home):
+    videos, sentences = [], []
+    (home / "features").mkdir(parents=True)
+    for n, part in enumerate(("train", "validate", "test")):
+        videos.append({"video_id": f"v{n}", "split": part})
+        sentences.append({"video_id": f"v{n}", "caption": "a red circle"})
+        np.save(home / "features" / f"v{n}.npy", np.ones((3, 4), np.float32))
+    return [write(home / "videodatainfo.json", {"videos": videos, "sentences": sentences}),
+            write(home / "1ka.csv", "key;vid_key;video_id;sentence\nret0;m;v2;it is red\n")]
+
+
+def voc(home):
+    things = ""
+    for name in ("dog", "car"):
+        box = "<xmin>1</xmin><ymin>2</ymin><xmax>9.5</xmax><ymax>12</ymax>"
+        things += (f"<object><name>{name}</name><difficult>1</difficult><bndbox>{box}</bndbox>"
+                   "</object>")
+    year = home / "VOCdevkit" / "VOC2007"
+    pictures(year / "JPEGImages", "1.jpg")
+    size = "<size><width>24</width><height>16</height><depth>3</depth></size>"
+    return [write(year / "Annotations" / "1.xml", f"<annotation>{size}{things}</annotation>"),
+            write(year / "ImageSets" / "Main" / "trainval.txt", "1\n")]
+
+
+# What a source reads, and how --data names it where that is not the damaged files themselves.
+READERS = {
+    "records_lines": (records_lines, "pairs", None), "records_json": (records_json, "pairs", None),
+    "karpathy": (karpathy, "pairs", None), "coco": (coco, "pairs", None),
+    "instances_as_pairs": (instances, "pairs", None), "tsv": (tsv, "pairs", None),
+    "token": (token, "pairs", None), "captions_txt": (captions_txt, "pairs", None),
+    "results_csv": (results_csv, "pairs", None), "folder": (folder, "pairs", "files"),
+    "tar": (tar, "pairs", None), "vqa_as_pairs": (vqa_as_pairs, "pairs", None),
+    "gqa": (gqa, "pairs", None), "vqa": (vqa, "vqa", None), "ve": (ve, "ve", None),
+    "nlvr2": (nlvr2, "nlvr2", None), "sts_folder": (sts_folder, "sts", "STS12-en-test"),
+    "sts_table": (sts_table, "sts", None), "hashing": (hashing, "hashing", None),
+    "clips": (clips, "clips", None), "voc": (voc, "detection", "VOCdevkit"),
+    "instances": (instances, "detection", None)}
+
+
+# --------------------------------------------------------------------------------------------------
+# What a record must be
+
+def is_text(x):
+    return isinstance(x, str) and x.strip() and x.encode("utf-8")
+
+
+def is_number(x):
+    return type(x) in (int, float) and abs(x) < 2 ** 63
+
+
+def check_boxes(record):
+    boxes = record.get("boxes", [])
+    for x0, y0, x1, y1 in boxes:
+        assert all(map(is_number, (x0, y0, x1, y1))) and x0 <= x1 and y0 <= y1
+    for label in record.get("labels", []):
+        assert type(label) is int and label >= 0
+    for key in ("labels", "label_names", "crowd", "difficult", "area", "segmentation"):
+        assert key not in record or len(record[key]) == len(boxes), key
+
+
+def check_pairs(record):
+    captions, paraphrases = record.get("caption"), record.get("paraphrase")
+    if captions is not None:
+        assert captions and isinstance(captions, list) and all(map(is_text, captions))
+    if paraphrases is not None:
+        assert len(paraphrases) == len(captions)
+        for paraphrase in paraphrases:
+            several = [paraphrase] if isinstance(paraphrase, str) else paraphrase
+            assert all(isinstance(wording, str) for wording in several)
+    assert all(isinstance(tag, str) for tag in record.get("tags", []))
+    assert all(isinstance(name, str) for name in record.get("label_names", []))
+    check_boxes(record)
+
+
+def check_vqa(record):
+    assert isinstance(record["question"], str) and type(record["question_id"]) is int
+    answers = record["answers"]
+    assert answers is None or answers and all(isinstance(answer, str) for answer in answers)
+    for key in ("answer_type", "question_type"):
+        assert isinstance(record.get(key, ""), str)
+
+
+def check_sentence(record):
+    assert is_text(record["caption"]) and record["label"] in (0, 1, 2)
+    assert isinstance(record.get("pair_id"), (str, int, type(None)))
+
+
+def check_sts(record):
+    assert is_text(record["s1"]) and is_text(record["s2"])
+    assert is_number(record["score"]) and 0 <= record["score"] <= 5
+
+
+def check_hashing(record):
+    assert set(record["labels"]) <= {0, 1} and record["labels"]
+
+
+def check_clips(record):
+    assert is_text(record["video_id"]) and all(map(is_text, record["caption"]))
+
+
+def check_detection(record):
+    check_boxes(record)
+    width, height = record["width"], record["height"]
+    assert width > 0 and height > 0
+    for x0, y0, x1, y1 in record["boxes"]:
+        assert x0 < x1 and y0 < y1 and x0 < width and y0 < height and x1 > 0 and y1 > 0
+    assert all(area is None or is_number(area) for area in record.get("area", []))
+    assert set(record["crowd"] + record["difficult"]) <= {0, 1}
+    for outline in record.get("segmentation", []):
+        if outline is not None:
+            try:
+                data.decode_mask(outline, height, width, record["image"])
+            except data.DataError:
+                pass                            # one line, when the mask is asked for
+
+
+CHECKS = {"pairs": check_pairs, "vqa": check_vqa, "ve": check_sentence, "nlvr2": check_sentence,
+          "sts": check_sts, "hashing": check_hashing, "clips": check_clips,
+          "detection": check_detection}
+VIEWS = {"pairs": dict(text="any_caption", text2="any_paraphrase"), "vqa": dict(text="question"),
+         "ve": dict(text="caption", label="label"), "nlvr2": dict(text="caption", label="label"),
+         "sts": dict(s1="sentence", s2="sentence"), "hashing": dict(labels="labels"),
+         "clips": dict(text="caption"), "detection": dict(image="objects")}
+
+
+def use(records, tokenizer):
+    """Every record is well-formed, and samples can be made of it."""
+    views = data.Views(records, VIEWS[records.name], tokenizer, 16, 8, train=False)
+    data.tag_list(records)
+    for i, record in enumerate(records):
+        assert type(record["image_id"]) is int and 0 <= record["image_id"] < 2 ** 62
+        for key in ("image", "image2", "feature"):
+            assert isinstance(record.get(key, ""), (str, data.TarMember))
+        CHECKS[records.name](record)
+        for tensor in views[i].values():
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            assert tensor.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Damage
+
+DEEP = "[" * 10_000
+WRONG = [None, [], {}, "", "x", " ", "a\nb", "\ud800", 0, 3, -1, 1.5, 2 ** 70, True, False,
+         float("nan"), float("inf"), [None], ["a", 5], [[1, 2]], [[]], {"a": 1}, [{}], "\0",
+         [-1.0, 2, 3, 4], 1e30, "../" * 30, "true", "True"]
+
+
+def places(value, path=()):
+    """Yields the path of keys to every value inside a JSON value, itself included."""
+    yield path
+    inside = enumerate(value) if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        inside = value.items()
+    for key, part in inside:
+        yield from places(part, (*path, key))
+
+
+def change(value, path, rng):
+    """One value inside a JSON value is replaced, removed, or there twice -> the new value."""
+    wrong = rng.choice(WRONG)
+    if not path:
+        return wrong
+    inside = value
+    for key in path[:-1]:
+        inside = inside[key]
+    how = rng.choice(("replace", "replace", "replace", "remove", "twice"))
+    if how == "replace":
+        inside[path[-1]] = wrong
+    elif how == "remove":
+        del inside[path[-1]]
+    elif isinstance(inside, list):
+        inside.append(inside[path[-1]])
+    else:
+        inside["renamed"] = inside.pop(path[-1])
+    return value
+
+
+def damage_json(text, rng):
+    """A wrong value somewhere in a file of JSON, or in a line of JSON lines."""
+    rows = text.splitlines()
+    several = len(rows) > 1
+    at = rng.randrange(len(rows)) if several else 0
+    value = json.loads(rows[at])
+    path = rng.choice(list(places(value)))
+
+    # what json.dumps does not write: depth, digits, a key twice
+    mark = "@mark@"
+    special = rng.randrange(12)
+    if special < 3 and path:
+        inside = value
+        for key in path[:-1]:
+            inside = inside[key]
+        inside[path[-1]] = mark
+    else:
+        value = change(value, path, rng)
+    row = json.dumps(value)
+    raw = (DEEP + "]" * 10_000, "9" * 5000, '1, "twice": 2, "twice": 3')[min(special, 2)]
+    rows[at] = row.replace(f'"{mark}"', raw)
+    return "\n".join(rows) + "\n"
+
+
+def cut(b, rng):
+    return b[:rng.randrange(len(b))]
+
+
+def flip(b, rng):
+    b = bytearray(b)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        b[rng.randrange(len(b))] ^= 1 << rng.randrange(8)
+    return bytes(b)
+
+
+def splice(b, rng):
+    """A piece of the file again, somewhere else."""
+    start, at = rng.randrange(len(b)), rng.randrange(len(b))
+    return b[:at] + b[start:start + rng.randrange(1, 40)] + b[at:]
+
+
+def insert(b, rng):
+    at = rng.randrange(len(b) + 1)
+    piece = rng.choice((b"\0", b"\n", b"\t", b",", b'"', b"\r", b"\xff\xfe", b"nan", b"-1", b"|",
+                        b"9" * 5000, b"[" * 10_000, b"x" * 200_000, b"<a>" * 5000, "\u2028".encode()))
+    return b[:at] + piece + b[at:]
+
+
+def replace_number(b, rng):
+    """A number in the text becomes one that means nothing."""
+    starts = [i for i, char in enumerate(b) if 48 <= char < 58]
+    at = rng.choice(starts) if starts else 0
+    word = rng.choice((b"nan", b"-7", b"1e999", b"inf", b"", b"x", b"99999999999999999999", b"0.5"))
+    return b[:at] + word + b[at + 1:]
+
+
+def encode(b, rng):
+    text = b.decode("utf-8", "replace")
+    how = rng.choice(("utf-16", "utf-16-le", "utf-8-sig", "crlf", "latin-1", "empty", "blank"))
+    if how in ("empty", "blank"):
+        return b"" if how == "empty" else b"\n \n"
+    if how == "crlf":
+        return text.replace("\n", "\r\n").encode()
+    return (text + "\u00e9\n").encode(how, "replace")
+
+
+BYTES = (cut, flip, flip, splice, insert, insert, replace_number, replace_number, encode)
+
+
+def damaged(path, content, rng):
+    """The bytes of a file -> damaged ones."""
+    if path.suffix in (".json", ".jsonl") and rng.random() < 0.6:
+        return damage_json(content.decode(), rng).encode("utf-8")
+    return rng.choice(BYTES)(content, rng)
+
+
+class TooSlow(Exception):
+    pass
+
+
+def alarm(signum, frame):
+    raise TooSlow
+
+
+def trial(names, do, counts, about):
+    """do() either works or ends in one line that names one of the files."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        do()
+        counts["read"] += 1
+    except data.DataError as e:
+        message = str(e)
+        assert message.startswith("data.py: ") and "\n" not in message, (about, message)
+        assert len(message) < 2000, (about, message[:300])
+        assert any(name in message for name in names), (about, message)
+        counts["refused"] += 1
+    except AssertionError as e:
+        raise AssertionError(about) from e
+    except TooSlow:
+        raise AssertionError(f"{about}: longer than {SECONDS} s") from None
+    except Exception as e:
+        raise AssertionError(f"{about}: {type(e).__name__}: {e}") from e
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def hurt(files, names, do, times, seed):
+    """Damages one of the files, `times` times, each time from its whole state."""
+    signal.signal(signal.SIGALRM, alarm)
+    whole = {path: path.read_bytes() for path in files}
+    counts = {"read": 0, "refused": 0}
+    for n in range(times * TIMES):
+        rng = random.Random(f"{seed} {n}")
+        path = rng.choice(files)
+        path.write_bytes(damaged(path, whole[path], rng))
+        trial(names, do, counts, f"{path.name}, {seed} {n}")
+        path.write_bytes(whole[path])
+    return counts
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder in memory where there is one: thousands of files are written."""
+    root = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=root if root.is_dir() else tmp_path) as folder:
+        yield Path(folder) / "data"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = write(tmp_path_factory.mktemp("vocab") / "vocab.txt", "\n".join(WORDS) + "\n")
+    return data.get_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_refused_or_read_with_meaning(home, tokenizer, name):
+    make, source, named = READERS[name]
+    files = make(home)
+    spec = str(home / named) if named else ",".join(map(str, files))
+    names = [path.name for path in files] + [named] * bool(named)
+
+    def do():
+        use(data.open_source(source, spec, None), tokenizer)
+
+    # whole, it is read
+    do()
+    counts = hurt(files, names, do, 200, name)
+    assert min(counts.values()) > 10 * TIMES, counts
+
+
+# --------------------------------------------------------------------------------------------------
+# The other files that data.py reads
+
+def vocabulary(home):
+    path = write(home / "vocab.txt", "\n".join(WORDS) + "\n")
+
+    def do():
+        tokenizer = data.get_tokenizer(str(path))
+        ids = tokenizer.encode("a red circle", 8)
+        assert max(ids) < tokenizer.vocab_size == len(tokenizer.words) and all(tokenizer.words)
+    return path, do
+
+
+def answers(home):
+    path = write(home / "answers.json", ["yes", "no", "2"])
+
+    def do():
+        assert all(map(is_text, data.read_answers(str(path))))
+    return path, do
+
+
+def answer_lines(home):
+    path = write(home / "answers.txt", "yes\nno\n2\n")
+
+    def do():
+        assert all(map(is_text, data.read_answers(str(path))))
+    return path, do
+
+
+def paraphrases(home):
+    path = lines(home / "p.jsonl", [{"caption": "a red circle", "paraphrase": ["circle", "red"]},
+                                    {"caption": "it is blue", "paraphrase": "blue"}])
+    return path, lambda: check_paraphrases(path)
+
+
+def paraphrase_table(home):
+    path = write(home / "p.tsv", "a red circle\tcircle\tred\nit is blue\tblue\n")
+    return path, lambda: check_paraphrases(path)
+
+
+def check_paraphrases(path):
+    for caption, wordings in data.read_paraphrases(str(path)).items():
+        assert isinstance(caption, str) and wordings and all(map(is_text, wordings))
+
+
+def tag_words(home):
+    path, records = write(home / "nouns.txt", "circle\nred\n"), data.Records("pairs", None)
+    records.append({"image": "a", "image_id": 0, "caption": ["a red circle"]})
+
+    def do():
+        made = data.caption_tags(records, str(path))
+        assert set(made[0]["tags"]) <= {"a", "red", "circle"}
+    return path, do
+
+
+def clip_features(home):
+    path = home / "v0.npy"
+    home.mkdir()
+    np.save(path, np.ones((3, 4), np.float32))
+
+    def do():
+        frames = data.read_frames(str(path))
+        assert frames.ndim == 2 and frames.size
+    return path, do
+
+
+def regions(home):
+    pictures(home, "0.png", "1.png")
+    path, records = home / "r.safetensors", data.Records("pairs", None)
+    for n in (0, 1):
+        records.append({"image": str(home / f"{n}.png"), "image_id": n})
+
+    def look(record):
+        return {"name": Path(record["image"]).name, "size": SIZE, "scores": np.ones(2),
+                "boxes": np.ones((2, 4)), "labels": np.arange(2), "features": np.ones((2, 3))}
+
+    about = {"detector": "a test", "root": str(home), "label_names": '["a", "b"]'}
+    collect_regions(str(path), records, 2, look, about, quiet=True)
+
+    def do():
+        found = data.Regions([str(path)])
+        assert all(isinstance(name, str) for name in found.label_names)
+        for table in found.tables():
+            for n in table.values():
+                assert len(found[n]["boxes"]) <= found.most and len(found[n]["sizes"]) == 2
+                assert (found[n]["labels"] < max(1, found.classes)).all()
+    return path, do
+
+
+OTHERS = (vocabulary, answers, answer_lines, paraphrases, paraphrase_table, tag_words,
+          clip_features, regions)
+
+
+@pytest.mark.parametrize("make", OTHERS, ids=lambda make: make.__name__)
+def test_other_damaged_files(home, make):
+    path, do = make(home)
+    do()
+    counts = hurt([path], [path.name], do, 100, make.__name__)
+    assert counts["refused"] > 5 * TIMES, counts
+
+
+def test_a_damaged_header_of_a_region_file(home):
+    """Of its JSON, with the length before it put right: names, types, shapes, places."""
+    path, do = regions(home)
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    signal.signal(signal.SIGALRM, alarm)
+    counts = {"read": 0, "refused": 0}
+    for n in range(150 * TIMES):
+        rng = random.Random(f"header {n}")
+        header = damage_json(whole[8:8 + size].decode(), rng).encode("utf-8")
+        path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + size:])
+        trial([path.name], do, counts, f"header {n}")
+    assert counts["refused"] > 100 * TIMES, counts
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+FORMATS = {"a.jpg": {}, "a.png": {}, "p.png": {"mode": "P"}, "a.gif": {"mode": "P"},
+           "a.webp": {}, "a.bmp": {}, "a.tif": {}, "l.tif": {"compression": "tiff_lzw"},
+           "a.ppm": {}, "i.png": {"mode": "I;16"}, "f.tif": {"mode": "F"}, "e.jpg": {"exif": True}}
+
+
+def a_picture(path, mode="RGB", exif=False, **options):
+    noise = np.random.default_rng(0).integers(0, 255, (16, 24, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    if exif:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    if mode == "I;16":
+        image = Image.fromarray(noise[..., 0].astype(np.uint16) * 200)
+    elif mode == "F":
+        image = Image.fromarray(noise[..., 0].astype(np.float32) / 255)
+    elif mode != "RGB":
+        image = image.convert(mode)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_damaged_picture_is_bad_or_a_picture(home, name):
+    path = a_picture(home / name, **FORMATS[name])
+    whole, bad = path.read_bytes(), 0
+    signal.signal(signal.SIGALRM, alarm)
+    assert data.load_image(str(path)).mode == "RGB"
+    for n in range(120 * TIMES):
+        rng = random.Random(f"{name} {n}")
+        path.write_bytes(rng.choice((cut, flip, flip, splice, insert))(whole, rng))
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            image = data.load_image(str(path))
+            assert image.mode == "RGB" and min(image.size) > 0
+        except data.BadImage as e:
+            bad += 1
+            assert str(e), n
+        except Exception as e:
+            raise AssertionError(f"{name} {n}: {type(e).__name__}: {e}") from e
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    assert bad > 5 * TIMES

@@ -12,11 +12,14 @@ separated by commas; `{00000..00012}` in a name counts up. Formats read, as thei
 them:
 
   pairs      records .json/.jsonl: image, caption (string or list) [image_id, split, tags,
-             paraphrase, boxes, labels]; Karpathy's dataset_*.json; COCO's captions_*.json
-             (instances_*.json in the same list adds tags and boxes by image id); .tsv
-             "caption TAB path-or-url" beside a folder of images (CC, SBU); img2dataset's .tar
-             shards, or a folder of them; VQA v2's and GQA's questions as captions
-  vqa        VQA v2's questions.json [+ annotations.json]
+             paraphrase, boxes, labels, label_names]; Karpathy's dataset_*.json; COCO's
+             captions_*.json (instances_*.json in the same list adds tags and boxes by image id);
+             .tsv "caption TAB path-or-url" beside a folder of images (CC, SBU); Flickr's token
+             files (with Flickr_8k.trainImages.txt and its like beside them: splits), Kaggle's
+             captions.txt and Flickr30k's results.csv; img2dataset's .tar shards, or a folder of
+             them, or its folders of files; a folder of pictures (without captions); VQA v2's and
+             GQA's questions as captions
+  vqa        VQA v2's questions.json [+ annotations.json, or these beside it]
   ve         SNLI-VE's .jsonl
   nlvr2      NLVR2's .json/.jsonl
   sts        SentEval's folders STS1X-en-test, stsbenchmark/, sts-*.csv
@@ -25,10 +28,10 @@ them:
   clips      MSR-VTT's videodatainfo.json [+ the 1k-A csv] + a folder of .npy
   detection  COCO's instances_*.json; a VOCdevkit folder with VOC2007, VOC2012 or both
 
-    python data.py check PATH [--image_root R] [--split S] [--source NAME]
+    python data.py check PATH [--image_root R] [--split S] [--source NAME] [--json]
 
-reads everything, opens every image, prints a table and exits with status 1 if an image is missing
-or corrupt (duplicates and captions left out are only reported).
+reads everything, opens every image, prints a table and five records, and exits with status 1 if an
+image is missing or corrupt (duplicates and captions left out are only reported).
 
 Something wrong in a file is a DataError: one line that names file, line and key. Something merely
 absent (an image that was never downloaded, an empty caption) is left out, counted in
@@ -325,38 +328,38 @@ def lines_of(path):
 
 
 def read_json(path):
-    """The JSON value in a file; of jsonl (under any extension) an iterator of (where, dict)."""
-    if path.endswith(".jsonl"):
+    """The JSON object or list in a file; of jsonl (under any extension) an iterator of
+    (where, dict)."""
+    if path.endswith(".jsonl") or is_json_lines(path):
         return json_lines(path)
-    text = "\n".join(text_lines(path))
+    value = parse_json("\n".join(text_lines(path)), path)
+    if not isinstance(value, (dict, list)):
+        fail(f"{path}: an object or a list expected, found {type(value).__name__}")
+    return value
+
+
+def is_json_lines(path):
+    """Is the first line of a file a whole object, and something behind it? NLVR2 publishes jsonl
+    under the name .json."""
+    first = list(itertools.islice(lines_of(path), 2))
     try:
-        value = parse_json(text, path)
-        if not isinstance(value, (dict, list)):
-            fail(f"{path}: an object or a list expected, found {type(value).__name__}")
-        return value
-    except json.JSONDecodeError as e:
-        # jsonl under the name .json, as NLVR2 publishes it
-        if e.msg == "Extra data" and text.lstrip()[:1] == "{":
-            return json_lines(path)
-        fail(f"{path} line {e.lineno}: not JSON ({e.msg})")
+        return len(first) == 2 and isinstance(json.loads(first[0][1]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def json_lines(path):
     for where, line in lines_of(path):
-        try:
-            value = parse_json(line, where)
-        except json.JSONDecodeError as e:
-            fail(f"{where}: not JSON ({e.msg})")
-        yield where, as_dict(value, where)
+        yield where, as_dict(parse_json(line, where), where)
 
 
 def parse_json(text, where):
-    """The JSON value in a str or bytes. Raises json.JSONDecodeError, for the caller knows which
-    line it is, and a DataError for JSON that Python does not take."""
+    """The JSON value in a str or bytes. Errors: a DataError that begins with `where`."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        raise
+    except json.JSONDecodeError as e:
+        line = f" line {e.lineno}" if " line " not in where else ""
+        fail(f"{where}{line}: not JSON ({e.msg})")
     except RecursionError:
         fail(f"{where}: brackets are nested too deep")
     except ValueError as e:                 # a number of thousands of digits, bytes of no text
@@ -403,7 +406,7 @@ def get(where, record, key, kind=None):
         fail(f"{where}: no key '{key}' (it has: {there})")
     if kind is not None and not fits(value, kind):
         fail(f"{where}: key '{key}' is {type(value).__name__} {reprlib.repr(value)}, "
-             f"not {kind_name(kind)}")
+             f"wanted: {kind_name(kind)}")
     return value
 
 
@@ -441,12 +444,16 @@ def fits(value, kind):
     return isinstance(value, kind)
 
 
-def kind_name(kind):
+KIND_NAMES = {str: "string", int: "whole number", float: "finite number", bool: "truth value",
+              list: "list", dict: "object"}
+
+
+def kind_name(kind, plural=""):
     if isinstance(kind, tuple):
-        return " or ".join(map(kind_name, kind))
+        return " or ".join(kind_name(one, plural) for one in kind)
     if isinstance(kind, list):
-        return "list of " + kind_name(kind[0])
-    return {int: "a whole number", float: "a finite number"}.get(kind, kind.__name__)
+        return f"list{plural} of {kind_name(kind[0], 's')}"
+    return KIND_NAMES[kind] + plural
 
 
 def visible(names):
@@ -1087,9 +1094,9 @@ def vqa_annotations_beside(path, answers, reading):
     Errors: they are not there and the answers are needed.
     """
     folder, name = os.path.split(path)
-    if "questions" not in name:
+    if "_questions" not in name:
         return
-    name = re.sub("(OpenEnded|MultipleChoice)_", "", name).replace("questions", "annotations")
+    name = re.sub("(OpenEnded|MultipleChoice)_", "", name).replace("_questions", "_annotations")
     beside = os.path.join(folder, name)
     if os.path.exists(beside):
         vqa_answers(beside, read_json(beside), answers)
@@ -2266,9 +2273,9 @@ def load_image(where):
         raise BadImage(reason or str(e) or type(e).__name__) from None
 
 
-# What PIL raises of damaged files.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error,
-              Image.DecompressionBombError)
+# What PIL raises of damaged files; its readers of TIFF stumble over types and lengths, too.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, TypeError,
+              LookupError, ArithmeticError, Image.DecompressionBombError)
 
 
 def grey_levels(x):
@@ -2282,7 +2289,7 @@ def grey_levels(x):
         raise BadImage(f"grey values of {x.min()} to {x.max()}: what is white?")
     whites = (255, 4095, 65535) if x.dtype.kind in "iu" else (1, 255, 4095, 65535)
     white = next(white for white in whites if x.max() <= white)
-    return (x.astype(np.float64) * (256 / (white + 1) if white > 1 else 255)).astype(np.uint8)
+    return (x * np.float32(256 / (white + 1) if white > 1 else 255)).astype(np.uint8)
 
 
 def open_picture(where):
@@ -2579,6 +2586,12 @@ def view_regions(draft, key):
     out[key + "_mask"][:n] = 1
     if regions.global_dim:
         out[key + "_global"] = torch.from_numpy(np.array(found["globals"]))
+
+    # a damaged file shows here at the latest
+    finite = all(x.isfinite().all() for x in out.values())
+    if not finite or (out[key + "_label"] >= max(1, regions.classes)).any():
+        fail(f"{draft.record['image']}: its regions in {', '.join(regions.paths)} hold numbers "
+             "that are not finite, or a label without a name")
     return out
 
 
@@ -3290,12 +3303,9 @@ def check_regions(path, arrays, metadata):
         if (np.diff(ends) < 0).any() or ends[-1] != last or arrays["offsets"][0]:
             fail(f"{path}: array {name} does not rise from 0 to {last}")
 
-    # labels have names, or are -1
-    names = metadata.get("label_names", "[]")
-    names = parse_json(names, path) if isinstance(names, str) else names
-    labels = arrays["labels"]
-    if not fits(names, [str]) or labels.min(initial=0) < -1 or labels.max(initial=-1) >= len(names):
-        fail(f"{path}: label_names is no list of a name for each of its labels")
+    names = parse_json(optional(path, metadata, "label_names", str) or "[]", path)
+    if not fits(names, [str]):
+        fail(f"{path}: label_names is no list of names")
     return tuple(names)
 
 
@@ -3598,8 +3608,8 @@ def check(spec, image_root=None, split=None, source=None, as_json=False):
 
     # five records, always the same ones: a wrong pairing shows at a glance
     for i in sorted(random.Random(0).sample(range(len(everything)), min(5, len(everything)))):
-        record = everything[i]
-        report["samples"].append([", ".join(map(str, files_of(record))), in_words(record, everything.label_names)])
+        where = ", ".join(map(str, files_of(everything[i])))
+        report["samples"].append([where, in_words(everything[i], everything.label_names)])
     lost = sum(rows.get("samples without a picture", 0) for rows in report["splits"].values())
     print(json.dumps(report, indent=1) if as_json else in_lines(report))
     return len(report["troubles"]) + lost

@@ -1009,7 +1009,7 @@ def test_several_paraphrases_of_a_caption(tmp_path, world, tok):
     evaluation = data.Views(r, views, tok, 16, 8, train=False)
     assert tok.decode(evaluation[0, 5]["star"]) == "red circle"
     for wrong in (["a", 5, "b"], [["a", 5], "b", "c"], [None, "a", "b"]):
-        with refused("n.jsonl line 1", "'paraphrase' is list", "not str or list of str or list of"):
+        with refused("n.jsonl line 1", "'paraphrase' is list", "strings or lists of strings"):
             read("pairs", lines(tmp_path / "n.jsonl", [dict(row, paraphrase=wrong)]), "train")
 
 
@@ -1044,7 +1044,7 @@ def test_bad_files_of_paraphrases(tmp_path, world):
             ("p.tsv", "a red circle\n", "line 1: a caption and at least one paraphrase"),
             ("p.tsv", "a\tb\na\t \n", "line 2: a caption and at least one paraphrase"),
             ("p.jsonl", '{"caption": "a"}\n', "line 1: no key 'paraphrase'"),
-            ("p.jsonl", '{"caption": "a", "paraphrase": ["b", 5]}\n', "not str or list of str"),
+            ("p.jsonl", '{"caption": "a", "paraphrase": ["b", 5]}\n', "string or list of strings"),
             ("p.json", "[1]", "record 0: an object")):
         with refused(words):
             data.join_paraphrases(r, write(tmp_path / name, text))

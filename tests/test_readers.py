@@ -10,7 +10,9 @@ import io
 import json
 import os
 import random
+import re
 import signal
+import socket
 import tarfile
 import tempfile
 from pathlib import Path
@@ -23,6 +25,7 @@ import data
 from tools.regions import collect_regions
 
 TIMES = int(os.environ.get("READERS_TIMES", 1))
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SECONDS = 5                     # a reader of files this small that takes longer hangs
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red blue circle square is it two yes no".split()
 SIZE = (24, 16)
@@ -419,7 +422,8 @@ def splice(b, rng):
 def insert(b, rng):
     at = rng.randrange(len(b) + 1)
     piece = rng.choice((b"\0", b"\n", b"\t", b",", b'"', b"\r", b"\xff\xfe", b"nan", b"-1", b"|",
-                        b"9" * 5000, b"[" * 10_000, b"x" * 200_000, b"<a>" * 5000, "\u2028".encode()))
+                        b"9" * 5000, b"[" * 10_000, b"x" * 200_000, b"<a>" * 5000,
+                        "\u2028".encode()))
     return b[:at] + piece + b[at:]
 
 
@@ -610,7 +614,7 @@ def regions(home):
         for table in found.tables():
             for n in table.values():
                 assert len(found[n]["boxes"]) <= found.most and len(found[n]["sizes"]) == 2
-                assert (found[n]["labels"] < max(1, found.classes)).all()
+                found[n]["boxes"] + 1                   # the bytes are there
     return path, do
 
 
@@ -688,3 +692,461 @@ def test_a_damaged_picture_is_bad_or_a_picture(home, name):
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     assert bad > 5 * TIMES
+
+
+def test_kinds_of_pictures(tmp_path):
+    """Each is scaled by a stated rule, and none comes out black."""
+    grey = np.full((6, 8), 0.5)
+    made = {"float 0 to 1": (grey.astype(np.float32), 127), "12 bits": (grey * 4000, 125),
+            "float 0 to 255": ((grey * 201).astype(np.float32), 100),
+            "16 bits": (grey * 60000, 117),
+            "8 in 16 bits": (grey * 200, 100), "32 bits": ((grey * 60000).astype(np.int32), 117)}
+    for name, (values, wanted) in made.items():
+        values = values if values.dtype != np.float64 else values.astype(np.uint16)
+        path = tmp_path / f"{name}.tif"
+        Image.fromarray(values).save(path)
+        found = data.load_image(str(path))
+        assert found.mode == "RGB" and found.getpixel((0, 0)) == (wanted,) * 3, name
+
+    # no rule says what is white
+    for name, value in (("nan", np.nan), ("below", -3), ("above", 1e6)):
+        Image.fromarray(np.full((6, 8), value, np.float32)).save(tmp_path / f"{name}.tif")
+        with pytest.raises(data.BadImage, match="what is white"):
+            data.load_image(str(tmp_path / f"{name}.tif"))
+
+    # transparency is dropped: the colours stay
+    base = Image.new("RGBA", (8, 6), (200, 100, 50, 0))
+    base.save(tmp_path / "a.png")
+    base.convert("LA").save(tmp_path / "la.png")
+    palette = Image.new("P", (8, 6))
+    palette.putpalette([200, 100, 50])
+    palette.save(tmp_path / "p.png", transparency=0)
+    Image.new("CMYK", (8, 6), (0, 128, 200, 40)).save(tmp_path / "c.jpg")
+    for name in ("a.png", "la.png", "p.png", "c.jpg"):
+        assert max(data.load_image(str(tmp_path / name)).getpixel((1, 1))) > 90, name
+
+
+def test_pictures_that_move_and_pictures_of_odd_sizes(tmp_path, tokenizer):
+    frames = [Image.new("RGB", (8, 6), color) for color in ((250, 0, 0), (0, 0, 250))]
+    for name in ("a.gif", "a.webp", "a.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        found = data.load_image(str(tmp_path / name)).getpixel((1, 1))
+        assert found[0] > 200 > 50 > found[2], "the first frame"
+
+    # one pixel, and one row of them: every view makes a square of it
+    for size in ((1, 1), (1, 30_000), (30_000, 1)):
+        Image.new("RGB", size, (9, 9, 9)).save(tmp_path / "odd.png")
+        found = data.load_image(str(tmp_path / "odd.png"))
+        for name, view in data.IMAGE_VIEWS.items():
+            assert view(found, 16, random.Random(0), (0.2, 1.0)).size == (16, 16), (name, size)
+
+    # a header that says 20,000 x 20,000: refused before a byte is decoded
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(data.BadImage, match="too many|decompression bomb"):
+        data.load_image(str(tmp_path / "bomb.png"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "folder", "empty", "absent"])
+def test_what_is_no_file_is_no_picture(tmp_path, monkeypatch, kind):
+    """And is not waited for."""
+    path = tmp_path / "a.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        monkeypatch.chdir(tmp_path)             # a socket's path may have 100 characters
+        socket.socket(socket.AF_UNIX).bind("a.jpg")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+
+    signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        with pytest.raises(data.BadImage):
+            data.load_image(str(path))
+        if kind != "empty" and kind != "absent":
+            # features of a clip neither
+            with refused(path.name, "not a"):
+                data.read_frames(str(path))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def test_a_bad_picture_is_named_whatever_the_source(home, tokenizer, capsys):
+    """Its path, as Views report it; the second picture of NLVR2 as the first one."""
+    cases = ((nlvr2, "nlvr2", dict(image="plain", image2="plain"), "dev/dev-8-0-img1.png"),
+             (voc, "detection", dict(image="objects"), "VOCdevkit/VOC2007/JPEGImages/1.jpg"),
+             (ve, "ve", dict(image="plain"), "2.jpg"),
+             (vqa, "vqa", dict(image="plain"), "images/own.png"),
+             (hashing, "hashing", dict(image="plain"), "coco/1.jpg"),
+             (folder, "pairs", dict(image="plain"), "files/00000/1.jpg"))
+    for make, source, views, bad in cases:
+        here = home / make.__name__
+        named = {"voc": "VOCdevkit", "folder": "files"}.get(make.__name__)
+        files = make(here)
+        (here / bad).write_bytes(b"no picture")
+        spec = str(here / named) if named else ",".join(map(str, files))
+        records = data.open_source(source, spec, None)
+        shown = data.Views(records, views, tokenizer, 16, 8, train=False)
+        assert sum(int(shown[i]["bad"]) for i in range(len(records))) == 1, source
+        assert f"unreadable image {here / bad}: no image format" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# Formats as they are published
+
+def refused(*parts):
+    return pytest.raises(data.DataError, match=".*".join(map(re.escape, parts)))
+
+
+def captions_of(records):
+    return {Path(record["image"]).name: record["caption"] for record in records}
+
+
+def test_flickr_token_files(tmp_path):
+    """Flickr8k: with its lists of splits, its odd name, and its pictures in no list."""
+    pictures(tmp_path / "Flicker8k_Dataset", "1_a.jpg", "2_b.jpg", "3_c.jpg", "4_d.jpg")
+    rows = [f"{name}.jpg#{k}\tA {name} , {k} .\n" for name in ("1_a", "2_b", "3_c", "4_d")
+            for k in range(5)] + ["2258277193_586949ec62.jpg.1#0\tSome people\n"]
+    home = tmp_path / "Flickr8k_text"
+    token = str(write(home / "Flickr8k.token.txt", "".join(rows)))
+    for part, names in (("train", "1_a.jpg\n2_b.jpg\n"), ("dev", "3_c.jpg\n"), ("test", "")):
+        write(home / f"Flickr_8k.{part}Images.txt", names)
+    train, val = (data.open_source("pairs", token, part) for part in ("train", "val"))
+    assert list(captions_of(train)) == ["1_a.jpg", "2_b.jpg"]
+    assert list(captions_of(val)) == ["3_c.jpg"]
+    assert captions_of(train)["2_b.jpg"] == [f"A 2_b , {k} ." for k in range(5)]
+    assert train.notes["in_no_split"] == 2 and train.splits == ["train", "val"]
+
+    # a picture in two lists
+    write(home / "Flickr_8k.testImages.txt", "3_c.jpg\n")
+    with refused("Flickr_8k.testImages.txt line 1", "3_c.jpg is in the list of dev too"):
+        data.open_source("pairs", token, "train")
+
+    # Flickr30k: no lists
+    pictures(tmp_path / "f30k" / "flickr30k-images", "1000092795.jpg")
+    token = write(tmp_path / "f30k" / "results_20130124.token", "1000092795.jpg#0\tTwo guys .\n")
+    records = data.open_source("pairs", str(token), "train")
+    assert captions_of(records) == {"1000092795.jpg": ["Two guys ."]} and records.splits == []
+    with refused("results_20130124.token line 2", "'NAME.jpg#0 TAB caption' expected"):
+        write(token, token.read_text() + "1000092795.jpg Two guys .\n")
+        data.open_source("pairs", str(token), "train")
+
+
+def test_tables_with_a_header(tmp_path):
+    """Kaggle's captions.txt has quotes; results.csv has none, and one row without its bar."""
+    pictures(tmp_path / "Images", "0.jpg", "1.jpg")
+    table = write(tmp_path / "captions.txt", 'image,caption\r\n0.jpg,A red circle .\r\n'
+                                             '0.jpg,"A dog , a ""cat"" ."\r\n1.jpg,one, two\r\n')
+    found = captions_of(data.open_source("pairs", str(table), None))
+    assert found == {"0.jpg": ["A red circle .", 'A dog , a "cat" .'], "1.jpg": ["one, two"]}
+    with refused("captions.txt line 3", "not a table"):
+        write(table, 'image,caption\n0.jpg,a\n0.jpg,"A dog\n')
+        data.open_source("pairs", str(table), None)
+
+    pictures(tmp_path / "flickr30k_images", "3.jpg", "4.jpg")
+    table = write(tmp_path / "results.csv",
+                  "image_name| comment_number| comment\n3.jpg| 0| Two \"guys\" , here .\n"
+                  "3.jpg| 1| A guy | a boy .\n4.jpg| 4   A dog runs .\n4.jpg| 0| A dog .\n")
+    records = data.open_source("pairs", str(table), None)
+    assert captions_of(records) == {"3.jpg": ['Two "guys" , here .', "A guy | a boy ."],
+                                    "4.jpg": ["A dog ."]}
+    assert records.notes["damaged_rows"] == 1
+
+
+def test_folders_of_files_and_plain_folders(tmp_path):
+    home = tmp_path / "cc"
+    pictures(home / "00000", "000000000.jpg", "000000001.jpg", "000000002.jpg")
+    pictures(home / "00001", "000010000.jpg", ".hidden.jpg")
+    pictures(home / ".git", "0.jpg")
+    pictures(home / "__MACOSX", "1.jpg")
+    write(home / "00000" / "000000000.txt", "a red circle\n")
+    write(home / "00000" / "000000001.json", {"caption": "json's", "url": "http://x"})
+    write(home / "00000" / "000000003.txt", "its picture is lost")
+    write(home / "00001" / "000010000.json", {"caption": None})
+    write(home / "00000_stats.json", {"count": 4})
+    records = data.open_source("pairs", str(home), "train", need=("caption",))
+    assert captions_of(records) == {"000000000.jpg": ["a red circle"], "000000001.jpg": ["json's"]}
+    assert records.notes == {"no_caption_left": 2, "missing": 1}
+
+    # no caption anywhere: pictures alone, at any depth
+    plain = tmp_path / "plain"
+    pictures(plain / "b" / "c", "1.jpg")
+    pictures(plain, "2.jpg", "0.PNG", ".x.jpg")
+    pictures(plain / "__MACOSX", "2.jpg")
+    write(plain / "notes.txt", "no picture")
+    records = data.open_source("pairs", str(plain), None)
+    names = [os.path.relpath(record["image"], plain) for record in records]
+    assert names == ["0.PNG", "2.jpg", "b/c/1.jpg"] and records.notes == {"without_caption": 3}
+    with refused("0.PNG: no key 'caption'"):
+        data.open_source("pairs", str(plain), "train", need=("caption",))
+    (tmp_path / "void").mkdir()
+    with refused("void: no pictures and no .tar shards"):
+        data.open_source("pairs", str(tmp_path / "void"), "train")
+
+
+def test_annotations_of_vqa_are_found_beside_the_questions(tmp_path):
+    questions, annotations = vqa(tmp_path / "train")
+    more, others = vqa(tmp_path / "val")
+    for path in (more, others):
+        text = path.read_text().replace('"question_id": ', '"question_id": 1')
+        path.unlink()
+        path = path.with_name(path.name.replace("train", "val"))
+        write(path, text.replace("train2014", "val2014"))
+    picture = tmp_path / "val" / "images" / "COCO_train2014_000000000042.jpg"
+    picture.rename(picture.with_name("COCO_val2014_000000000042.jpg"))
+
+    # several files, each with its own
+    spec = f"{questions},{tmp_path}/val/v2_OpenEnded_mscoco_val2014_questions.json"
+    records = data.open_source("vqa", spec, "train", need=("answers",))
+    assert [record["question_id"] for record in records] == [1, 2, 11, 12]
+    for record in records:
+        assert record["answers"] == ["yes", "no"]
+        assert (record["answer_type"], record["question_type"]) == ("yes/no", "is it")
+
+    # named all the same, and not there
+    assert len(data.open_source("vqa", f"{questions},{annotations}", "train")) == 2
+    annotations.unlink()
+    beside = "train/v2_mscoco_train2014_annotations.json"
+    with refused("train2014_questions.json: its annotations", beside):
+        data.open_source("vqa", spec, "train", need=("answers",))
+    records = data.open_source("vqa", str(questions), "test")
+    assert records[0]["answers"] is None and records.notes == {"without_answers": 2}
+
+
+# --------------------------------------------------------------------------------------------------
+# Values without a meaning: one line that names file, record and key, or a count
+
+@pytest.mark.parametrize("key, value, words", [
+    ("labels", [0, "dog"], "key 'labels' is list [0, 'dog'], wanted: list of whole numbers"),
+    ("labels", [0, True], "key 'labels' is list [0, True]"),
+    ("labels", [0, -1], "key 'labels' holds -1"),
+    ("labels", [0], "1 labels for 2 boxes"), ("label_names", ["a"], "1 label_names for 2 boxes"),
+    ("boxes", [[0, 0, 1, float("nan")], [0, 0, 1, 1]], "key 'boxes' is list"),
+    ("boxes", [[0, 0, 1, float("inf")], [0, 0, 1, 1]], "wanted: list of lists of finite numbers"),
+    ("boxes", [[0, 0, 1, 1], [5, 0, 1, 1]], "key 'boxes' holds [5, 0, 1, 1]"),
+    ("boxes", [[0, 0, 1, 1], [0, 5, 1, 1]], "x1 <= x2 and y1 <= y2"),
+    ("boxes", 3, "key 'boxes' is int 3"), ("tags", ["a", 5], "key 'tags' is list ['a', 5]"),
+    ("image_id", 3.0, "key 'image_id' is float 3.0, wanted: whole number or string"),
+    ("image_id", True, "key 'image_id' is bool True"),
+    ("image_id", 2 ** 64, "key 'image_id' is int 18446744073709551616"),
+    ("image_id", [1], "key 'image_id' is list [1]"),
+    ("split", 1, "key 'split' is int 1, wanted: string"),
+    ("caption", 5, "key 'caption' is int 5"), ("caption", "\ud800", "key 'caption' is str"),
+    ("image", None, "no key 'image' (it has: image_id, split"),
+])
+def test_a_record_with_such_a_value(tmp_path, key, value, words):
+    pictures(tmp_path, "0.png", "1.png")
+    path = lines(tmp_path / "a.jsonl", [RECORDS[1], {**RECORDS[0], key: value}])
+    with refused("a.jsonl line 2: ", words):
+        data.open_source("pairs", str(path), None)
+
+
+def test_an_image_id_of_null_is_none(tmp_path):
+    pictures(tmp_path, "0.png", "1.png")
+    rows = [{**row, "image_id": None} for row in RECORDS]
+    records = data.open_source("pairs", str(lines(tmp_path / "a.jsonl", rows)), None)
+    assert [record["image_id"] for record in records] == [0, 1] and not records.own_ids
+
+
+@pytest.mark.parametrize("change_it, words", [
+    (lambda i: i["annotations"][0].update(bbox=[1, 2, -3, 4]), "[0]: key 'bbox' is [1, 2, -3"),
+    (lambda i: i["annotations"][0].update(bbox=[1, 2, 3]), "[x, y, width, height]"),
+    (lambda i: i["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "[0]: key 'bbox'"),
+    (lambda i: i["annotations"][1].update(category_id="dog"), "annotations[1]: key 'category_id'"),
+    (lambda i: i["annotations"][1].update(iscrowd=3), "annotations[1]: key 'iscrowd' is 3"),
+    (lambda i: i["categories"][1].update(id=18), "categories[1]: id 18 occurs twice"),
+    (lambda i: i["images"][1].update(id=0), "images[1]: id 0 occurs twice, first in"),
+    (lambda i: i["images"].append(None), "images[2]: an object {...} expected"),
+    (lambda i: i["images"][1].pop("file_name"), "images[1]: no key 'file_name'"),
+])
+def test_instances_with_such_a_value(tmp_path, change_it, words):
+    path, = instances(tmp_path)
+    value = json.loads(path.read_text())
+    change_it(value)
+    write(path, value)
+    for source in ("pairs", "detection"):
+        with refused("instances_val2017.json", words):
+            data.open_source(source, str(path), None)
+
+
+def test_coco_annotations_without_their_image_are_counted(tmp_path):
+    captions, things = coco(tmp_path)
+    for path in (captions, things):
+        value = json.loads(path.read_text())
+        value["annotations"][1]["image_id"] = 77
+        write(path, value)
+    both = f"{captions},{things}"
+    for source, spec, lost in (("pairs", both, 2), ("detection", str(things), 1)):
+        records = data.open_source(source, spec, None)
+        assert len(records) == 2 and records.notes["annotations_without_image"] == lost
+
+    # picture 1 has no object and no caption left: a record all the same, which tasks may refuse
+    assert records[1]["boxes"] == []
+    records = data.open_source("pairs", both, None)
+    assert "caption" not in records[1] and records.notes["without_caption"] == 1
+    with refused("images[1]: no key 'caption'"):
+        data.open_source("pairs", both, "train", need=("caption",))
+
+    # a number as a caption
+    value["annotations"] = [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": 5}]
+    with refused("annotations[1]: key 'caption' is int 5"):
+        data.open_source("pairs", str(write(captions, value)), None)
+
+
+def test_boxes_outside_the_picture(tmp_path, tokenizer):
+    """Beside it: left out and counted. Over its edge: as published for what is measured, cut for
+    what is learned."""
+    path, = instances(tmp_path)
+    value = json.loads(path.read_text())
+    note = value["annotations"][0]
+    value["annotations"] = [dict(note, id=n, bbox=box) for n, box in enumerate(
+        ([30, 2, 5, 5], [-9, 2, 9, 5], [20.5, -3, 9, 30], [1, 1, 0, 4], [1, 2, 3, 4]))]
+    records = data.open_source("detection", str(write(path, value)), None)
+    assert records[0]["boxes"] == [[20.5, -3, 29.5, 27], [1, 2, 4, 6]]
+    assert records.notes == {"boxes_outside": 2, "boxes_without_area": 1}
+    shown = data.Views(records, dict(image="objects"), tokenizer, None, 8, train=False)[0]
+    assert shown["boxes"][0].tolist() == [[20.5, 0, 24, 16], [1, 2, 4, 6]]
+
+
+def test_masks_that_would_never_end():
+    for outline in ([[0, 0, 1e12, 0, 1e12, 5]], [[0, 0, float("nan"), 1, 2, 2]],
+                    {"counts": [2 ** 40, 5]}, {"counts": [-5, 389]}, {"counts": "P" * 50}):
+        with refused("a.jpg: not COCO's polygons or run lengths of a 24x16 picture"):
+            data.decode_mask(outline, 16, 24, "a.jpg")
+
+
+@pytest.mark.parametrize("source, make, old, new, words", [
+    ("clips", clips, '"video_id": "v1", "sp', '"video_id": "v0", "sp', "v0 occurs twice"),
+    ("clips", clips, '"caption": "a', '"caption": 5, "b": "a', "[0]: key 'caption' is int"),
+    ("vqa", vqa, '"question_id": 2, "image"', '"question_id": 1, "image"', "1 occurs twice"),
+    ("vqa", vqa, '"image_id": 42', '"image_id": 42.0', "key 'image_id' is float"),
+    ("nlvr2", nlvr2, '"label": "True"', '"label": 1', "wanted: string or truth value"),
+    ("nlvr2", nlvr2, '"identifier": "dev', '"identifier": 3, "x": "dev', "'identifier' is int"),
+    ("ve", ve, '"Flickr30K_ID": "1"', '"Flickr30K_ID": [1]', "line 1: key 'Flickr30K_ID' is list"),
+    ("sts", sts_table, "5.000", "nan", "score nan is not in 0 to 5"),
+    ("hashing", hashing, "0 1 1", "0 2 1", "test.txt line 1"),
+])
+def test_other_sources_with_such_a_value(tmp_path, source, make, old, new, words):
+    files = make(tmp_path)
+    assert old in files[0].read_text()
+    write(files[0], files[0].read_text().replace(old, new, 1))
+    with refused(words):
+        data.open_source(source, ",".join(map(str, files)), None)
+
+
+@pytest.mark.parametrize("old, new", [("<xmin>1<", "<xmin>nan<"), ("<xmin>1<", "<xmin>20<"),
+                                      ("<width>24<", "<width>0<"), ("<name>dog<", "<name>cow boy<"),
+                                      ("<difficult>1<", "<difficult>7<")])
+def test_voc_with_such_a_value(tmp_path, old, new):
+    path, _ = voc(tmp_path)
+    write(path, path.read_text().replace(old, new, 1))
+    with refused("1.xml"):
+        data.open_source("detection", str(tmp_path / "VOCdevkit"), "train")
+
+
+def test_a_message_is_one_line_and_not_endless(tmp_path):
+    path = write(tmp_path / "a.json", {"a\nb": 1, **{f"key {n}": "x" * 99 for n in range(999)}})
+    with pytest.raises(data.DataError) as caught:
+        data.open_source("pairs", str(path), None)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    assert "its keys: a b, key 0" in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# python data.py check
+
+def test_every_source_is_guessed(tmp_path):
+    """From the content, one file or folder of each."""
+    for name, (make, source, named) in READERS.items():
+        home = tmp_path / name
+        files = make(home)
+        spec = str(home / named) if named else ",".join(map(str, files))
+        # instances alone are boxes, questions alone questions
+        wanted = {"instances_as_pairs": "detection", "vqa_as_pairs": "vqa"}.get(name, source)
+        assert data.guess_source(spec) == wanted, name
+    assert data.guess_source(str(tmp_path / "voc")) == "detection"
+
+    # pictures in folders are classes; a folder of files of several kinds is none of them
+    pictures(tmp_path / "plain", "0.png")
+    pictures(tmp_path / "classes" / "cat", "0.png")
+    assert data.guess_source(str(tmp_path / "plain")) == "pairs"
+    assert data.guess_source(str(tmp_path / "classes")) == "classes"
+    with refused("nlvr2: name the file to check in this folder, for example", "dev.json"):
+        data.guess_source(str(tmp_path / "nlvr2"))
+    with refused("void: neither pictures nor a data set"):
+        (tmp_path / "void").mkdir()
+        data.guess_source(str(tmp_path / "void"))
+
+
+REAL = {"flickr8k/dataset_flickr8k.json": "pairs", "flickr8k/images": "pairs",
+        "coco/annotations/captions_val2017.json": "pairs",
+        "coco/annotations/instances_val2017.json": "detection",
+        "vqa/v2_OpenEnded_mscoco_train2014_questions.json": "vqa",
+        "vqa/v2_mscoco_train2014_annotations.json": "vqa", "nlvr2/dev.json": "nlvr2",
+        "snli_ve/snli_ve_dev.jsonl": "ve", "snli_ve/snli_ve_test.jsonl": "ve", "sts": "sts",
+        "sts/STS12-en-test": "sts", "sts/stsbenchmark": "sts",
+        "sts/stsbenchmark/sts-train.csv": "sts", "sts/STS12-en-test/STS.input.MSRpar.txt": "sts",
+        "hashing": "hashing", "hashing/coco_test.txt": "hashing",
+        "hashing/nus_wide_test.txt": "hashing", "cc/Validation_GCC-1.1.0-Validation.tsv": "pairs",
+        "msrvtt/test_videodatainfo.json": "clips", "msrvtt/MSRVTT_JSFUSION_test.csv": "clips",
+        "voc": "detection", "voc/VOCdevkit": "detection"}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+@pytest.mark.parametrize("name", REAL)
+def test_real_data_is_guessed(name):
+    assert data.guess_source(str(SHARED / name)) == REAL[name]
+
+
+def test_check_prints_five_records_and_json(tmp_path, capsys):
+    pictures(tmp_path, *(f"{n}.png" for n in range(9)))
+    path = str(lines(tmp_path / "a.jsonl", [{"image": f"{n}.png", "caption": [f"number {n}", "x"]}
+                                            for n in range(9)]))
+    shown = set()
+    for _ in range(2):
+        assert data.main(["check", path]) == 0
+        _, samples = capsys.readouterr().out.split("for example:\n")
+        shown.add(samples)
+    assert len(shown) == 1, "the same five each time"
+    for line in samples.splitlines():
+        n = re.fullmatch(rf"  {tmp_path}/(\d).png: number (\d) \(and 1 more\)", line)
+        assert n and n[1] == n[2], line
+    assert len(samples.splitlines()) == 5
+
+    # the same as JSON
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    (tmp_path / "4.png").unlink()
+    assert data.main(["check", path, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["source"] == "pairs" and report["splits"]["all"]["captions"] == 18
+    assert report["troubles"] == [[f"{tmp_path}/3.png", "no image format PIL knows"],
+                                  [f"{tmp_path}/4.png", "missing"]]
+    assert len(report["samples"]) == 5
+
+
+def test_check_says_what_a_tar_lost(tmp_path, capsys):
+    path, = tar(tmp_path / "t")
+    assert data.main(["check", str(path)]) == 0
+    assert "without a picture" not in capsys.readouterr().out
+    with tarfile.open(path, "a") as out:
+        out.addfile(tarfile.TarInfo("2.txt"))
+    assert data.main(["check", str(path)]) == 1
+    assert "samples without a picture 1" in " ".join(capsys.readouterr().out.split())
+
+
+def test_check_of_voc_and_of_clips(home, capsys):
+    voc(home)
+    assert data.main(["check", str(home)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"detection: {home}\nlabels: 20 (aeroplane")
+    assert "JPEGImages/1.jpg: labels dog car" in shown
+
+    # features of no numbers
+    clips(home / "clips")
+    (home / "clips" / "features" / "v1.npy").write_bytes(b"\x93NUMPY")
+    assert data.main(["check", str(home / "clips" / "videodatainfo.json")]) == 1
+    assert "features/v1.npy: not a readable .npy file" in capsys.readouterr().out

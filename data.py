@@ -361,9 +361,9 @@ def parse_json(text, where):
         line = f" line {e.lineno}" if " line " not in where else ""
         fail(f"{where}{line}: not JSON ({e.msg})")
     except RecursionError:
-        fail(f"{where}: brackets are nested too deep")
+        fail(f"{where}: not JSON that can be read (brackets are nested too deep)")
     except ValueError as e:                 # a number of thousands of digits, bytes of no text
-        fail(f"{where}: not JSON ({e})")
+        fail(f"{where}: not JSON that can be read ({e})")
 
 
 def json_records(path, data=None):
@@ -421,23 +421,26 @@ def some(names):
     return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "nothing"
 
 
-SURROGATES = re.compile("[\ud800-\udfff]")
+# Halves of a UTF-16 pair are no characters. In names of files Python writes bytes that are no UTF-8
+# as some of them.
+FILE_NAME = os.PathLike
+NOT_IN = {str: re.compile("[\ud800-\udfff]"), FILE_NAME: re.compile("[\ud800-\udc7f\udd00-\udfff]")}
 
 
 def fits(value, kind):
     """Is a JSON value of a kind?
 
-    Kinds: str (a text that can be written), int (of 64 bits), float (a finite number), bool, list,
-    dict, [kind] for a list of it, and a tuple of kinds for any of them.
+    Kinds: str (a text that can be written), FILE_NAME, int (of 64 bits), float (a finite number),
+    bool, list, dict, [kind] for a list of it, and a tuple of kinds for any of them.
     """
     if isinstance(kind, tuple):
         return any(fits(value, one) for one in kind)
     if isinstance(kind, list):
         return isinstance(value, list) and all(fits(x, kind[0]) for x in value)
 
-    # half of a pair of UTF-16 is no character, True is no number; nan is smaller than nothing
-    if kind is str:
-        return isinstance(value, str) and (value.isascii() or not SURROGATES.search(value))
+    # True is no number, and nan is smaller than nothing
+    if kind in NOT_IN:
+        return isinstance(value, str) and (value.isascii() or not NOT_IN[kind].search(value))
     if kind in (int, float):
         number = isinstance(value, (int, kind)) and not isinstance(value, bool)
         return number and abs(value) < 2 ** 63
@@ -445,7 +448,7 @@ def fits(value, kind):
 
 
 KIND_NAMES = {str: "string", int: "whole number", float: "finite number", bool: "truth value",
-              list: "list", dict: "object"}
+              list: "list", dict: "object", FILE_NAME: "name of a file"}
 
 
 def kind_name(kind, plural=""):
@@ -719,7 +722,7 @@ def pairs_records(file, reading, joined):
     """Records in the documented form."""
     bases = folders(file.path, file.root)
     for where, raw in json_records(file.path, file.data):
-        image = reading.find(bases, get(where, raw, "image", str))
+        image = reading.find(bases, get(where, raw, "image", FILE_NAME))
         yield where, pair(where, raw, image, reading)
 
 
@@ -3611,7 +3614,8 @@ def check(spec, image_root=None, split=None, source=None, as_json=False):
         where = ", ".join(map(str, files_of(everything[i])))
         report["samples"].append([where, in_words(everything[i], everything.label_names)])
     lost = sum(rows.get("samples without a picture", 0) for rows in report["splits"].values())
-    print(json.dumps(report, indent=1) if as_json else in_lines(report))
+    text = json.dumps(report, indent=1) if as_json else in_lines(report)
+    print(text.encode("utf-8", "backslashreplace").decode())
     return len(report["troubles"]) + lost
 
 

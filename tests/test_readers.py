@@ -570,8 +570,10 @@ def paraphrase_table(home):
 
 
 def check_paraphrases(path):
-    for caption, wordings in data.read_paraphrases(str(path)).items():
-        assert isinstance(caption, str) and wordings and all(map(is_text, wordings))
+    records = data.Records("pairs", None)
+    records.append({"image": "a", "image_id": 0, "caption": ["a red circle", "it is blue"]})
+    for wordings in data.join_paraphrases(records, str(path))[0]["paraphrase"]:
+        assert all(map(is_text, wordings))
 
 
 def tag_words(home):

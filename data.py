@@ -831,25 +831,32 @@ def table_columns(line):
 def table_rows(path, reading):
     """Yields (where, name of the picture, caption) of a table that names its columns.
 
-    Between commas a cell may stand in quotes, between "|" it may not. Rows with too few cells, of
-    which Flickr30k's results.csv has one, are left out and counted.
+    Rows with too few cells, of which Flickr30k's results.csv has one, are left out and counted.
     """
+    _, first = next(lines_of(path))
+    mark, picture, caption = table_columns(first)
+    width = first.count(mark) + 1
+    for where, row in itertools.islice(csv_rows(path, mark), 1, None):
+        if len(row) < width:
+            reading.count("damaged_rows")
+            continue
+        # the text of a last column may hold the mark itself
+        text = mark.join(row[caption:]) if caption == width - 1 else row[caption]
+        yield where, row[picture].strip(), text
+
+
+def csv_rows(path, mark):
+    """Yields (where, cells) of the rows of a table that are not empty. Between commas and between
+    semicolons a cell may stand in quotes."""
+    quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL
     lines = (line + "\n" for line in text_lines(path))
-    header = next(lines)
-    mark, picture, caption = table_columns(header)
-    quoting = csv.QUOTE_MINIMAL if mark == "," else csv.QUOTE_NONE
     rows = csv.reader(lines, delimiter=mark, quoting=quoting, strict=True)
-    last = header.count(mark) == caption
     try:
         for row in rows:
-            if len(row) <= header.count(mark):
-                reading.count("damaged_rows", len(row) > 0)
-                continue
-            # the text of a last column may hold the mark itself
-            text = mark.join(row[caption:]) if last else row[caption]
-            yield f"{path} line {rows.line_num + 1}", row[picture].strip(), text
+            if any(cell.strip() for cell in row):
+                yield f"{path} line {rows.line_num}", row
     except csv.Error as e:
-        fail(f"{path} line {rows.line_num + 1}: not a table ({e})")
+        fail(f"{path} line {rows.line_num}: not a table ({e})")
 
 
 def pairs_tsv(file, reading, joined):
@@ -1418,20 +1425,16 @@ def clip_captions(path, data):
 def clip_table(path):
     """The rows of the 1k-A csv, with commas or semicolons -> list of (where, video_id,
     sentence)."""
-    lines = list(text_lines(path))
-    mark = ";" if lines and ";" in lines[0] else ","
-    reader, rows = csv.reader(lines, delimiter=mark, strict=True), []
-    try:
-        header = next(reader, [])
-        if not {"video_id", "sentence"} <= set(header):
-            fail(f"{path} line 1: columns video_id and sentence expected")
-        for cells in filter(None, reader):
-            where, row = f"{path} line {reader.line_num}", dict(zip(header, cells))
-            if not row.get("video_id") or not row.get("sentence", "").strip():
-                fail(f"{where}: video_id and sentence expected, found {reprlib.repr(cells)}")
-            rows.append((where, row["video_id"], row["sentence"].strip()))
-    except csv.Error as e:
-        fail(f"{path} line {reader.line_num}: not a table ({e})")
+    _, first = next(lines_of(path), (path, ""))
+    table, rows = csv_rows(path, ";" if ";" in first else ","), []
+    where, header = next(table, (path, []))
+    if not {"video_id", "sentence"} <= set(header):
+        fail(f"{where}: columns video_id and sentence expected")
+    for where, cells in table:
+        row = dict(zip(header, cells))
+        if not row.get("video_id") or not row.get("sentence", "").strip():
+            fail(f"{where}: video_id and sentence expected, found {reprlib.repr(cells)}")
+        rows.append((where, row["video_id"], row["sentence"].strip()))
     return rows
 
 

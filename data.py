@@ -430,7 +430,7 @@ NOT_IN = {str: re.compile("[\ud800-\udfff]"), FILE_NAME: re.compile("[\ud800-\ud
 def fits(value, kind):
     """Is a JSON value of a kind?
 
-    Kinds: str (a text that can be written), FILE_NAME, int (of 64 bits), float (a finite number),
+    Kinds: str (a text that can be written, without NUL), FILE_NAME, int (of 64 bits), float (a finite number),
     bool, list, dict, [kind] for a list of it, and a tuple of kinds for any of them.
     """
     if isinstance(kind, tuple):
@@ -440,7 +440,8 @@ def fits(value, kind):
 
     # True is no number, and nan is smaller than nothing
     if kind in NOT_IN:
-        return isinstance(value, str) and (value.isascii() or not NOT_IN[kind].search(value))
+        text = isinstance(value, str) and "\0" not in value
+        return text and (value.isascii() or not NOT_IN[kind].search(value))
     if kind in (int, float):
         number = isinstance(value, (int, kind)) and not isinstance(value, bool)
         return number and abs(value) < 2 ** 63

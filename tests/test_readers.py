@@ -45,6 +45,10 @@ def lines(path, rows):
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def refused(*parts):
+    return pytest.raises(data.DataError, match=".*".join(map(re.escape, parts)))
+
+
 def pictures(folder, *names):
     folder.mkdir(parents=True, exist_ok=True)
     for n, name in enumerate(names):
@@ -647,6 +651,48 @@ def test_a_damaged_header_of_a_region_file(home):
     assert counts["refused"] > 100 * TIMES, counts
 
 
+@pytest.mark.parametrize("change_it, words", [
+    (lambda h: h["boxes"].update(shape=[-1, 4]), "array boxes: bytes"),
+    (lambda h: h["boxes"].update(data_offsets=[0, 10 ** 9]), "are not in the file"),
+    (lambda h: h["boxes"].update(shape=[2, 8]), "array boxes is float32 (2, 8)"),
+    (lambda h: h["__metadata__"].update(label_names="[1, 2]"), "label_names is no list of names"),
+    (lambda h: h["__metadata__"].pop("detector"), "no key 'detector'"),
+    (lambda h: h["offsets"].update(data_offsets=h["name_ends"]["data_offsets"], shape=[2]),
+     "array offsets is int64 (2,)"),
+    (lambda h: h["sizes"].update(shape=[4]), "array sizes is int64 (4,)"),
+])
+def test_region_files_whose_header_does_not_go_with_them(home, change_it, words):
+    path, do = regions(home)
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:8 + size])
+    change_it(header)
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + size:])
+    with refused("r.safetensors", words):
+        do()
+
+
+def test_rows_of_a_region_file_follow_each_other(home):
+    path, do = regions(home)
+    whole = path.read_bytes()
+    good = np.array([0, 2, 4], np.int64).tobytes()
+    assert whole.count(good) == 1
+    for bad in ([0, 3, 2], [1, 2, 4], [0, 2, 5], [0, -1, 4]):
+        path.write_bytes(whole.replace(good, np.array(bad, np.int64).tobytes()))
+        with refused("r.safetensors: array offsets does not rise from 0 to 4"):
+            do()
+
+
+def test_text_in_another_encoding_is_not_read(tmp_path):
+    """UTF-16 with its mark and without it; as UTF-8 the latter has a NUL behind each letter."""
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        path = tmp_path / "p.tsv"
+        path.write_bytes("a red circle\tcircle\n".encode(encoding))
+        with refused("p.tsv", "not UTF-8 text"):
+            list(data.lines_of(str(path)))
+
+
 # --------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -800,10 +846,6 @@ def test_a_bad_picture_is_named_whatever_the_source(home, tokenizer, capsys):
 # --------------------------------------------------------------------------------------------------
 # Formats as they are published
 
-def refused(*parts):
-    return pytest.raises(data.DataError, match=".*".join(map(re.escape, parts)))
-
-
 def captions_of(records):
     return {Path(record["image"]).name: record["caption"] for record in records}
 
@@ -938,6 +980,7 @@ def test_annotations_of_vqa_are_found_beside_the_questions(tmp_path):
     ("image_id", [1], "key 'image_id' is list [1]"),
     ("split", 1, "key 'split' is int 1, wanted: string"),
     ("caption", 5, "key 'caption' is int 5"), ("caption", "\ud800", "key 'caption' is str"),
+    ("image", "\0.png", "key 'image' is str"), ("caption", "a\0", "key 'caption' is str"),
     ("image", None, "no key 'image' (it has: image_id, split"),
 ])
 def test_a_record_with_such_a_value(tmp_path, key, value, words):
@@ -1051,7 +1094,7 @@ def test_voc_with_such_a_value(tmp_path, old, new):
 
 
 def test_a_message_is_one_line_and_not_endless(tmp_path):
-    path = write(tmp_path / "a.json", {"a\nb": 1, **{f"key {n}": "x" * 99 for n in range(999)}})
+    path = write(tmp_path / "a.json", {"a\nb": 1, **{f"key {n}" * 999: 1 for n in range(99)}})
     with pytest.raises(data.DataError) as caught:
         data.open_source("pairs", str(path), None)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000

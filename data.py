@@ -430,8 +430,8 @@ NOT_IN = {str: re.compile("[\ud800-\udfff]"), FILE_NAME: re.compile("[\ud800-\ud
 def fits(value, kind):
     """Is a JSON value of a kind?
 
-    Kinds: str (a text that can be written, without NUL), FILE_NAME, int (of 64 bits), float (a finite number),
-    bool, list, dict, [kind] for a list of it, and a tuple of kinds for any of them.
+    Kinds: str (a text that can be written, without NUL), FILE_NAME, int (of 64 bits), float (a
+    finite number), bool, list, dict, [kind] for a list of it, and a tuple of kinds for any of them.
     """
     if isinstance(kind, tuple):
         return any(fits(value, one) for one in kind)

@@ -26,7 +26,7 @@ from tools.regions import collect_regions
 
 TIMES = int(os.environ.get("READERS_TIMES", 1))
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-SECONDS = 5                     # a reader of files this small that takes longer hangs
+SECONDS = 10                    # a reader of files this small that takes longer hangs
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red blue circle square is it two yes no".split()
 SIZE = (24, 16)
 

@@ -12,11 +12,14 @@ separated by commas; `{00000..00012}` in a name counts up. Formats read, as thei
 them:
 
   pairs      records .json/.jsonl: image, caption (string or list) [image_id, split, tags,
-             paraphrase, boxes, labels]; Karpathy's dataset_*.json; COCO's captions_*.json
-             (instances_*.json in the same list adds tags and boxes by image id); .tsv
-             "caption TAB path-or-url" beside a folder of images (CC, SBU); img2dataset's .tar
-             shards, or a folder of them; VQA v2's and GQA's questions as captions
-  vqa        VQA v2's questions.json [+ annotations.json]
+             paraphrase, boxes, labels, label_names]; Karpathy's dataset_*.json; COCO's
+             captions_*.json (instances_*.json in the same list adds tags and boxes by image id);
+             .tsv "caption TAB path-or-url" beside a folder of images (CC, SBU); Flickr's token
+             files (with Flickr_8k.trainImages.txt and its like beside them: splits), Kaggle's
+             captions.txt and Flickr30k's results.csv; img2dataset's .tar shards, or a folder of
+             them, or its folders of files; a folder of pictures (without captions); VQA v2's and
+             GQA's questions as captions
+  vqa        VQA v2's questions.json [+ annotations.json, or these beside it]
   ve         SNLI-VE's .jsonl
   nlvr2      NLVR2's .json/.jsonl
   sts        SentEval's folders STS1X-en-test, stsbenchmark/, sts-*.csv
@@ -25,10 +28,10 @@ them:
   clips      MSR-VTT's videodatainfo.json [+ the 1k-A csv] + a folder of .npy
   detection  COCO's instances_*.json; a VOCdevkit folder with VOC2007, VOC2012 or both
 
-    python data.py check PATH [--image_root R] [--split S] [--source NAME]
+    python data.py check PATH [--image_root R] [--split S] [--source NAME] [--json]
 
-reads everything, opens every image, prints a table and exits with status 1 if an image is missing
-or corrupt (duplicates and captions left out are only reported).
+reads everything, opens every image, prints a table and five records, and exits with status 1 if an
+image is missing or corrupt (duplicates and captions left out are only reported).
 
 Something wrong in a file is a DataError: one line that names file, line and key. Something merely
 absent (an image that was never downloaded, an empty caption) is left out, counted in
@@ -50,11 +53,13 @@ import os
 import random
 import re
 import shutil
+import reprlib
 import stat
 import struct
 import sys
 import tarfile
 import tempfile
+import tokenize
 import warnings
 import zlib
 from bisect import bisect_left
@@ -92,11 +97,17 @@ class DataError(SystemExit):
 
 
 def fail(message):
-    raise DataError(f"data.py: {message}")
+    raise DataError(one_line(f"data.py: {message}"))
 
 
 def say(message):
-    print(f"data.py: {message}", file=sys.stderr, flush=True)
+    print(one_line(f"data.py: {message}"), file=sys.stderr, flush=True)
+
+
+def one_line(text):
+    """Names of files and keys may hold line breaks or be endless; a message may not."""
+    text = re.sub(r"[\x00-\x1f\x7f]+", " ", text)
+    return text if len(text) < 1000 else f"{text[:500]} ... {text[-400:]}"
 
 
 def ranks():
@@ -519,7 +530,10 @@ def text_lines(path):
     """
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as f:
-            for line in f:
+            for n, line in enumerate(f, 1):
+                # UTF-16 without its mark, or no text at all
+                if "\0" in line:
+                    fail(f"{path} line {n}: not UTF-8 text (it holds a NUL character)")
                 yield line.rstrip("\r\n")
     except UnicodeDecodeError as e:
         fail(f"{path}: not UTF-8 text ({e.reason})")
@@ -535,19 +549,14 @@ def lines_of(path):
 
 
 def read_json(path):
-    """The JSON value in a file; of jsonl (under any extension) an iterator of (where, dict).
-
-    jsonl is read line by line. Any other JSON is in memory as a whole.
-    """
+    """The JSON object or list in a file; of jsonl (under any extension) an iterator of
+    (where, dict). jsonl is read line by line, any other JSON is in memory as a whole."""
     if path.endswith(".jsonl") or is_json_lines(path):
         return json_lines(path)
-    text = "\n".join(text_lines(path))
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        fail(f"{path} line {e.lineno}: not JSON ({e.msg})")
-    except (ValueError, RecursionError) as e:
-        fail(f"{path}: not JSON that can be read ({e})")
+    value = parse_json("\n".join(text_lines(path)), path)
+    if not isinstance(value, (dict, list)):
+        fail(f"{path}: an object or a list expected, found {type(value).__name__}")
+    return value
 
 
 def is_json_lines(path):
@@ -562,13 +571,20 @@ def is_json_lines(path):
 
 def json_lines(path):
     for where, line in lines_of(path):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as e:
-            fail(f"{where}: not JSON ({e.msg})")
-        except (ValueError, RecursionError) as e:
-            fail(f"{where}: not JSON that can be read ({e})")
-        yield where, as_dict(value, where)
+        yield where, as_dict(parse_json(line, where), where)
+
+
+def parse_json(text, where):
+    """The JSON value in a str or bytes. Errors: a DataError that begins with `where`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        line = f" line {e.lineno}" if " line " not in where else ""
+        fail(f"{where}{line}: not JSON ({e.msg})")
+    except RecursionError:
+        fail(f"{where}: not JSON that can be read (brackets are nested too deep)")
+    except ValueError as e:                 # a number of thousands of digits, bytes of no text
+        fail(f"{where}: not JSON that can be read ({e})")
 
 
 def json_records(path, data=None):
@@ -596,16 +612,97 @@ def as_dict(value, where):
     return value
 
 
+def entries(path, data, key):
+    """Yields (where, dict) of the list of objects under a key of a file's JSON object."""
+    for n, entry in enumerate(get(path, as_dict(data, path), key, list)):
+        where = f"{path} {key}[{n}]"
+        yield where, as_dict(entry, where)
+
+
 def get(where, record, key, kind=None):
-    """record[key], or an error that names the place, the key and the keys that are there."""
-    if key not in record or record[key] is None:
-        fail(f"{where}: no key '{key}' (it has: {', '.join(map(str, record)) or 'nothing'})")
-    value = record[key]
-    if kind is not None and not isinstance(value, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join(k.__name__ for k in kinds)
-        fail(f"{where}: key '{key}' is {type(value).__name__}, not {wanted}")
+    """record[key], or an error that names the place and the key. kind: see fits()."""
+    value = record.get(key)
+    if value is None:
+        there = some(name for name in record if record[name] is not None)
+        fail(f"{where}: no key '{key}' (it has: {there})")
+    if kind is not None and not fits(value, kind):
+        fail(f"{where}: key '{key}' is {type(value).__name__} {reprlib.repr(value)}, "
+             f"wanted: {kind_name(kind)}")
     return value
+
+
+def optional(where, record, key, kind):
+    """get(), but None where the key is absent or null."""
+    return None if record.get(key) is None else get(where, record, key, kind)
+
+
+def some(names):
+    """The first of some names, for a message."""
+    names = list(map(str, itertools.islice(names, 9)))
+    return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "nothing"
+
+
+# Halves of a UTF-16 pair are no characters. In names of files Python writes bytes that are no UTF-8
+# as some of them.
+FILE_NAME = os.PathLike
+NOT_IN = {str: re.compile("[\ud800-\udfff]"), FILE_NAME: re.compile("[\ud800-\udc7f\udd00-\udfff]")}
+
+
+def fits(value, kind):
+    """Is a JSON value of a kind?
+
+    Kinds: str (a text that can be written, without NUL), FILE_NAME, int (of 64 bits), float (a
+    finite number), bool, list, dict, [kind] for a list of it, and a tuple of kinds for any of them.
+    """
+    if isinstance(kind, tuple):
+        return any(fits(value, one) for one in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(x, kind[0]) for x in value)
+
+    # True is no number, and nan is smaller than nothing
+    if kind in NOT_IN:
+        text = isinstance(value, str) and "\0" not in value
+        return text and (value.isascii() or not NOT_IN[kind].search(value))
+    if kind in (int, float):
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return number and abs(value) < 2 ** 63
+    return isinstance(value, kind)
+
+
+KIND_NAMES = {str: "string", int: "whole number", float: "finite number", bool: "truth value",
+              list: "list", dict: "object", FILE_NAME: "name of a file"}
+
+
+def kind_name(kind, plural=""):
+    if isinstance(kind, tuple):
+        return " or ".join(kind_name(one, plural) for one in kind)
+    if isinstance(kind, list):
+        return f"list{plural} of {kind_name(kind[0], 's')}"
+    return KIND_NAMES[kind] + plural
+
+
+def visible(names):
+    """Names of files or folders, sorted, without those that systems hide or leave behind."""
+    return sorted(name for name in names if name[0] != "." and name != "__MACOSX")
+
+
+def folder_names(path):
+    return visible(entry.name for entry in os.scandir(path) if entry.is_dir())
+
+
+def files_in(path):
+    """Yields the paths of all files under a folder, in order."""
+    for folder, inside, names in os.walk(path):
+        inside[:] = visible(inside)
+        for name in visible(names):
+            yield os.path.join(folder, name)
+
+
+def pictures_in(path):
+    """Yields the paths of all image files under a folder, in order."""
+    for file in files_in(path):
+        if file.lower().endswith(IMAGE_TYPES):
+            yield file
 
 
 def folders(path, root, *subfolders):
@@ -664,35 +761,57 @@ def read_pairs(files, reading):
 
 
 def sniff(path):
-    """-> (format, JSON value or None) of a file of image-text pairs; a format is a key of
+    """-> (format, JSON value or None) of a file or folder of image-text pairs; a format is a key of
     PAIR_FORMATS."""
-    # by name
-    if os.path.isdir(path) or path.endswith(".tar"):
+    if os.path.isdir(path):
+        shards = any(name.endswith(".tar") for name in visible(os.listdir(path)))
+        return "tar" if shards else "folder", None
+    if path.endswith(".tar"):
         return "tar", None
-    if path.endswith((".tsv", ".txt")):
-        return "tsv", None
     if not path.endswith((".json", ".jsonl")):
-        fail(f"{path}: unknown format (pairs are read from .json, .jsonl, .tsv, .tar or a folder "
-             "of .tar)")
-
-    # JSON by its keys: Karpathy's and COCO's have images, VQA's and GQA's questions
+        return sniff_text(path), None
     data = read_json(path)
+    return sniff_json(path, data), data
+
+
+def sniff_json(path, data):
+    """The format of a JSON file of pairs, by its keys: Karpathy's and COCO's have images, VQA's and
+    GQA's questions."""
     if not isinstance(data, dict) or "image" in data:
-        return "records", data
-    images, notes = data.get("images"), data.get("annotations")
-    if isinstance(images, list):
-        if not images or "sentences" in as_dict(images[0], f"{path} images[0]"):
-            return "karpathy", data
+        return "records"
+    notes = data.get("annotations")
+    if isinstance(data.get("images"), list):
+        where, image = next(entries(path, data, "images"), (None, {"sentences": ()}))
+        if "sentences" in image:
+            return "karpathy"
         if isinstance(notes, list):
-            captions = bool(notes) and "caption" in notes[0]
-            return "coco" if captions else "instances", data
+            where, note = next(entries(path, data, "annotations"), (None, {}))
+            return "coco" if "caption" in note else "instances"
 
     first = next(iter(data.values()), None)
     gqa = isinstance(first, dict) and "imageId" in first
     if gqa or isinstance(data.get("questions"), list):
-        return "questions", data
+        return "questions"
     fail(f"{path}: neither records, Karpathy's, COCO's, VQA's nor GQA's json "
-         f"(its keys: {', '.join(list(data)[:8])})")
+         f"(its keys: {some(data)})")
+
+
+def sniff_text(path):
+    """The format of a text file of pairs, by its first line."""
+    where, line = next(lines_of(path), (path, ""))
+    if FLICKR_ROW.match(line):
+        return "token"
+    if table_columns(line):
+        return "table"
+    if "\t" in line or path.endswith((".tsv", ".txt")):
+        return "tsv"
+    fail(f"{path}: unknown format (pairs are read from .json, .jsonl, .tsv, .tar, Flickr's .token, "
+         "tables with columns image and caption, and folders of pictures or of .tar)")
+
+
+# What a record in the documented form may hold beside its picture and captions.
+RECORD_KEYS = {"image_id": (int, str), "split": str, "tags": [str], "boxes": [[float]],
+               "labels": [int], "label_names": [str]}
 
 
 def pair(where, raw, image, reading):
@@ -701,14 +820,13 @@ def pair(where, raw, image, reading):
     `caption` may be absent (a task that needs it says so); with empty captions alone the record is
     left out and counted.
     """
-    if not reading.wants(raw.get("split")):
-        return None
-
     # what is documented; other keys of the file are left out
     record = {"image": image}
-    for key in ("image_id", "split", "tags", "boxes", "labels", "label_names"):
+    for key, kind in RECORD_KEYS.items():
         if raw.get(key) is not None:
-            record[key] = raw[key]
+            record[key] = get(where, raw, key, kind)
+    if not reading.wants(record.get("split")):
+        return None
 
     if raw.get("caption") is not None:
         record["caption"], record["paraphrase"] = clean_captions(where, raw, reading)
@@ -716,20 +834,18 @@ def pair(where, raw, image, reading):
             reading.count("no_caption_left")
             return None
 
-    # tags, boxes and labels of the documented form
-    if "tags" in record and not is_list_of(record["tags"], str):
-        fail(f"{where}: key 'tags' must be a list of strings")
+    # boxes have two corners, and a label each
     boxes = record.get("boxes", ())
     for box in boxes:
-        if not is_list_of(box, (int, float)) or len(box) != 4:
-            fail(f"{where}: key 'boxes' must be a list of [x1, y1, x2, y2] in pixels")
-    if "labels" in record and len(record["labels"]) != len(boxes):
-        fail(f"{where}: {len(record['labels'])} labels for {len(boxes)} boxes")
+        if len(box) != 4 or box[0] > box[2] or box[1] > box[3]:
+            fail(f"{where}: key 'boxes' holds {reprlib.repr(box)}, which is not [x1, y1, x2, y2] "
+                 "in pixels with x1 <= x2 and y1 <= y2")
+    for key in ("labels", "label_names"):
+        if key in record and len(record[key]) != len(boxes):
+            fail(f"{where}: {len(record[key])} {key} for {len(boxes)} boxes")
+    if min(record.get("labels", ()), default=0) < 0:
+        fail(f"{where}: key 'labels' holds {min(record['labels'])}, which is no number of a class")
     return record
-
-
-def is_list_of(value, kind):
-    return isinstance(value, list) and all(isinstance(x, kind) for x in value)
 
 
 def clean_captions(where, raw, reading):
@@ -738,25 +854,14 @@ def clean_captions(where, raw, reading):
     A paraphrase is a string, or a list of strings where a caption has several wordings. Empty
     captions are left out, with their paraphrase, and counted.
     """
-    # one caption or several
-    captions = get(where, raw, "caption", (str, list))
-    if isinstance(captions, str):
-        captions = [captions]
-    if not is_list_of(captions, str):
-        fail(f"{where}: key 'caption' must be a string or a list of strings")
-
-    # paraphrases: none, or one of each caption
-    paraphrases = raw.get("paraphrase")
-    if isinstance(paraphrases, str):
-        paraphrases = [paraphrases]
-    if paraphrases is not None:
-        if not isinstance(paraphrases, list) or len(paraphrases) != len(captions):
-            fail(f"{where}: key 'paraphrase' must hold one string per caption ({len(captions)}), "
-                 "in the captions' order; several wordings of a caption are a list in its place")
-        for paraphrase in paraphrases:
-            if not isinstance(paraphrase, str) and not is_list_of(paraphrase, str):
-                fail(f"{where}: key 'paraphrase' holds {paraphrase!r}, which is neither a string "
-                     "nor a list of strings")
+    # one caption or several, and of paraphrases none or one of each caption
+    captions = get(where, raw, "caption", (str, [str]))
+    paraphrases = optional(where, raw, "paraphrase", (str, [(str, [str])]))
+    captions = [captions] if isinstance(captions, str) else captions
+    paraphrases = [paraphrases] if isinstance(paraphrases, str) else paraphrases
+    if paraphrases is not None and len(paraphrases) != len(captions):
+        fail(f"{where}: key 'paraphrase' must hold one string per caption ({len(captions)}), "
+             "in the captions' order; several wordings of a caption are a list in its place")
 
     # empty captions go, and their paraphrases with them
     keep = [i for i, caption in enumerate(captions) if caption.strip()]
@@ -766,36 +871,74 @@ def clean_captions(where, raw, reading):
     return [captions[i].strip() for i in keep], paraphrases
 
 
+def coco_labels(path, data, reading):
+    """COCO's categories -> {category id: label}, and sets the names of the labels.
+
+    A label is the position of its category by id: COCO's ids have gaps. Errors: an id twice.
+    """
+    names = {}
+    for where, category in entries(path, data, "categories"):
+        category_id = get(where, category, "id", int)
+        if category_id in names:
+            fail(f"{where}: id {category_id} occurs twice")
+        names[category_id] = get(where, category, "name", str)
+    reading.set_label_names(path, [names[category_id] for category_id in sorted(names)])
+    return {category_id: label for label, category_id in enumerate(sorted(names))}
+
+
+def coco_images(path, data):
+    """COCO's images -> {image id: (where, image)}, in the file's order. Errors: an id twice."""
+    images = {}
+    for where, image in entries(path, data, "images"):
+        image_id = get(where, image, "id", int)
+        if image_id in images:
+            fail(f"{where}: id {image_id} occurs twice, first in {images[image_id][0]}")
+        images[image_id] = where, image
+    return images
+
+
+def coco_objects(path, data, images, reading):
+    """Yields (where, annotation, label, box as xyxy in pixels) of COCO's instances.
+
+    Annotations of images that the file does not have are left out and counted.
+    """
+    label_of = coco_labels(path, data, reading)
+    for where, note in entries(path, data, "annotations"):
+        category_id = get(where, note, "category_id", int)
+        if category_id not in label_of:
+            fail(f"{where}: category_id {category_id} is not in the file")
+        if note.get("iscrowd") not in (None, 0, 1):
+            fail(f"{where}: key 'iscrowd' is {reprlib.repr(note['iscrowd'])}, neither 0 nor 1")
+        box = get(where, note, "bbox", [float])
+        if len(box) != 4 or box[2] < 0 or box[3] < 0:
+            fail(f"{where}: key 'bbox' is {reprlib.repr(box)}, not [x, y, width, height] in pixels")
+
+        if get(where, note, "image_id", int) in images:
+            x, y, w, h = box
+            yield where, note, label_of[category_id], [x, y, x + w, y + h]
+        else:
+            reading.count("annotations_without_image")
+
+
 def read_instances(file, reading):
     """COCO's instances -> {image id: {tags, boxes, labels}}, boxes as xyxy in pixels.
 
     Crowd regions give tags, but no boxes.
     """
-    # a label is the position of its category by id: COCO's ids have gaps
-    path, data = file.path, file.data
-    categories = sorted(get(path, data, "categories", list), key=lambda c: c["id"])
-    names = [category["name"] for category in categories]
-    label_of = {category["id"]: n for n, category in enumerate(categories)}
-    reading.set_label_names(path, names)
-
     # the annotations of each image
     joined = {}
-    for image in data["images"]:
-        joined[image["id"]] = {"tags": set(), "boxes": [], "labels": []}
-    for n, note in enumerate(data["annotations"]):
-        where = f"{path} annotations[{n}]"
-        image_id, category_id = get(where, note, "image_id"), get(where, note, "category_id")
-        if image_id not in joined or category_id not in label_of:
-            fail(f"{where}: image_id {image_id} or category_id {category_id} is not in the file")
-
-        image, label = joined[image_id], label_of[category_id]
+    images = coco_images(file.path, file.data)
+    for image_id in images:
+        joined[image_id] = {"tags": set(), "boxes": [], "labels": []}
+    for where, note, label, box in coco_objects(file.path, file.data, images, reading):
+        image = joined[note["image_id"]]
         image["tags"].add(label)
         if not note.get("iscrowd"):
-            x, y, w, h = get(where, note, "bbox", list)
-            image["boxes"].append([x, y, x + w, y + h])
+            image["boxes"].append(box)
             image["labels"].append(label)
 
     # tags are the objects' names, each once, in the order of the categories
+    names = reading.records.label_names
     for image in joined.values():
         image["tags"] = [names[label] for label in sorted(image["tags"])]
     return joined
@@ -805,48 +948,141 @@ def pairs_records(file, reading, joined):
     """Records in the documented form."""
     bases = folders(file.path, file.root)
     for where, raw in json_records(file.path, file.data):
-        image = reading.find(bases, get(where, raw, "image", str))
+        image = reading.find(bases, get(where, raw, "image", FILE_NAME))
         yield where, pair(where, raw, image, reading)
 
 
 def pairs_karpathy(file, reading, joined):
     """Karpathy's splits of COCO, Flickr8k and Flickr30k."""
     bases = folders(file.path, file.root)
-    for n, image in enumerate(file.data["images"]):
-        where = f"{file.path} images[{n}]"
+    for where, image in entries(file.path, file.data, "images"):
         # COCO's images lie in a folder of their year
         names = [get(where, image, "filename", str)]
-        if image.get("filepath"):
+        if optional(where, image, "filepath", str):
             names.insert(0, os.path.join(image["filepath"], names[0]))
 
-        # of a COCO image that instances were read of: tags, boxes and labels too
         captions = []
-        for sentence in get(where, image, "sentences", list):
-            captions.append(get(where, sentence, "raw", str))
-        raw = dict(joined.get(image.get("cocoid"), {}), split=get(where, image, "split"),
-                   image_id=image.get("cocoid", image.get("imgid")), caption=captions)
+        for n, sentence in enumerate(get(where, image, "sentences", [dict])):
+            captions.append(get(f"{where} sentences[{n}]", sentence, "raw", str))
+
+        # of a COCO image that instances were read of: tags, boxes and labels too
+        own = "imgid" if image.get("cocoid") is None else "cocoid"
+        image_id = optional(where, image, own, int)
+        raw = dict(joined.get(image_id, {}) if own == "cocoid" else {},
+                   split=get(where, image, "split", str), image_id=image_id, caption=captions)
         yield where, pair(where, raw, reading.find(bases, *names), reading)
 
 
 def pairs_coco(file, reading, joined):
     """COCO's captions, or its instances alone (then without captions)."""
     # image id -> its captions
-    captions = {}
-    for n, note in enumerate(file.data["annotations"]):
-        if "caption" in note:
-            image_id = get(f"{file.path} annotations[{n}]", note, "image_id")
-            captions.setdefault(image_id, []).append(note["caption"])
+    images, captions = coco_images(file.path, file.data), {}
+    if file.kind == "coco":
+        for where, note in entries(file.path, file.data, "annotations"):
+            caption = get(where, note, "caption", str)
+            captions.setdefault(get(where, note, "image_id", int), []).append(caption)
+        lost = [captions[image_id] for image_id in captions.keys() - images.keys()]
+        reading.count("annotations_without_image", sum(map(len, lost)))
 
     # the images of captions_val2017.json may lie in a folder val2017
     year = os.path.splitext(os.path.basename(file.path))[0].split("_")[-1]
     bases = folders(file.path, file.root, year)
-    for n, image in enumerate(file.data["images"]):
-        where = f"{file.path} images[{n}]"
-        name, image_id = get(where, image, "file_name", str), get(where, image, "id")
-        raw = dict(joined.get(image_id, {}), image_id=image_id)
-        if image_id in captions:
-            raw["caption"] = captions[image_id]
+    for image_id, (where, image) in images.items():
+        raw = dict(joined.get(image_id, {}), image_id=image_id, caption=captions.get(image_id))
+        image = reading.find(bases, get(where, image, "file_name", str))
+        yield where, pair(where, raw, image, reading)
+
+
+# A row of Flickr8k.token.txt and of Flickr30k's results_20130124.token.
+FLICKR_ROW = re.compile(r"(?P<name>[^\t]+\.\w+)#\d+\t(?P<caption>.*)")
+
+# Flickr8k's lists of the pictures of a split, which lie beside its captions.
+FLICKR_LIST = re.compile(r"Flickr_?\d+k\.(train|dev|test)Images\.txt")
+
+
+def pairs_rows(file, reading, joined):
+    """A row for each caption: Flickr's token files, Kaggle's captions.txt and results.csv.
+
+    Where lists of splits lie beside the file, a picture that none of them names is left out and
+    counted.
+    """
+    # the rows of a picture together
+    captions, read = {}, token_rows if file.kind == "token" else table_rows
+    for where, name, caption in read(file.path, reading):
+        captions.setdefault(name, (where, []))[1].append(caption)
+
+    # as published: the pictures' folder beside the text file or beside its folder
+    splits = flickr_splits(os.path.dirname(file.path) or ".")
+    bases = folders(file.path, file.root, "Flicker8k_Dataset", "Flickr8k_Dataset", "Images",
+                    "flickr30k-images", "flickr30k_images")
+    for name, (where, texts) in captions.items():
+        if splits and name not in splits:
+            reading.count("in_no_split")
+            continue
+        raw = {"caption": texts, "split": splits.get(name)}
         yield where, pair(where, raw, reading.find(bases, name), reading)
+
+
+def flickr_splits(folder):
+    """-> {name of a picture: its split} of the lists in a folder. Errors: a picture in two."""
+    splits = {}
+    for file in sorted(os.listdir(folder)):
+        part = FLICKR_LIST.fullmatch(file)
+        for where, line in lines_of(os.path.join(folder, file)) if part else ():
+            if splits.setdefault(line.strip(), part[1]) != part[1]:
+                fail(f"{where}: {line.strip()} is in the list of {splits[line.strip()]} too")
+    return splits
+
+
+def token_rows(path, reading):
+    """Yields (where, name of the picture, caption) of rows "NAME.jpg#0 TAB caption"."""
+    for where, line in lines_of(path):
+        row = FLICKR_ROW.fullmatch(line)
+        if not row:
+            fail(f"{where}: 'NAME.jpg#0 TAB caption' expected")
+        yield where, row["name"], row["caption"]
+
+
+def table_columns(line):
+    """A table's first line -> (delimiter, column of the picture, column of the caption); None if
+    it names no such columns."""
+    for mark in ",|":
+        names = [name.strip().lower() for name in line.split(mark)]
+        picture = [n for n, name in enumerate(names) if name in ("image", "image_name")]
+        caption = [n for n, name in enumerate(names) if name in ("caption", "comment")]
+        if picture and caption:
+            return mark, picture[0], caption[0]
+
+
+def table_rows(path, reading):
+    """Yields (where, name of the picture, caption) of a table that names its columns.
+
+    Rows with too few cells, of which Flickr30k's results.csv has one, are left out and counted.
+    """
+    _, first = next(lines_of(path))
+    mark, picture, caption = table_columns(first)
+    width = first.count(mark) + 1
+    for where, row in itertools.islice(csv_rows(path, mark), 1, None):
+        if len(row) < width:
+            reading.count("damaged_rows")
+            continue
+        # the text of a last column may hold the mark itself
+        text = mark.join(row[caption:]) if caption == width - 1 else row[caption]
+        yield where, row[picture].strip(), text
+
+
+def csv_rows(path, mark):
+    """Yields (where, cells) of the rows of a table that are not empty. Between commas and between
+    semicolons a cell may stand in quotes."""
+    quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL
+    lines = (line + "\n" for line in text_lines(path))
+    rows = csv.reader(lines, delimiter=mark, quoting=quoting, strict=True)
+    try:
+        for row in rows:
+            if any(cell.strip() for cell in row):
+                yield f"{path} line {rows.line_num}", row
+    except csv.Error as e:
+        fail(f"{path} line {rows.line_num}: not a table ({e})")
 
 
 # What the columns of a TSV are called, the better name first.
@@ -980,7 +1216,7 @@ def tar_shards(path):
     """One shard, or those of a folder in order -> list of paths."""
     if not os.path.isdir(path):
         return [path]
-    names = sorted(name for name in os.listdir(path) if name.endswith(".tar"))
+    names = [name for name in visible(os.listdir(path)) if name.endswith(".tar")]
     if not names:
         fail(f"{path}: no .tar shards in this folder")
     return [os.path.join(path, name) for name in names]
@@ -1120,20 +1356,52 @@ def write_index(shard, content):
          f"({trouble.strerror})")
 
 
+def pairs_folder(file, reading, joined):
+    """A folder of img2dataset's files, KEY.jpg with its caption in KEY.txt or KEY.json, at any
+    depth. Where no picture has a caption it is a plain folder of pictures.
+
+    Pictures without a caption, and captions without a picture, are then left out and counted.
+    """
+    # {path without its extension: {extension: path}}
+    samples = {}
+    for path in files_in(file.path):
+        stem, kind = os.path.splitext(path)
+        samples.setdefault(stem, {})[kind.lower()] = path
+
+    # is there any caption beside a picture?
+    texts, captioned = {".txt", ".json"}, False
+    for parts in samples.values():
+        captioned |= bool(texts & parts.keys() and parts.keys() & set(IMAGE_TYPES))
+
+    for parts in samples.values():
+        image = next((parts[kind] for kind in IMAGE_TYPES if kind in parts), None)
+        if image is None:
+            reading.count("missing", captioned and ".txt" in parts)
+            continue
+        caption = None
+        if ".txt" in parts:
+            caption = "\n".join(text_lines(parts[".txt"]))
+        elif ".json" in parts:
+            where, raw = next(json_records(parts[".json"]), (None, {}))
+            caption = optional(where, raw, "caption", (str, [str]))
+        if captioned and caption is None:
+            reading.count("no_caption_left")
+            continue
+        yield image, pair(image, {"caption": caption}, image, reading)
+    if not samples:
+        fail(f"{file.path}: no pictures and no .tar shards in this folder")
+
+
 def pairs_questions(file, reading, joined):
     """Questions as the captions of their picture, one record a picture.
 
     VQA v2: {questions: [{image_id, question}], data_subtype}. GQA: {id: {imageId, question}}.
     """
-    # the questions of test-dev are about the images of test2015
-    path, data = file.path, file.data
-    subtype = data.get("data_subtype", "").replace("test-dev", "test")
-
     # (image id, file name) -> (where its first question stands, its questions)
-    asked = {}
+    path, data, asked = file.path, file.data, {}
+    subtype = vqa_subtype(path, data)
     if isinstance(data.get("questions"), list):
-        for n, raw in enumerate(data["questions"]):
-            where = f"{path} questions[{n}]"
+        for where, raw in entries(path, data, "questions"):
             image_id = get(where, raw, "image_id", int)
             name = vqa_image(where, raw, image_id, subtype)
             _, questions = asked.setdefault((image_id, name), (where, []))
@@ -1141,7 +1409,7 @@ def pairs_questions(file, reading, joined):
     else:
         for key, raw in data.items():
             where = f"{path} question {key}"
-            image_id = str(get(where, as_dict(raw, where), "imageId"))
+            image_id = str(get(where, as_dict(raw, where), "imageId", (int, str)))
             _, questions = asked.setdefault((image_id, f"{image_id}.jpg"), (where, []))
             questions.append(get(where, raw, "question", str))
 
@@ -1151,16 +1419,21 @@ def pairs_questions(file, reading, joined):
         yield where, pair(where, raw, reading.find(bases, name), reading)
 
 
+def vqa_subtype(path, data):
+    """COCO's subset that a file of questions is about; those of test-dev are about test2015."""
+    return (optional(path, data, "data_subtype", str) or "").replace("test-dev", "test")
+
+
 def vqa_image(where, raw, image_id, subtype):
     """The file name of a question's picture: its own, or COCO's of that id and subset."""
-    if "image" not in raw and not subtype:
+    if not raw.get("image") and not subtype:
         fail(f"{where}: no key 'image', and the file has no 'data_subtype' to name COCO's image by")
-    return raw.get("image") or f"COCO_{subtype}_{image_id:012d}.jpg"
+    return optional(where, raw, "image", str) or f"COCO_{subtype}_{image_id:012d}.jpg"
 
 
 PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pairs_coco,
                 "instances": pairs_coco, "questions": pairs_questions, "tsv": pairs_tsv,
-                "tar": pairs_tar}
+                "token": pairs_rows, "table": pairs_rows, "tar": pairs_tar, "folder": pairs_folder}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1169,8 +1442,9 @@ PAIR_FORMATS = {"records": pairs_records, "karpathy": pairs_karpathy, "coco": pa
 def read_vqa(files, reading):
     """VQA v2: questions and their annotations, joined by question_id.
 
-    `answers` is the list of the annotators' answers, `answer_type` their kind ("yes/no", "number",
-    "other"); None where there are none (test).
+    `answers` is the list of the annotators' answers, None where there are none (test);
+    `answer_type` and `question_type` are there where the annotations have them. Annotations that
+    are not named are looked for beside their questions, under the publisher's name.
     """
     # the files in any order, told apart by their keys
     question_files, answers = [], {}
@@ -1179,9 +1453,9 @@ def read_vqa(files, reading):
         if "questions" in data:
             question_files.append((number, path, root, data))
         elif "annotations" in data:
-            answers.update(vqa_answers(path, data))
+            vqa_answers(path, data, answers)
         else:
-            fail(f"{path}: neither 'questions' nor 'annotations' (its keys: {', '.join(data)})")
+            fail(f"{path}: neither 'questions' nor 'annotations' (its keys: {some(data)})")
     if not question_files:
         fail(f"{files[0][0]}: VQA needs the questions file too "
              "(--data questions.json,annotations.json)")
@@ -1189,38 +1463,73 @@ def read_vqa(files, reading):
     # one record a question
     seen = set()
     for number, path, root, data in question_files:
-        # test-dev asks about the images of test2015
-        subtype = data.get("data_subtype", "").replace("test-dev", "test")
+        asked = vqa_questions(path, data)
+        if not asked.keys() & answers.keys():
+            vqa_annotations_beside(path, answers, reading)
+
+        subtype = vqa_subtype(path, data)
         bases = folders(path, root, subtype)
-        for k, raw in enumerate(data["questions"]):
-            where = f"{path} questions[{k}]"
-            question_id = get(where, raw, "question_id", int)
-            image_id = get(where, raw, "image_id", int)
+        for question_id, (where, raw) in asked.items():
             if question_id in seen:
                 fail(f"{where}: question_id {question_id} occurs twice")
             seen.add(question_id)
-
+            image_id = get(where, raw, "image_id", int)
             image = reading.find(bases, vqa_image(where, raw, image_id, subtype))
-            question = get(where, raw, "question", str)
-            given, kind = answers.get(question_id, (None, None))
             yield number, where, {"image": image, "image_id": image_id, "question_id": question_id,
-                                  "question": question, "answers": given, "answer_type": kind}
+                                  "question": get(where, raw, "question", str),
+                                  **answers.get(question_id, {"answers": None})}
 
     # what the two kinds of files have without each other
     reading.count("without_answers", len(seen - answers.keys()))
     reading.count("answers_without_question", len(answers.keys() - seen))
 
 
-def vqa_answers(path, data):
-    """An annotations file -> {question_id: (list of answers, their type or None)}."""
-    answers = {}
-    for n, note in enumerate(data["annotations"]):
-        where = f"{path} annotations[{n}]"
-        given = get(where, note, "answers", list)
-        question_id = get(where, note, "question_id")
-        strings = [get(where, answer, "answer", str) for answer in given]
-        answers[question_id] = strings, note.get("answer_type")
-    return answers
+def vqa_questions(path, data):
+    """A questions file -> {question_id: (where, question)}. Errors: an id twice."""
+    asked = {}
+    for where, raw in entries(path, data, "questions"):
+        question_id = get(where, raw, "question_id", int)
+        if question_id in asked:
+            fail(f"{where}: question_id {question_id} occurs twice")
+        asked[question_id] = where, raw
+    return asked
+
+
+def vqa_answers(path, data, answers):
+    """Adds an annotations file's {question_id: part of a record} to `answers`. Errors: an id
+    twice."""
+    for where, note in entries(path, data, "annotations"):
+        question_id = get(where, note, "question_id", int)
+        if question_id in answers:
+            fail(f"{where}: question_id {question_id} occurs twice")
+        given = []
+        for n, answer in enumerate(get(where, note, "answers", [dict])):
+            given.append(get(f"{where} answers[{n}]", answer, "answer", str))
+
+        # test has questions without answers
+        answers[question_id] = {"answers": given or None}
+        for key in ("answer_type", "question_type"):
+            if note.get(key) is not None:
+                answers[question_id][key] = get(where, note, key, str)
+
+
+def vqa_annotations_beside(path, answers, reading):
+    """Reads the annotations that belong to a questions file by its name: those of
+    v2_OpenEnded_X_questions.json are v2_X_annotations.json.
+
+    Errors: they are not there and the answers are needed.
+    """
+    folder, name = os.path.split(path)
+    if "_questions" not in name:
+        return
+    name = re.sub("(OpenEnded|MultipleChoice)_", "", name).replace("_questions", "_annotations")
+    beside = os.path.join(folder, name)
+    if os.path.exists(beside):
+        reading.here.stamps[beside] = stamp(beside)
+        vqa_answers(beside, read_json(beside), answers)
+    elif "answers" in reading.need:
+        fail(f"{path}: its annotations are needed; they are neither named in --data nor beside it "
+             f"as {beside}")
 
 
 VE_LABELS = ["entailment", "neutral", "contradiction"]
@@ -1244,13 +1553,23 @@ def read_ve(files, reading):
                 fail(f"{where}: gold_label '{label}' is none of {', '.join(VE_LABELS)}, -")
 
             # both spellings of the key were published
-            photo = raw.get("Flickr30K_ID", raw.get("Flikr30kID"))
-            name = raw.get("image")
-            if not name:
-                name = f"{photo}.jpg" if photo else get(where, raw, "image")
-            yield number, where, {"image": reading.find(bases, name),
-                                  "caption": get(where, raw, "sentence2", str),
-                                  "label": VE_LABELS.index(label), "pair_id": raw.get("pairID")}
+            name = optional(where, raw, "image", str)
+            for key in ("Flickr30K_ID", "Flikr30kID"):
+                if not name and raw.get(key):
+                    name = f"{get(where, raw, key, (str, int))}.jpg"
+            caption = sentence(where, raw, "sentence2", reading)
+            if caption:
+                image = reading.find(bases, name or get(where, raw, "image", str))
+                yield number, where, {"image": image, "caption": caption,
+                                      "label": VE_LABELS.index(label),
+                                      "pair_id": optional(where, raw, "pairID", (str, int))}
+
+
+def sentence(where, raw, key, reading):
+    """The sentence under a key; None, and counted, if it is empty."""
+    text = get(where, raw, key, str).strip()
+    reading.count("empty_captions", not text)
+    return text or None
 
 
 def read_nlvr2(files, reading):
@@ -1262,25 +1581,27 @@ def read_nlvr2(files, reading):
     for number, (path, root) in enumerate(files):
         for where, raw in json_records(path):
             identifier = get(where, raw, "identifier", str)
-            label = str(get(where, raw, "label"))
+            label = str(get(where, raw, "label", (str, bool)))
             if label not in ("True", "False"):
                 fail(f"{where}: label '{label}' is neither True nor False")
 
             # train, dev, test1 are also the names of folders; those of train are numbered inside
             kind = identifier.split("-")[0]
             subfolders = [kind, os.path.join("images", kind), "images"]
-            if "directory" in raw:
-                subfolders += [os.path.join(sub, str(raw["directory"])) for sub in subfolders[:2]]
+            inside = optional(where, raw, "directory", (int, str))
+            if inside is not None:
+                subfolders += [os.path.join(sub, str(inside)) for sub in subfolders[:2]]
             bases = folders(path, root, *subfolders)
 
             # the left picture, the right picture, and whether the sentence is true of them
             stem = identifier.rpartition("-")[0]
-            left = raw.get("left_image") or stem + "-img0.png"
-            right = raw.get("right_image") or stem + "-img1.png"
-            yield number, where, {"image": reading.find(bases, left),
-                                  "image2": reading.find(bases, right),
-                                  "caption": get(where, raw, "sentence", str),
-                                  "label": int(label == "True"), "identifier": identifier}
+            left = optional(where, raw, "left_image", str) or stem + "-img0.png"
+            right = optional(where, raw, "right_image", str) or stem + "-img1.png"
+            caption = sentence(where, raw, "sentence", reading)
+            if caption:
+                yield number, where, {"image": reading.find(bases, left),
+                                      "image2": reading.find(bases, right), "caption": caption,
+                                      "label": int(label == "True"), "identifier": identifier}
 
 
 def read_sts(files, reading):
@@ -1308,18 +1629,21 @@ def read_sts(files, reading):
                     fail(f"{where}: score '{score}' is not a number")
                 if not 0 <= value <= 5:
                     fail(f"{where}: score {value} is not in 0 to 5")
-                yield number, where, {"s1": s1, "s2": s2, "score": value, "dataset": dataset,
-                                      "subset": subset, "split": part}
+                if s1.strip() and s2.strip():
+                    yield number, where, {"s1": s1, "s2": s2, "score": value, "dataset": dataset,
+                                          "subset": subset, "split": part}
+                else:
+                    reading.count("empty_captions")
 
 
 def sts_parts(path):
     """Yields (csv file or SentEval folder, its split or None) for all that lies under a path."""
-    if os.path.isfile(path):
+    if not os.path.isdir(path):
         yield path, None
         return
 
     # a folder of SentEval: training data only by its name
-    names = sorted(os.listdir(path))
+    names = visible(os.listdir(path))
     if any(name.startswith("STS.input.") for name in names):
         train = os.path.normpath(path).endswith("train")
         yield path, "train" if train else "test"
@@ -1338,7 +1662,9 @@ def sts_rows(home):
     """Yields (where, dataset, subset, score as text, s1, s2) of STS-B's table or of a SentEval
     folder, in which STS.gs.X.txt holds the scores of STS.input.X.txt."""
     # the table's columns: genre, file, year, index, score, s1, s2
-    if os.path.isfile(home):
+    if not os.path.isdir(home):
+        if os.path.basename(home).startswith("STS."):
+            fail(f"{home}: name the folder that it lies in: its .input. and .gs. files go together")
         for where, line in lines_of(home):
             cells = line.split("\t")
             if len(cells) < 7:
@@ -1349,7 +1675,7 @@ def sts_rows(home):
 
     # a folder's subsets, in the order of their names
     dataset = os.path.basename(os.path.normpath(home)).split("-")[0]
-    for name in sorted(os.listdir(home)):
+    for name in visible(os.listdir(home)):
         if not name.startswith("STS.input."):
             continue
         file = os.path.join(home, name)
@@ -1403,7 +1729,7 @@ def hashing_lists(path, split):
     """The list files that `path` stands for."""
     if not os.path.isdir(path):
         return [path]
-    there = sorted(name[:-4] for name in os.listdir(path) if name.endswith(".txt"))
+    there = [name[:-4] for name in visible(os.listdir(path)) if name.endswith(".txt")]
     if split is not None and split not in there:
         fail(f"{path}: no split '{split}' (it has: {', '.join(there) or 'no .txt lists'})")
     wanted = [split] if split else there
@@ -1454,18 +1780,6 @@ def class_homes(path, split):
     return homes, names
 
 
-def folder_names(path):
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-
-
-def pictures_in(path):
-    """Yields the paths of all image files under a folder, in order."""
-    for folder, _, files in sorted(os.walk(path)):
-        for name in sorted(files):
-            if name.lower().endswith(IMAGE_TYPES):
-                yield os.path.join(folder, name)
-
-
 def read_clips(files, reading):
     """MSR-VTT: videodatainfo.json [+ the 1k-A csv] [+ a folder of VIDEO_ID.npy, (frames, D)].
 
@@ -1480,8 +1794,10 @@ def read_clips(files, reading):
             jsons.append((number, path, as_dict(read_json(path), path)))
         elif path.endswith(".csv"):
             table = number, path, clip_table(path)
+        elif not os.path.isdir(path):
+            fail(f"{path}: clips are read of a videodatainfo.json, the 1k-A .csv and a folder")
     reading.records.protocol = "1k-A" if table else "full"
-    tested = {row["video_id"] for row in table[2]} if table else set()
+    tested = {video_id for _, video_id, _ in table[2]} if table else set()
 
     def clip(path, video_id, captions, part):
         folder = home or os.path.join(os.path.dirname(path), "features")
@@ -1490,11 +1806,13 @@ def read_clips(files, reading):
 
     # the videos of the json; those of the csv come after them
     for number, path, data in jsons:
-        captions = clip_captions(path, data)
-        for k, video in enumerate(get(path, data, "videos", list)):
-            where = f"{path} videos[{k}]"
+        captions, seen = clip_captions(path, data), set()
+        for where, video in entries(path, data, "videos"):
             video_id = get(where, video, "video_id", str)
             part = get(where, video, "split", str)
+            if video_id in seen:
+                fail(f"{where}: video_id {video_id} occurs twice")
+            seen.add(video_id)
             if video_id in tested:
                 continue
             if video_id not in captions:
@@ -1503,35 +1821,40 @@ def read_clips(files, reading):
             # beside the csv all of train, val and test is for training
             part = "train" if table else SPLIT_NAMES.get(part, part)
             yield number, where, clip(path, video_id, captions[video_id], part)
+        reading.count("captions_without_video", len(captions.keys() - seen))
 
     # the test of 1k-A
     if table:
         number, path, rows = table
-        for line, row in enumerate(rows, 2):
-            caption = row["sentence"].strip()
-            yield number, f"{path} line {line}", clip(path, row["video_id"], [caption], "test")
+        for where, video_id, caption in rows:
+            yield number, where, clip(path, video_id, [caption], "test")
 
 
 def clip_captions(path, data):
     """The sentences of a videodatainfo.json -> {video id: its captions that are not empty}."""
     captions = {}
-    for n, sentence in enumerate(get(path, data, "sentences", list)):
-        where = f"{path} sentences[{n}]"
-        video_id = get(where, sentence, "video_id")
-        caption = get(where, sentence, "caption", str).strip()
+    for where, note in entries(path, data, "sentences"):
+        video_id = get(where, note, "video_id", str)
+        caption = get(where, note, "caption", str).strip()
         if caption:
             captions.setdefault(video_id, []).append(caption)
     return captions
 
 
 def clip_table(path):
-    """The rows of the 1k-A csv, with commas or semicolons -> list of dicts."""
-    lines = list(text_lines(path))
-    delimiter = ";" if lines and ";" in lines[0] else ","
-    rows = list(csv.reader(lines, delimiter=delimiter))
-    if not rows or not {"video_id", "sentence"} <= set(rows[0]):
-        fail(f"{path} line 1: columns video_id and sentence expected")
-    return [dict(zip(rows[0], row)) for row in rows[1:] if row]
+    """The rows of the 1k-A csv, with commas or semicolons -> list of (where, video_id,
+    sentence)."""
+    _, first = next(lines_of(path), (path, ""))
+    table, rows = csv_rows(path, ";" if ";" in first else ","), []
+    where, header = next(table, (path, []))
+    if not {"video_id", "sentence"} <= set(header):
+        fail(f"{where}: columns video_id and sentence expected")
+    for where, cells in table:
+        row = dict(zip(header, cells))
+        if not row.get("video_id") or not row.get("sentence", "").strip():
+            fail(f"{where}: video_id and sentence expected, found {reprlib.repr(cells)}")
+        rows.append((where, row["video_id"], row["sentence"].strip()))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1546,17 +1869,27 @@ def read_detection(files, reading):
 
     boxes: xyxy in pixels; labels: positions in label_names; crowd, difficult: 0 or 1 each; height
     and width of the picture; of COCO also area and segmentation (polygons or run lengths, as
-    published). Boxes without area are left out and counted.
+    published). Boxes without area and boxes outside the picture are left out and counted; those
+    that reach over its edge are as published, for that is what results are measured by.
     """
     for number, (path, root) in enumerate(files):
         if os.path.isdir(path):
             found, reading.split_by_name = detection_voc(path, reading), True
         else:
             found = detection_coco(path, root, reading)
-        # all lists of a record have an entry for each object
         for where, record in found:
-            valid = [x0 < x1 and y0 < y1 for x0, y0, x1, y1 in record["boxes"]]
-            reading.count("boxes_without_area", valid.count(False))
+            width, height = record["width"], record["height"]
+            if min(width, height) < 1 or width * height > Image.MAX_IMAGE_PIXELS:
+                fail(f"{where}: a picture of {width}x{height} pixels")
+
+            # all lists of a record have an entry for each object
+            valid = []
+            for x0, y0, x1, y1 in record["boxes"]:
+                area = x0 < x1 and y0 < y1
+                inside = x0 < width and y0 < height and x1 > 0 and y1 > 0
+                reading.count("boxes_without_area", not area)
+                reading.count("boxes_outside", area and not inside)
+                valid.append(area and inside)
             for key, value in record.items():
                 if isinstance(value, list):
                     record[key] = list(itertools.compress(value, valid))
@@ -1564,98 +1897,98 @@ def read_detection(files, reading):
 
 
 def detection_coco(path, root, reading):
-    """Yields (where, record) of COCO's instances, by image id."""
-    if not path.endswith(".json") or sniff(path)[0] != "instances":
+    """Yields (where, record) of COCO's instances, by image id. An image without annotations is a
+    record without objects."""
+    kind, data = sniff(path) if path.endswith(".json") else ("", None)
+    if kind != "instances":
         fail(f"{path}: detection reads COCO's instances json or a VOCdevkit folder")
-    # a label is the position of its category by id
-    data = read_json(path)
-    categories = sorted(get(path, data, "categories", list), key=lambda c: c["id"])
-    reading.set_label_names(path, [category["name"] for category in categories])
-    label_of = {category["id"]: n for n, category in enumerate(categories)}
 
     # the annotations of each image, in the file's order
-    of_image = {}
-    for n, note in enumerate(get(path, data, "annotations", list)):
-        where = f"{path} annotations[{n}]"
-        if note.get("category_id") not in label_of or len(note.get("bbox", ())) != 4:
-            fail(f"{where}: no known category_id, or no bbox of four numbers")
-        of_image.setdefault(get(where, note, "image_id"), []).append(note)
+    of_image, images = {}, coco_images(path, data)
+    for found in coco_objects(path, data, images, reading):
+        of_image.setdefault(found[1]["image_id"], []).append(found)
 
-    # an image without annotations is a record without objects
-    images = {}
-    for n, image in enumerate(data["images"]):
-        images[get(f"{path} images[{n}]", image, "id")] = image
     bases = folders(path, root, os.path.splitext(os.path.basename(path))[0].split("_")[-1])
     for image_id in sorted(images):
-        where, image = f"{path} image {image_id}", images[image_id]
+        where, image = images[image_id]
         name = get(where, image, "file_name", str)
         record = {"image": reading.find(bases, name), "image_id": image_id,
                   "height": get(where, image, "height", int),
                   "width": get(where, image, "width", int),
                   "boxes": [], "labels": [], "crowd": [], "difficult": [], "area": [],
                   "segmentation": []}
-        for note in of_image.get(image_id, ()):
-            x, y, w, h = note["bbox"]
-            record["boxes"].append([x, y, x + w, y + h])
-            record["labels"].append(label_of[note["category_id"]])
-            record["crowd"].append(int(note.get("iscrowd", 0)))
+        for where_note, note, label, box in of_image.get(image_id, ()):
+            record["boxes"].append(box)
+            record["labels"].append(label)
+            record["crowd"].append(int(note.get("iscrowd") or 0))
             record["difficult"].append(0)
-            record["area"].append(note.get("area"))
-            record["segmentation"].append(note.get("segmentation"))
+            record["area"].append(optional(where_note, note, "area", float))
+            outline = optional(where_note, note, "segmentation", ([[float]], dict))
+            record["segmentation"].append(outline)
         yield where, record
 
 
+# Our name of a split -> VOC's.
+VOC_SPLITS = {"train": "trainval", "val": "val", "test": "test"}
+
+
 def detection_voc(path, reading):
-    """Yields (where, record) of VOC as published, read by torchvision.
+    """Yields (where, record) of VOC as published.
 
-    train is the trainval of 2007 and 2012 (those that are there), val their val, test 2007's test.
+    train is the trainval of 2007 and 2012 (those that are there), val their val, test 2007's test;
+    without a split each picture once.
     """
-    from torchvision.datasets import VOCDetection
-
-    # torchvision wants the folder in which VOCdevkit lies
-    home = os.path.normpath(path)
-    home = os.path.dirname(home) if os.path.basename(home) == "VOCdevkit" else path
-
-    # the years that have this split
-    part = "trainval" if reading.split == "train" else reading.split
-    years = []
-    for year in ("2007",) if part == "test" else ("2007", "2012"):
-        lists = os.path.join(home, "VOCdevkit", f"VOC{year}", "ImageSets", "Main")
-        if os.path.isfile(os.path.join(lists, f"{part}.txt")):
-            years.append(year)
-    if not years:
-        fail(f"{path}: no VOCdevkit/VOC2007/ImageSets/Main/{part}.txt in it")
+    # the lists that are there
+    home = path
+    if os.path.isdir(os.path.join(path, "VOCdevkit")):
+        home = os.path.join(path, "VOCdevkit")
+    lists = []
+    for part, name in VOC_SPLITS.items():
+        for year in ("2007",) if part == "test" else ("2007", "2012"):
+            year = os.path.join(home, f"VOC{year}")
+            file = os.path.join(year, "ImageSets", "Main", f"{name}.txt")
+            if os.path.isfile(file) and reading.wants(part):
+                lists.append((part, year, file))
+    if not lists and not reading.splits:
+        fail(f"{path}: no VOC2007/ImageSets/Main/trainval.txt or the like in it")
 
     # one record an annotation file
     reading.split_by_name = True
     reading.set_label_names(path, VOC_CLASSES)
-    for year in years:
-        found = VOCDetection(home, year, part)
-        for image, file in zip(found.images, found.annotations):
-            try:
-                notes = found.parse_voc_xml(ElementTree.parse(file).getroot())["annotation"]
-                record = voc_record(image, notes)
-            except (ElementTree.ParseError, OSError, KeyError, ValueError) as e:
-                fail(f"{file}: not a VOC annotation ({type(e).__name__}: {e})")
-            yield file, record
+    seen = set()
+    for part, year, file in lists:
+        for _, line in lines_of(file):
+            name = line.split()[0]
+            notes = os.path.join(year, "Annotations", name + ".xml")
+            if notes not in seen:
+                seen.add(notes)
+                image = os.path.join(year, "JPEGImages", name + ".jpg")
+                yield notes, {"image": image, "split": part, **voc_objects(notes)}
 
 
-def voc_record(image, notes):
-    """A picture's VOC annotation (a dict of its XML) -> record. KeyError or ValueError if
-    something is missing.
+def voc_objects(file):
+    """A picture's VOC annotation -> a record's size and objects.
 
     VOC counts pixels from 1, corners included: the box is [xmin - 1, ymin - 1, xmax, ymax].
     """
-    record = {"image": image, "height": int(notes["size"]["height"]),
-              "width": int(notes["size"]["width"]),
-              "boxes": [], "labels": [], "crowd": [], "difficult": []}
-    for thing in notes.get("object", []):
-        box = thing["bndbox"]
-        record["boxes"].append([float(box["xmin"]) - 1, float(box["ymin"]) - 1,
-                                float(box["xmax"]), float(box["ymax"])])
-        record["labels"].append(VOC_CLASSES.index(thing["name"]))
-        record["crowd"].append(0)
-        record["difficult"].append(int(thing.get("difficult", 0)))
+    record = {"boxes": [], "labels": [], "crowd": [], "difficult": []}
+    try:
+        notes = ElementTree.parse(file).getroot()
+        record["height"] = int(notes.findtext("size/height"))
+        record["width"] = int(notes.findtext("size/width"))
+        for thing in notes.findall("object"):
+            names = ("xmin", "ymin", "xmax", "ymax")
+            x0, y0, x1, y1 = [float(thing.findtext("bndbox/" + name)) for name in names]
+            if not fits([x0, y0, x1, y1], [float]) or x0 > x1 or y0 > y1:
+                raise ValueError(f"no box: {x0} {y0} {x1} {y1}")
+            record["boxes"].append([x0 - 1, y0 - 1, x1, y1])
+            record["labels"].append(VOC_CLASSES.index(thing.findtext("name")))
+            record["crowd"].append(0)
+            record["difficult"].append(("0", "1").index(thing.findtext("difficult") or "0"))
+    except OSError as e:
+        fail(f"{file}: {e.strerror}")
+    except (ElementTree.ParseError, TypeError, ValueError, LookupError) as e:
+        fail(f"{file}: not a VOC annotation ({type(e).__name__}: {e})")
     return record
 
 
@@ -1693,8 +2026,11 @@ def polygon_mask(polygon, height, width):
     column of pixels, note the row of the crossing. A pixel is inside if an odd number of crossings
     lies above it or in the columns before its own.
     """
-    # the outline, side by side, on the fine grid
-    points = (5 * np.asarray(polygon, float).reshape(-1, 2) + 0.5).astype(int)
+    # the outline, side by side, on the fine grid; the walk must end
+    points = np.asarray(polygon, float).reshape(-1, 2)
+    if not (np.abs(points) <= 10 * max(height, width)).all():
+        raise ValueError("a corner far outside")
+    points = (5 * points + 0.5).astype(int)
     sides = [side_points(a, b) for a, b in zip(points, np.roll(points, -1, 0))]
     x, y = np.concatenate(sides, axis=1)
 
@@ -1750,6 +2086,8 @@ def decode_mask(segmentation, height, width, where=""):
         counts = segmentation["counts"]
         if not isinstance(counts, list):
             counts = rle_counts(counts)
+        if not fits(counts, [int]) or sum(counts) != height * width:
+            raise ValueError("its runs do not add up")
         inside = np.arange(len(counts)) % 2 == 1
         return np.repeat(inside, counts).reshape(width, height).T
     except (ValueError, TypeError, KeyError) as e:
@@ -2181,6 +2519,21 @@ def answer_list(records, n=3192):
     return most_frequent(counts, n)
 
 
+def read_answers(path):
+    """An answer list, a JSON list of strings or one answer a line -> list of str, each once."""
+    text = "\n".join(text_lines(path))
+    answers = text.split("\n")
+    if text.lstrip().startswith("["):
+        answers = read_json(path)
+        if not fits(answers, [str]):
+            fail(f"{path}: a list of strings expected")
+    answers = list(dict.fromkeys(answer.strip() for answer in answers))
+    answers = [answer for answer in answers if answer]
+    if not answers:
+        fail(f"{path}: no answer in it")
+    return answers
+
+
 def tag_list(records, n=None):
     """The n most frequent tags -> list of str, ties by the alphabet: the vocabulary of the "tags"
     view."""
@@ -2272,9 +2625,7 @@ def paraphrase_rows(path):
             yield where, caption, found
         return
     for where, raw in json_records(path):
-        found = get(where, raw, "paraphrase", (str, list))
-        if not isinstance(found, str) and not is_list_of(found, str):
-            fail(f"{where}: key 'paraphrase' must be a string or a list of strings")
+        found = get(where, raw, "paraphrase", (str, [str]))
         yield where, get(where, raw, "caption", str), found
 
 
@@ -2461,6 +2812,8 @@ class Tokenizer:
         self.words = list(text_lines(path))
         ids = {}
         for n, word in enumerate(self.words):
+            if not word:
+                fail(f"{path} line {n + 1}: an empty line is no token")
             if word in ids:
                 fail(f"{path} line {n + 1}: '{word}' stands in line {ids[word] + 1} already")
             ids[word] = n
@@ -2532,10 +2885,14 @@ class BadImage(Exception):
 def load_image(where):
     """A location (a path or a TarMember) -> PIL image, RGB, upright by its EXIF orientation.
 
-    Transparency is dropped, not blended; 16-bit grey is scaled to 8 bits; more than PIL's limit of
-    89 million pixels are refused. Raises BadImage.
+    Of several frames the first. Transparency is dropped, not blended, and gamma is not applied.
+    Grey values of more than 8 bits are scaled, see grey_levels(). More than PIL's limit of 89
+    million pixels are refused. Raises BadImage.
     """
     try:
+        # opening a pipe or a device would wait for ever
+        if isinstance(where, str) and not stat.S_ISREG(os.stat(where).st_mode):
+            raise BadImage("no picture: not a file")
         file = where if isinstance(where, str) else io.BytesIO(where.read())
         with Image.open(file) as image:
             # the size is in the header: refuse a bomb before it is decoded
@@ -2545,18 +2902,36 @@ def load_image(where):
             if "exif" in image.info:
                 image = ImageOps.exif_transpose(image)
 
-            # a palette with transparency, and 16 bits: PIL's own conversion loses something
+            # a palette with transparency, and more than 8 bits: PIL's conversion loses something
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode[0] in "IF":
+                image = Image.fromarray(grey_levels(np.asarray(image)))
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise BadImage("no image format PIL knows") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error,
-            Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         reason = getattr(e, "strerror", None)
         raise BadImage(reason or str(e) or type(e).__name__) from None
+
+
+# What PIL raises of damaged files; its readers of TIFF stumble over types and lengths, too.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, TypeError,
+              LookupError, ArithmeticError, Image.DecompressionBombError)
+
+
+def grey_levels(x):
+    """Grey values of 16 or 32 bits, whole or not, (H, W) -> (H, W) uint8.
+
+    The largest value decides what is white: 1, or the largest number of 8, 12 or 16 bits, the
+    first that it does not exceed (1 counts only where values are not whole). Raises BadImage of
+    values that are negative, larger or not finite.
+    """
+    if not np.isfinite(x).all() or x.min() < 0 or x.max() > 65535:
+        raise BadImage(f"grey values of {x.min()} to {x.max()}: what is white?")
+    whites = (255, 4095, 65535) if x.dtype.kind in "iu" else (1, 255, 4095, 65535)
+    white = next(white for white in whites if x.max() <= white)
+    return (x * np.float32(256 / (white + 1) if white > 1 else 255)).astype(np.uint8)
 
 
 def open_picture(where):
@@ -2788,6 +3163,9 @@ def view_objects(draft, key):
     boxes = [record["boxes"][i] for i in keep]
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.tensor([record["labels"][i] for i in keep], dtype=torch.long)
+    # published boxes reach over the edge now and then: a target does not
+    boxes[:, 0::2].clamp_(0, image.width)
+    boxes[:, 1::2].clamp_(0, image.height)
     out = {key: views.pixels(image), "labels": labels}
     if views.keys[key] == "masks":
         masks = np.zeros((len(keep), image.height, image.width), np.uint8)
@@ -2850,6 +3228,12 @@ def view_regions(draft, key):
     out[key + "_mask"][:n] = 1
     if regions.global_dim:
         out[key + "_global"] = torch.from_numpy(np.array(found["globals"]))
+
+    # a damaged file shows here at the latest
+    finite = all(x.isfinite().all() for x in out.values())
+    if not finite or (out[key + "_label"] >= max(1, regions.classes)).any():
+        fail(f"{draft.record['image']}: its regions in {', '.join(regions.paths)} hold numbers "
+             "that are not finite, or a label without a name")
     return out
 
 
@@ -2866,22 +3250,27 @@ def view_frames(draft, key):
         x = x[np.linspace(0, len(x) - 1, FRAMES).round().astype(int)]
 
     # pad
+    x = x.astype(np.float32)
+    if not np.isfinite(x).all():
+        fail(f"{draft.record['feature']}: its numbers are not finite")
     frames = torch.zeros(FRAMES, x.shape[1])
-    frames[:len(x)] = torch.from_numpy(x.astype(np.float32))
+    frames[:len(x)] = torch.from_numpy(x)
     mask = torch.zeros(FRAMES, dtype=torch.long)
     mask[:len(x)] = 1
     return {key: frames, key + "_mask": mask}
 
 
 def read_frames(path):
-    """A clip's .npy -> (frames, D), memory-mapped. DataError if it is damaged or of another
-    shape."""
+    """A clip's .npy -> (frames, D) numbers, memory-mapped. DataError if it is damaged or of
+    another shape."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            fail(f"{path}: not a file")
         x = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, tokenize.TokenError) as e:
         fail(f"{path}: not a readable .npy file ({e})")
-    if x.ndim != 2 or not len(x):
-        fail(f"{path}: shape {x.shape}, not (frames, D)")
+    if not isinstance(x, np.ndarray) or x.ndim != 2 or not x.size or x.dtype.kind not in "fiu":
+        fail(f"{path}: shape {getattr(x, 'shape', None)}, not (frames, D) numbers")
     return x
 
 
@@ -3476,6 +3865,12 @@ def store_features(path, key, fn, records, views, tokenizer, image_size, max_tex
 
 ROW_ARRAYS = {"labels": np.int64, "boxes": np.float32, "scores": np.float32,
               "features": np.float16}
+# The type and shape of each array: T regions in N pictures, features of F and G numbers.
+REGION_ARRAYS = {"features": (np.float16, "T", "F"), "boxes": (np.float32, "T", "4"),
+                 "labels": (np.int64, "T"), "scores": (np.float32, "T"),
+                 "name_ends": (np.int64, "N"), "offsets": (np.int64, "N1"),
+                 "sizes": (np.int64, "N", "2"), "names": (np.uint8, "bytes of names"),
+                 "globals": (np.float16, "N", "G"), "bytes": (np.int64, "N")}
 SAFE_TYPES = {np.dtype(np.int64): "I64", np.dtype(np.float32): "F32", np.dtype(np.float16): "F16",
               np.dtype(np.uint8): "U8"}
 
@@ -3489,15 +3884,20 @@ def map_safetensors(path):
         start = 8 + int.from_bytes(blob[:8].tobytes(), "little")
         if start > len(blob):
             fail(f"{path}: not a whole safetensors file")
-        header = json.loads(blob[8:start].tobytes())
-        metadata = header.pop("__metadata__", {})
+        header = as_dict(parse_json(blob[8:start].tobytes(), path), path)
+        metadata = as_dict(header.pop("__metadata__", {}), path)
 
         # each array is a view of the file
         arrays = {}
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            content = blob[start + begin:start + end].view(types[entry["dtype"]])
-            arrays[name] = content.reshape(entry["shape"])
+            where = f"{path} array {name}"
+            entry = as_dict(entry, where)
+            begin, end = get(where, entry, "data_offsets", [int])
+            shape = get(where, entry, "shape", [int])
+            if not 0 <= begin <= end <= len(blob) - start or min(shape, default=0) < 0:
+                fail(f"{where}: bytes {begin} to {end} of a shape {shape} are not in the file")
+            content = blob[start + begin:start + end].view(types[get(where, entry, "dtype", str)])
+            arrays[name] = content.reshape(shape)
         return arrays, metadata
     except OSError as e:
         fail(f"{path}: {e.strerror.lower()}")
@@ -3517,6 +3917,36 @@ def picture_bytes(where):
     return os.path.getsize(where) if os.path.exists(where) else None
 
 
+def check_regions(path, arrays, metadata):
+    """The names of a region file's labels, as a tuple. Errors: an array is absent, of another type
+    or shape, or does not go with the others."""
+    # letters stand for lengths, which must be the same everywhere: N1 is N + 1
+    lacking = [name for name in REGION_ARRAYS if name not in arrays]
+    lacking = [name for name in lacking if name not in ("globals", "bytes")]
+    if lacking:
+        fail(f"{path}: not a regions file, it lacks {', '.join(lacking)}")
+    lengths = {"4": 4, "2": 2, "N1": len(arrays["name_ends"]) + 1}
+    for name, (dtype, *letters) in REGION_ARRAYS.items():
+        x = arrays.get(name)
+        if x is None:
+            continue
+        wanted = [lengths.setdefault(k, n) for k, n in zip(letters, x.shape)]
+        if x.dtype != dtype or list(x.shape) != wanted or x.ndim != len(letters):
+            fail(f"{path}: array {name} is {x.dtype} {x.shape}, not {np.dtype(dtype)} "
+                 f"({', '.join(letters)})")
+
+    # the rows of the pictures and the ends of their names follow each other
+    for name, last in (("offsets", lengths["T"]), ("name_ends", lengths["bytes of names"])):
+        ends = np.concatenate([[0], arrays[name]])
+        if (np.diff(ends) < 0).any() or ends[-1] != last or arrays["offsets"][0]:
+            fail(f"{path}: array {name} does not rise from 0 to {last}")
+
+    names = parse_json(optional(path, metadata, "label_names", str) or "[]", path)
+    if not fits(names, [str]):
+        fail(f"{path}: label_names is no list of names")
+    return tuple(names)
+
+
 class Regions:
     """Region files as one. regions[n] -> {name: array} of picture n.
 
@@ -3529,25 +3959,21 @@ class Regions:
         self.files = [map_safetensors(path) for path in self.paths]
 
         # all files must be of one kind
-        kinds = {}
+        kinds, detectors = {}, {}
         for path, (arrays, metadata) in zip(self.paths, self.files):
-            wanted = (*ROW_ARRAYS, "offsets", "sizes", "names", "name_ends")
-            lacking = [name for name in wanted if name not in arrays]
-            if lacking:
-                fail(f"{path}: not a regions file, it lacks {', '.join(lacking)}")
+            names = check_regions(path, arrays, metadata)
             global_dim = arrays["globals"].shape[1] if "globals" in arrays else 0
-            names = metadata.get("label_names", "[]")
             kinds.setdefault((arrays["features"].shape[1], global_dim, names), path)
+            detectors[get(path, metadata, "detector", str)] = None
         if len(kinds) > 1:
             fail(f"{' and '.join(kinds.values())} differ in feature size, global feature or label "
                  "names")
 
         # what they have in common
         self.dim, self.global_dim, names = next(iter(kinds))
-        self.label_names = json.loads(names)
-        self.classes = len(self.label_names)
-        detectors = [metadata["detector"] for _, metadata in self.files]
-        self.about = "; ".join(dict.fromkeys(detectors))
+        self.label_names = list(names)
+        self.classes = len(names)
+        self.about = "; ".join(detectors)
 
         # file k holds the pictures ends[k - 1]:ends[k]
         counts = [np.diff(arrays["offsets"]) for arrays, _ in self.files]
@@ -3681,43 +4107,67 @@ def with_regions(records, views, files=""):
 # --------------------------------------------------------------------------------------------------
 # python data.py check
 
-# A key of a source's records, as it stands in the publisher's file.
-TELLING_KEYS = {"questions": "vqa", "videos": "clips", "gold_label": "ve", "identifier": "nlvr2"}
+# A key of a source's records, and the first line of its tables, as they stand in the publisher's
+# files.
+TELLING_KEYS = {"questions": "vqa", "annotations": "vqa", "videos": "clips", "gold_label": "ve",
+                "identifier": "nlvr2"}
+TELLING_LINES = {r"([^\t]*\t){4}\d(\.\d+)?\t[^\t]+\t.*": "sts", r"\S+( [01])+\s*": "hashing",
+                 r".*\bvideo_id[,;].*": "clips"}
 
 
 def guess_source(spec):
-    """The source of files or a folder, from the first one's name and first record."""
+    """The source of files or folders, from what is in them."""
     if spec == "shapes":
         return "pairs"
-    # a folder, by the files in it
-    path = expand(spec)[0]
-    if os.path.isdir(path):
-        names = os.listdir(path)
-        if any(re.match(r"STS|stsb|sts-", name) for name in names):
-            return "sts"
-        kinds = {os.path.splitext(name)[1] for name in names}
-        if ".txt" in kinds:
-            return "hashing"
-        return "pairs" if ".tar" in kinds else "classes"
+    guesses = []
+    for path in expand(spec):
+        guesses.append(guess_folder(path) if os.path.isdir(path) else guess_file(path))
 
-    # a file that is no JSON, by its name
-    kind = os.path.splitext(path)[1]
-    if kind in (".txt", ".csv"):
-        return "hashing" if kind == ".txt" else "sts"
-    if kind not in (".json", ".jsonl"):
+    # instances complete captions; folders and tables go with the file before them
+    return "pairs" if {"pairs", "detection"} <= set(guesses) else guesses[0]
+
+
+def guess_file(path):
+    # text by its first line
+    name = os.path.basename(path)
+    if name.endswith(".tar"):
         return "pairs"
+    if not name.endswith((".json", ".jsonl")):
+        _, line = next(lines_of(path), (path, ""))
+        found = [source for row, source in TELLING_LINES.items() if re.fullmatch(row, line)]
+        return "sts" if name.startswith("STS.") else next(iter(found), "pairs")
 
-    # the first record, or the whole where it is one object
-    first = read_json(path)
-    if isinstance(first, list):
-        first = first[0] if first else None
-    elif not isinstance(first, dict):
-        first = next(first, (None, None))[1]
-    if isinstance(first, dict):
-        for key, source in TELLING_KEYS.items():
-            if key in first:
-                return source
-    return "pairs"
+    # JSON by its keys, a list of records by the first one's
+    data = read_json(path)
+    first = data if isinstance(data, dict) else next(json_records(path, data), (None, {}))[1]
+    if "images" in first:
+        return "detection" if sniff_json(path, first) == "instances" else "pairs"
+    return next((source for key, source in TELLING_KEYS.items() if key in first), "pairs")
+
+
+def guess_folder(path):
+    # published folders; files of several data sets may lie in one folder, and must be named
+    names = visible(os.listdir(path))
+    if {"VOCdevkit", "VOC2007", "VOC2012"} & set(names):
+        return "detection"
+    if any(re.match(r"STS\d|STS\.|stsb|sts-", name) for name in names):
+        return "sts"
+    if any(name.endswith(".tar") for name in names):
+        return "pairs"
+    for name in names:
+        file = os.path.join(path, name)
+        if name.endswith(".txt") and guess_file(file) == "hashing":
+            return "hashing"
+        if re.search(r"(?<!_stats)\.json$|\.(jsonl|tsv|csv|token)$", name):
+            fail(f"{path}: name the file to check in this folder, for example {file}")
+
+    # pictures here or beside their captions are pairs, pictures in folders classes
+    first = next(pictures_in(path), None)
+    if first is None:
+        fail(f"{path}: neither pictures nor a data set in this folder")
+    stem = os.path.splitext(first)[0]
+    captioned = os.path.exists(stem + ".txt") or os.path.exists(stem + ".json")
+    return "pairs" if captioned or os.path.samefile(os.path.dirname(first), path) else "classes"
 
 
 def trouble_with(where):
@@ -3726,11 +4176,18 @@ def trouble_with(where):
         return "missing"
     try:
         if isinstance(where, str) and where.endswith(".npy"):
-            shape = np.load(where, mmap_mode="r").shape
-            return None if len(shape) == 2 else f"shape {shape}, not (frames, D)"
-        load_image(where)
-    except (BadImage, OSError, ValueError) as e:
+            read_frames(where)
+        else:
+            load_image(where)
+    except BadImage as e:
         return str(e)
+    except DataError as e:
+        return str(e).removeprefix(f"data.py: {where}: ")
+
+
+def files_of(record):
+    """The locations of a record's pictures or features."""
+    return [record[key] for key in ("image", "image2", "feature") if key in record]
 
 
 def check_split(records, title):
@@ -3739,18 +4196,16 @@ def check_split(records, title):
     # each file once
     files = {}
     for record in records:
-        for key in ("image", "image2", "feature"):
-            if key in record:
-                files[record[key]] = None
+        files.update(dict.fromkeys(files_of(record)))
 
     # threads: PIL decodes outside the interpreter's lock
-    troubles = []
+    troubles = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reasons = pool.map(trouble_with, files)
         for where, reason in zip(files, tqdm(reasons, title, len(files), leave=False,
                                              disable=None)):
             if reason:
-                troubles.append((where, reason))
+                troubles[where] = reason
 
     # what to print
     rows = {"records": len(records), "images": len(files)}
@@ -3759,54 +4214,92 @@ def check_split(records, title):
         rows["captions"] = sum(counts)
         rows["captions an image"] = (f"{min(counts)} to {max(counts)}, "
                                      f"mean {np.mean(counts):.2f}")
-    rows["missing files"] = sum(reason == "missing" for _, reason in troubles)
+    rows["missing files"] = sum(reason == "missing" for reason in troubles.values())
     rows["corrupt files"] = len(troubles) - rows["missing files"]
+
+    # what a tar lost has no record; records of missing files are kept here, and are counted too
+    kept = sum(any(troubles.get(file) == "missing" for file in files_of(r)) for r in records)
+    lost = records.notes.get("missing", 0) - kept
+    if lost:
+        rows["samples without a picture"] = lost
     if records.name == "pairs":
         rows["duplicate captions"] = records.notes.get("duplicates", 0)
     for note, count in records.notes.items():
         if note not in ("missing", "duplicates"):
             rows[note.replace("_", " ")] = count
-    return rows, troubles
+    return rows, list(troubles.items())
 
 
-def check(spec, image_root=None, split=None, source=None):
+def check(spec, image_root=None, split=None, source=None, as_json=False):
     """Prints what is in the files of `spec` and opens every image -> number of missing and corrupt
-    ones."""
+    ones, and of samples that lost theirs."""
     # read all splits once to learn their names, then each one
     source = source or guess_source(spec)
     everything = open_source(source, spec, split, image_root, missing="keep")
-    table, troubles = {}, []
+    report = {"source": source, "data": spec, "protocol": everything.protocol,
+              "labels": everything.label_names, "splits": {}, "troubles": [], "samples": []}
     for part in [split] if split else everything.splits or [None]:
         records = open_source(source, spec, part, image_root, missing="keep")
         rows, found = check_split(records, f"opening {part or ''}")
-        table[part or "all"] = rows
-        troubles += found
+        report["splits"][part or "all"] = rows
+        report["troubles"] += [[str(where), reason] for where, reason in found]
 
-    # what was read, the counts, the first ten unreadable files
-    protocol = f" ({everything.protocol})" if everything.protocol else ""
-    print(f"{source}: {spec}{protocol}")
-    names = everything.label_names
+    # five records, always the same ones: a wrong pairing shows at a glance
+    for i in sorted(random.Random(0).sample(range(len(everything)), min(5, len(everything)))):
+        where = ", ".join(map(str, files_of(everything[i])))
+        report["samples"].append([where, in_words(everything[i], everything.label_names)])
+    lost = sum(rows.get("samples without a picture", 0) for rows in report["splits"].values())
+    text = json.dumps(report, indent=1) if as_json else in_lines(report)
+    print(text.encode("utf-8", "backslashreplace").decode())
+    return len(report["troubles"]) + lost
+
+
+def in_words(record, label_names):
+    """What a record says of its picture, on one line."""
+    told = []
+    for key in ("question", "answers", "caption", "s1", "s2", "score", "label", "labels"):
+        value = record.get(key)
+        if value in (None, []):
+            continue
+        # names of labels; of hashing's row of 0 and 1 the positions
+        if key == "labels":
+            value = [n for n, on in enumerate(value) if on] if not record.get("boxes") else value
+            value = "labels " + " ".join(str(label_names[n] if label_names else n) for n in value)
+        elif key == "label" and label_names:
+            value = label_names[value]
+        elif isinstance(value, list):
+            value = value[0] + f" (and {len(value) - 1} more)" * (len(value) > 1)
+        told.append(str(value))
+    return one_line(" | ".join(told)) or "no caption"
+
+
+def in_lines(report):
+    """The report of check() -> the text that is printed."""
+    protocol = f" ({report['protocol']})" if report["protocol"] else ""
+    lines = [f"{report['source']}: {report['data']}{protocol}"]
+    names = report["labels"]
     if names:
         more = ", ..." if len(names) > 6 else ""
-        print(f"labels: {len(names)} ({', '.join(names[:6])}{more})")
-    print_table(table)
-    for where, reason in troubles[:10]:
-        print(f"  {where}: {reason}")
-    if len(troubles) > 10:
-        print(f"  ... and {len(troubles) - 10} more")
-    return len(troubles)
+        lines.append(f"labels: {len(names)} ({', '.join(names[:6])}{more})")
 
-
-def print_table(table):
-    """{column: {row: value}} -> printed with a column for each split."""
-    widths = {}
+    # a column for each split
+    table, widths = report["splits"], {}
     for column, values in table.items():
         widths[column] = max(len(str(cell)) for cell in [column, *values.values()])
-
-    print(" " * 26 + "  ".join(column.rjust(widths[column]) for column in table))
+    lines.append(" " * 30 + "  ".join(column.rjust(widths[column]) for column in table))
     for row in dict.fromkeys(itertools.chain(*table.values())):
         cells = [str(values.get(row, 0)).rjust(widths[column]) for column, values in table.items()]
-        print(f"  {row:<24}" + "  ".join(cells))
+        lines.append(f"  {row:<28}" + "  ".join(cells))
+
+    # the first ten unreadable files, five records
+    troubles = report["troubles"]
+    lines += [f"  {where}: {reason}" for where, reason in troubles[:10]]
+    if len(troubles) > 10:
+        lines.append(f"  ... and {len(troubles) - 10} more")
+    lines.append("for example:")
+    for where, words in report["samples"]:
+        lines.append(f"  {where}: {words}" if where else f"  {words}")
+    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -3821,8 +4314,9 @@ def main(argv=None):
     p.add_argument("--split", help="only this split (default: each)")
     p.add_argument("--source", choices=SOURCES,
                    help="what the records are (default: guessed from the files)")
+    p.add_argument("--json", action="store_true", help="print all of it as JSON")
     args = parser.parse_args(argv)
-    return int(check(args.path, args.image_root, args.split, args.source) > 0)
+    return int(check(args.path, args.image_root, args.split, args.source, args.json) > 0)
 
 
 if __name__ == "__main__":

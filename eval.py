@@ -1403,7 +1403,7 @@ def vqa(ev):
     records = ev.open()
     answers = ev.info.get("stats", {}).get("answers")
     if ev.opts.answers:
-        answers = read_answers(ev.opts.answers)
+        answers = data.read_answers(ev.opts.answers)
     if not answers:
         raise Stop("vqa: the run has no answer list; name one with --answers FILE")
 
@@ -1456,19 +1456,6 @@ def vqa_row(name, result, truth):
         if kind in kinds:
             row[kind] = sum(kinds[kind]) / len(kinds[kind])
     return row
-
-
-def read_answers(path):
-    """An answer list, a JSON list of strings or one answer a line -> list of str."""
-    if not Path(path).is_file():
-        raise Stop(f"--answers {path}: no such file")
-    text = Path(path).read_text(encoding="utf-8")
-    if not text.lstrip().startswith("["):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Stop(f"--answers {path}: {error}") from None
 
 
 CLASSES = {"ve": ("entailment", "neutral", "contradiction"), "nlvr2": ("False", "True")}

@@ -624,7 +624,7 @@ def test_bad_records(tmp_path, world, capsys):
             ({"file": "im/0.png", "caption": "a"}, "no key 'image'", "it has: file, caption"),
             ({"image": 3, "caption": "a"}, "'image' is int"),
             ({"image": "im/0.png", "caption": 5}, "'caption' is int"),
-            ({"image": "im/0.png", "caption": ["a", 5]}, "'caption' must be"),
+            ({"image": "im/0.png", "caption": ["a", 5]}, "'caption' is list ['a', 5]"),
             (dict(good, paraphrase=["a", "b"]), "'paraphrase'", "(1)"),
             (dict(good, tags="red"), "'tags'"),
             (dict(good, boxes=[[1, 2, 3]]), "'boxes'"),
@@ -1009,7 +1009,7 @@ def test_several_paraphrases_of_a_caption(tmp_path, world, tok):
     evaluation = data.Views(r, views, tok, 16, 8, train=False)
     assert tok.decode(evaluation[0, 5]["star"]) == "red circle"
     for wrong in (["a", 5, "b"], [["a", 5], "b", "c"], [None, "a", "b"]):
-        with refused("n.jsonl line 1", "'paraphrase' holds", "neither a string nor a list"):
+        with refused("n.jsonl line 1", "'paraphrase' is list", "strings or lists of strings"):
             read("pairs", lines(tmp_path / "n.jsonl", [dict(row, paraphrase=wrong)]), "train")
 
 
@@ -1044,7 +1044,7 @@ def test_bad_files_of_paraphrases(tmp_path, world):
             ("p.tsv", "a red circle\n", "line 1: a caption and at least one paraphrase"),
             ("p.tsv", "a\tb\na\t \n", "line 2: a caption and at least one paraphrase"),
             ("p.jsonl", '{"caption": "a"}\n', "line 1: no key 'paraphrase'"),
-            ("p.jsonl", '{"caption": "a", "paraphrase": ["b", 5]}\n', "must be a string or a list"),
+            ("p.jsonl", '{"caption": "a", "paraphrase": ["b", 5]}\n', "string or list of strings"),
             ("p.json", "[1]", "record 0: an object")):
         with refused(words):
             data.join_paraphrases(r, write(tmp_path / name, text))

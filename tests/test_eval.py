@@ -840,12 +840,12 @@ def test_vqa_without_annotations_has_no_metrics(world):
     assert out["metrics"] == {} and out["rows"][0]["questions"] == 10
 
 
-@pytest.mark.parametrize("text, message", [(None, "no such file"), ("[1, ", "few.txt")])
+@pytest.mark.parametrize("text, message", [(None, "No such file"), ("[1, ", "few.txt")])
 def test_answer_lists_that_cannot_be_read_are_one_line(tmp_path, text, message):
     if text:
         write(tmp_path / "few.txt", text)
-    with pytest.raises(weights.Stop, match=message) as error:
-        ev.read_answers(tmp_path / "few.txt")
+    with pytest.raises(data.DataError, match=message) as error:
+        data.read_answers(str(tmp_path / "few.txt"))
     assert "\n" not in str(error.value)
 
 

@@ -2342,7 +2342,7 @@ def hold_out_part(records, split, share, spec):
     for name, count, n in zip(("train", "val", "test"), counts, range(3)):
         if n != wanted and count:
             out.notes[f"held_for_{name}"] = count
-    beyond = counts[wanted] - len(chosen)
+    beyond = counts[wanted] - len(out)
     if beyond:
         out.notes["beyond_the_first_1000"] = beyond
     if ranks()[0] == 0:

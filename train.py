@@ -58,7 +58,7 @@ class Loop:
     image_id: Literal["file", "path"] = "file"  # same picture: by the files' ids, or by its path
     vocab: str = ""                 # BERT vocabulary file (default: of shapes, or of --init)
     split: str = "train"            # split to train on
-    hold_out: float = 0.025         # share kept for val, and for test, where files have no splits
+    hold_out: Share = 0.025         # share kept for val, and for test, where files have no splits
     regions: str = ""               # files of tools.regions, comma-separated, for all images
     limit: Count = 0                # train on this many records, drawn by --seed; 0 = all
     tag_words: str = ""             # word list: a record's tags are its captions' words in it
@@ -117,6 +117,8 @@ class Loop:
         if self.image_root and self.data == "shapes" and not self.stage_data:
             raise Stop(f"--image_root {self.image_root}: the built-in world has its own; name "
                        "--data")
+        if self.hold_out >= 0.5:
+            raise Stop(f"--hold_out {self.hold_out:g}: as much for val as for test leaves nothing")
         if self.min_lr > self.lr:
             raise Stop(f"--min_lr {self.min_lr:g}: more than --lr {self.lr:g}")
         if self.gamma > 1:

@@ -462,7 +462,8 @@ def test_made_once_reused_and_made_anew(tmp_path, monkeypatch):
 
 def test_killed_writer_leaves_nothing_that_counts(tmp_path):
     root = tmp_path / "shapes"
-    writer = subprocess.Popen([sys.executable, shapes.__file__, "--root", str(root)],
+    writer = subprocess.Popen([sys.executable, "-m", "tools.shapes", "--root", str(root)],
+                              cwd=Path(shapes.__file__).parent.parent,
                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob(".shapes.tmp-*/images/train/000000.jpg")):
         assert writer.poll() is None
@@ -497,8 +498,10 @@ def test_a_scale_that_makes_no_world_is_refused(tmp_path, scale):
         shapes.main(["--root", str(tmp_path / "w"), "--scale", scale])
 
 
-def test_it_imports_nothing_of_the_project(tmp_path):
+def test_it_imports_nothing_of_the_project_but_what_tools_share(tmp_path):
     """data.py calls it, so it could not."""
     (tmp_path / "alone.py").write_text(Path(shapes.__file__).read_text())
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "__init__.py").write_text(Path(shapes.tools.__file__).read_text())
     subprocess.run([sys.executable, "-c", "import alone"], check=True, cwd=tmp_path,
                    env={**os.environ, "PYTHONPATH": ""})

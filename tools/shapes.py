@@ -1607,7 +1607,7 @@ def main(argv=None):
     parser = tools.Parser(prog="python -m tools.shapes",
                           description="Writes the built-in world of nanovlp.")
     parser.add_argument("--root", type=Path, default=ROOT, help="where it lies")
-    parser.add_argument("--scale", type=tools.Share, help="a share of every count, for trials "
+    parser.add_argument("--scale", type=float, help="a share of every count, for quick trials "
                         "(default: that of the world that is there, else 1)")
     parser.add_argument("--sheet", type=Path, help="also draw a contact sheet into this file")
     args = parser.parse_args(argv)

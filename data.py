@@ -52,8 +52,8 @@ import math
 import os
 import random
 import re
-import shutil
 import reprlib
+import shutil
 import stat
 import struct
 import sys
@@ -550,7 +550,10 @@ def lines_of(path):
 
 def read_json(path):
     """The JSON object or list in a file; of jsonl (under any extension) an iterator of
-    (where, dict). jsonl is read line by line, any other JSON is in memory as a whole."""
+    (where, dict).
+
+    jsonl is read line by line. Any other JSON is in memory as a whole.
+    """
     if path.endswith(".jsonl") or is_json_lines(path):
         return json_lines(path)
     value = parse_json("\n".join(text_lines(path)), path)
@@ -1012,7 +1015,7 @@ def pairs_rows(file, reading, joined):
         captions.setdefault(name, (where, []))[1].append(caption)
 
     # as published: the pictures' folder beside the text file or beside its folder
-    splits = flickr_splits(os.path.dirname(file.path) or ".")
+    splits = flickr_splits(os.path.dirname(file.path) or ".", reading)
     bases = folders(file.path, file.root, "Flicker8k_Dataset", "Flickr8k_Dataset", "Images",
                     "flickr30k-images", "flickr30k_images")
     for name, (where, texts) in captions.items():
@@ -1023,12 +1026,14 @@ def pairs_rows(file, reading, joined):
         yield where, pair(where, raw, reading.find(bases, name), reading)
 
 
-def flickr_splits(folder):
+def flickr_splits(folder, reading):
     """-> {name of a picture: its split} of the lists in a folder. Errors: a picture in two."""
     splits = {}
     for file in sorted(os.listdir(folder)):
-        part = FLICKR_LIST.fullmatch(file)
-        for where, line in lines_of(os.path.join(folder, file)) if part else ():
+        path, part = os.path.join(folder, file), FLICKR_LIST.fullmatch(file)
+        if part:
+            reading.here.stamps[path] = stamp(path)
+        for where, line in lines_of(path) if part else ():
             if splits.setdefault(line.strip(), part[1]) != part[1]:
                 fail(f"{where}: {line.strip()} is in the list of {splits[line.strip()]} too")
     return splits
@@ -1217,8 +1222,6 @@ def tar_shards(path):
     if not os.path.isdir(path):
         return [path]
     names = [name for name in visible(os.listdir(path)) if name.endswith(".tar")]
-    if not names:
-        fail(f"{path}: no .tar shards in this folder")
     return [os.path.join(path, name) for name in names]
 
 
@@ -1387,6 +1390,7 @@ def pairs_folder(file, reading, joined):
         if captioned and caption is None:
             reading.count("no_caption_left")
             continue
+        reading.name = os.path.relpath(image, file.path)
         yield image, pair(image, {"caption": caption}, image, reading)
     if not samples:
         fail(f"{file.path}: no pictures and no .tar shards in this folder")
@@ -1524,8 +1528,8 @@ def vqa_annotations_beside(path, answers, reading):
         return
     name = re.sub("(OpenEnded|MultipleChoice)_", "", name).replace("_questions", "_annotations")
     beside = os.path.join(folder, name)
+    reading.here.stamps[beside] = stamp(beside)
     if os.path.exists(beside):
-        reading.here.stamps[beside] = stamp(beside)
         vqa_answers(beside, read_json(beside), answers)
     elif "answers" in reading.need:
         fail(f"{path}: its annotations are needed; they are neither named in --data nor beside it "

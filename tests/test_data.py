@@ -1406,10 +1406,9 @@ def test_check(tmp_path, world, capsys):
         data.main(["check", lines(tmp_path / "s.jsonl", [row]), "--split", "val"])
 
 
-def test_the_command_line_makes_no_region_file(capsys):
-    with pytest.raises(SystemExit):
+def test_the_command_line_makes_no_region_file():
+    with pytest.raises(SystemExit, match="invalid choice: 'regions'"):
         data.main(["regions", "--images", ".", "--out", "x"])
-    assert "invalid choice: 'regions'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         data.main(["--help"])
     assert "--tsv" not in capsys.readouterr().out

@@ -41,6 +41,7 @@ import argparse
 import array
 import copy
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -182,6 +183,11 @@ class Records:
         for i in indices:
             out.append(self[i])
         return out
+
+    def fingerprint(self):
+        """A hash of the records' number, order and captions."""
+        text = json.dumps([captions_of(record) for record in self])
+        return f"{len(self)} records {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def __len__(self):
         return len(self._ends) - 1
@@ -2617,6 +2623,7 @@ class Plan(Dataset):
 
 def one_thread(worker):
     torch.set_num_threads(1)
+    os.setpgid(0, 0)                    # a signal to the trainer's group, to save, is not for it
 
 
 class Stream:

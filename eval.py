@@ -2113,14 +2113,14 @@ def provenance(ev):
             "device": str(ev.device), "dtype": ev.opts.dtype}
 
 
-def evaluate(model, info, task, opts=None, rank=0, world=1):
+def evaluate(model, info, task, opts=None, rank=0, world=1, quiet=False):
     """One evaluation, called on every process with the bare model.
 
     info: config.json and, if the results are to be written, `path`; task: a key of TASKS;
     opts: a dict or namespace over the command line's defaults.
     -> {"task", "metrics", "rows", "protocol"}, the same on all processes. Rank 0 prints the table
-    and writes eval-<task>.json. The model is left in the mode it was in. Stop, one line, if it
-    lacks what the task needs.
+    and writes eval-<task>.json, unless `quiet`. The model is left in the mode it was in. Stop, one
+    line, if it lacks what the task needs.
     """
     if task not in TASKS or task not in offered(model):
         known = "" if task in TASKS else f" (known: {', '.join(TASKS)})"
@@ -2146,7 +2146,7 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
     ev.bad = set().union(*everyone(ev, ev.bad))
     protocol = {**ev.protocol, "unreadable_images": len(ev.bad), **provenance(ev)}
     result = {"task": task, **result, "protocol": protocol}
-    if ev.is_main:
+    if ev.is_main and not quiet:
         report(ev, result)
     return result
 

@@ -364,9 +364,9 @@ def stop_if(trouble):
 
 
 def holds_run(folder):
-    """Is there a run, or a stage of one, that could be lost?"""
-    names = ("config.json", "model*.safetensors", "state*.pt")
-    return any(any(folder.glob(place + name)) for place in ("", "stage-*/") for name in names)
+    """Is there a run, or a stage of one, that could be lost? Before its first checkpoint, none."""
+    names = ("model.safetensors", "state*.pt", "stage-*/model.safetensors", "stage-*/state*.pt")
+    return any(any(folder.glob(name)) for name in names)
 
 
 # Files whose lock this process holds. A forked loader worker inherits them, and would keep a run
@@ -415,7 +415,11 @@ class Place:
                 trouble = f"train.py: --out {out} cannot be written: {e}"
             except Stop as e:
                 trouble = str(e)
-        stop_if(trouble)
+        try:
+            stop_if(trouble)
+        except Stop:
+            self.release()
+            raise
         self.root = data.gather_objects(self.root)[0]
 
     def open(self, resume, overwrite):
@@ -435,6 +439,10 @@ class Place:
         for part in ("", "stage-*/", "best/", "stage-*/best/"):
             for path in self.out.glob(part + "*.tmp"):
                 path.unlink()
+            for path in self.out.glob(part + "model-*.safetensors"):
+                state = path.name.replace("model", "state").replace(".safetensors", ".pt")
+                if not path.with_name(state).exists():
+                    path.unlink()
 
         if holds_run(self.out) and overwrite:
             self.root = self.new
@@ -455,6 +463,9 @@ class Place:
     def __exit__(self, *_):
         if self.root == self.new and data.ranks()[0] == 0:
             shutil.rmtree(self.new)                     # no checkpoint came: the old run stands
+        self.release()
+
+    def release(self):
         for file in self.locks:
             LOCKED.discard(file)
             file.close()
@@ -1413,7 +1424,8 @@ def check_start(given):
 LOST = r"Connection (closed|reset)|by peer|remote process|Broken pipe|NCCL|gloo|timed out"
 
 
-if __name__ == "__main__":
+def run_script():
+    """main(), with the ends that a command can have in one line each."""
     try:
         main()
     except KeyboardInterrupt:
@@ -1424,3 +1436,7 @@ if __name__ == "__main__":
         sys.exit(f"train.py: rank {data.ranks()[0]} lost another process, whose own message says "
                  f"why ({str(e).splitlines()[0][:80]}); the last checkpoint stands, --resume goes "
                  "on")
+
+
+if __name__ == "__main__":
+    run_script()

@@ -56,15 +56,15 @@ def tied_names(model):
 
 
 def save_model(model, path, step=None):
-    """Writes parameters and buffers as safetensors; `step` becomes a mark in the file.
+    """Writes parameters and buffers as safetensors; `step` becomes its mark.
 
-    Of tied tensors only the first is kept, as the format refuses shared memory.
+    Of tied tensors only the first is kept, as the format refuses shared memory. One mark and no
+    second: safetensors writes several in any order, and equal weights should be equal files.
     """
     state = model.state_dict()
     tensors = {bare_name(group[0]): state[group[0]] for group in tied_names(model)}
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    mark = {} if step is None else {"step": str(step)}
-    save_file(tensors, path, metadata={"format": "pt", **mark})
+    save_file(tensors, path, metadata={"format": "pt"} if step is None else {"step": str(step)})
 
 
 # what names of weights looked like before there was one Block for all towers

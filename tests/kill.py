@@ -8,10 +8,10 @@ Run by hand, from the repository's root; two of the cases are in tests/test_runs
 follow from a seed: in training, inside a save, inside a validation or the closing evaluation.
 """
 
+import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +30,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TASK = {"codis": "ve", "conlip": "retrieval", "cookie": "retrieval", "imagebert": "retrieval",
         "mct": "retrieval_gru"}
 SMALL = {"queue_size": 32, "codewords": 16, "vision_layers": 1, "text_layers": 1, "layers": 1,
-         "fusion_layers": 1, "mim_layers": 1, "head_layers": 1, "warmup_steps": 2}
+         "fusion_layers": 1, "mim_layers": 1, "head_layers": 1}
 STEPS = 8
 
 
@@ -43,23 +43,18 @@ class Case:
 
 def small(model):
     """Flags of tiny sizes, as far as the model has them."""
-    known = vars(weights.load_module(model).Config()).keys() | {"warmup_steps"}
-    words = []
+    known, words = vars(weights.load_module(model).Config()), []
     for name, value in SMALL.items():
-        if name in known:
+        if isinstance(known.get(name), int):
             words += [f"--{name}", str(value)]
     return words
 
 
-def command(model, task, world, out, *more):
-    """A training of a few steps, as a user starts it."""
-    words = ["train.py", "--model", model, "--task", task, *small(model), "--batch_size", "8",
-             "--steps", str(STEPS), "--limit", "64", "--eval_limit", "16", "--log_every", "1",
-             "--out", str(out), "--device", "cpu", *more]
-    words[0] = str(ROOT / "train.py")
-    if world == 1:
-        return [sys.executable, *words]
-    return [*TORCHRUN, "--standalone", "--nproc_per_node", str(world), *words]
+def command(model, task, out, *more):
+    """The flags of a training of a few steps."""
+    return ["--model", model, "--task", task, *small(model), "--batch_size", "8", "--steps",
+            str(STEPS), "--warmup_steps", "2", "--limit", "64", "--eval_limit", "16", "--log_every",
+            "1", "--out", str(out), "--device", "cpu", *more]
 
 
 def result(folder):
@@ -74,11 +69,18 @@ def result(folder):
 # --------------------------------------------------------------------------------------------------
 # Kills
 
-def start(words, folder):
-    """The command in a session of its own, so that all of its processes can be killed."""
+def spawn(words, folder):
+    """A program, whose words go to said.txt."""
     with open(folder / "said.txt", "a") as said:
-        return subprocess.Popen(words, env=ENVIRONMENT, cwd=folder, stdout=said, stderr=said,
-                                start_new_session=True)
+        return subprocess.Popen(words, env=ENVIRONMENT, cwd=folder, stdout=said, stderr=said)
+
+
+def start(world, words, folder):
+    """A training, as a user starts it."""
+    program = [sys.executable]
+    if world > 1:
+        program = [*TORCHRUN, "--standalone", "--nproc_per_node", str(world)]
+    return spawn([*program, str(ROOT / "train.py"), *words], folder)
 
 
 def moment_of(out, kind):
@@ -92,7 +94,7 @@ def moment_of(out, kind):
 
 
 def kill_at(process, out, kind, rng):
-    """SIGKILL at a random moment of this kind -> was it still alive?"""
+    """SIGKILL to all its processes at a random moment of this kind -> was it still alive?"""
     deadline, delay = time.monotonic() + 300, rng.uniform(0, 1.5 if kind == "training" else 0.02)
     while process.poll() is None and not moment_of(out, kind):
         assert time.monotonic() < deadline, f"{out}: no {kind}"
@@ -100,19 +102,13 @@ def kill_at(process, out, kind, rng):
     time.sleep(delay)
     alive = process.poll() is None
     if alive:
-        kill_session(process)
+        own = getattr(process, "pids", [process.pid])
+        below = [child for pid in own for child in descendants(pid)]
+        for pid in [*own, *below]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     process.wait()
     return alive
-
-
-def kill_session(process):
-    """SIGKILL to the process and all that it started: torchrun gives each worker its own group."""
-    children = descendants(process.pid)
-    for pid in [process.pid, *children]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def descendants(pid):
@@ -129,33 +125,30 @@ def descendants(pid):
     return found
 
 
-def finish(words, folder):
-    process = start(words, folder)
+def finish(process, folder):
     assert process.wait() == 0, (folder / "said.txt").read_text()[-3000:]
 
 
-def try_case(case, folder, kills, whole=None):
+def try_case(case, folder, kills, start=start):
     """Kills a run `kills` times, each at a moment of another kind -> a row of the table."""
-    rng = random.Random(case.seed)
-    folder = Path(folder) / f"{case.model}-{case.world}"
+    rng, model, world = random.Random(case.seed), case.model, case.world
+    folder = Path(folder) / f"{model}-{world}"
     shapes.ensure(folder / "datasets" / "shapes", quiet=True, scale=0.05)
     flags = ("--save_every", "2", "--eval_every", "3", "--workers", str(case.seed % 2))
-    words = command(case.model, TASK[case.model], case.world, folder / "cut", *flags, "--resume")
-    whole = folder / "whole"
-    finish(command(case.model, TASK[case.model], case.world, whole, *flags), folder)
+    finish(start(world, command(model, TASK[model], folder / "whole", *flags), folder), folder)
 
     # kinds of moments: which of them comes first is chance
+    words = command(model, TASK[model], folder / "cut", *flags, "--resume")
     kinds, happened = ["save", "training", "evaluation", "save"], []
     offset = rng.randrange(len(kinds))
     for n in range(kills):
         kind = kinds[(n + offset) % len(kinds)]
-        process = start(words, folder)
-        if kill_at(process, folder / "cut", kind, rng):
+        if kill_at(start(world, words, folder), folder / "cut", kind, rng):
             happened.append(kind)
-    finish(words, folder)
-    return {"model": case.model, "task": TASK[case.model], "processes": case.world,
+    finish(start(world, words, folder), folder)
+    return {"model": model, "task": TASK[model], "processes": world,
             "loader workers": case.seed % 2, "kills": len(happened), "moments": " ".join(happened),
-            "equal": result(whole) == result(folder / "cut")}
+            "equal": result(folder / "whole") == result(folder / "cut")}
 
 
 def kill_all(folder):
@@ -201,11 +194,11 @@ def run_two(cases, folder):
     (folder / "driver.py").write_text(DRIVER)
     jobs = []
     for model, task in cases:
-        words = command(model, task, 1, folder / f"{model}-{task}", "--steps", "2", "--workers",
-                        "0", "--evals", "none")[2:]
+        words = command(model, task, folder / f"{model}-{task}", "--steps", "2", "--workers", "0",
+                        "--evals", "none")
         jobs.append(((model, task), words))
-    finish([*TORCHRUN, "--standalone", "--nproc_per_node", "2", "driver.py", json.dumps(jobs)],
-           folder)
+    words = ["--standalone", "--nproc_per_node", "2", "driver.py", json.dumps(jobs)]
+    finish(spawn([*TORCHRUN, *words], folder), folder)
     done = json.loads((folder / "done.json").read_text())
     return {case: done.get(" ".join(case), "not reached") for case in cases}
 
@@ -234,12 +227,13 @@ def two_agents(folder, model="codis", kills=2):
 
     def agents(out):
         words = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
-                 "--rdzv_endpoint", f"localhost:{free_port()}", "--max_restarts", "3",
-                 *command(model, TASK[model], 1, out, *flags)[1:]]
-        return [start(words, folder) for _ in range(2)]
+                 "--rdzv_endpoint", f"localhost:{port}", "--max_restarts", "3",
+                 str(ROOT / "train.py"), *command(model, TASK[model], out, *flags)]
+        return [spawn(words, folder) for _ in range(2)]
 
+    port = free_port()
     for process in agents(folder / "whole"):
-        assert process.wait() == 0, (folder / "said.txt").read_text()[-3000:]
+        finish(process, folder)
 
     # a worker is the only child of an agent; it dies once a checkpoint stands
     processes, died = agents(folder / "cut"), 0
@@ -252,7 +246,7 @@ def two_agents(folder, model="codis", kills=2):
         time.sleep(0.05)
         assert any(process.poll() is None for process in processes), "ended too early"
     for process in processes:
-        assert process.wait() == 0, (folder / "said.txt").read_text()[-3000:]
+        finish(process, folder)
     equal = result(folder / "whole") == result(folder / "cut")
     print({"agents": 2, "kills": died, "equal": equal})
     return equal

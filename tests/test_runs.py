@@ -7,9 +7,8 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-from pathlib import Path
+import traceback
 
 import pytest
 import torch
@@ -21,10 +20,7 @@ import eval as evaluation
 import train
 from models import imagebert
 from tests import kill
-from tools import weights
 
-ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 REAL = imagebert.ImageBert.forward
 
 
@@ -464,22 +460,21 @@ def test_a_second_run_in_the_same_directory_is_refused(run, copy):
 
 def test_the_lock_dies_with_its_process(tmp_path):
     """Even while a forked child, as loader workers are, outlives it."""
-    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-              "import os, time, train, pathlib\n"
-              f"train.lock(pathlib.Path({str(tmp_path)!r}))\n"
-              "child = os.fork()\n"
-              "if child == 0: time.sleep(60)\n"
-              "print(child, flush=True)\n"
-              "time.sleep(60)\n")
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
-                          text=True) as process:
-        child = int(process.stdout.readline())
-        refused("is in use by process", train.lock, tmp_path)
-        process.kill()
-        process.wait()
-        os.kill(child, 0)                               # it lives
-        train.lock(tmp_path).close()
-        os.kill(child, signal.SIGKILL)
+    reading, writing = os.pipe()
+    holder = os.fork()
+    if not holder:
+        train.lock(tmp_path)
+        child = os.fork()
+        if child:
+            os.write(writing, str(child).encode())
+        signal.pause()
+    child = int(os.read(reading, 20))
+    refused(f"is in use by process {holder} on", train.lock, tmp_path)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    os.kill(child, 0)                                   # it lives
+    train.lock(tmp_path).close()
+    os.kill(child, signal.SIGKILL)
 
 
 def test_loader_workers_leave_the_trainers_group(tmp_path):
@@ -721,55 +716,127 @@ def test_the_best_is_remembered_over_a_stop(run, here, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Killed, for real
+# Several processes, and kills
 
-def test_killed_runs_end_bit_equal(tmp_path):
+class Fork:
+    """Trainings in forked processes, which need not import torch again: as kill.start()."""
+
+    def __init__(self, world, words, folder):
+        port, self.pids = kill.free_port(), []
+        for rank in range(world):
+            pid = os.fork()
+            if not pid:
+                os.chdir(folder)
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+                                  MASTER_ADDR="localhost", MASTER_PORT=str(port))
+                self.train(words, folder / f"said{rank}.txt")
+            self.pids.append(pid)
+        self.codes = {}
+
+    def train(self, words, said):
+        """In the child: as `python train.py`, with its exit status."""
+        sys.argv, code = ["train.py", *words], 70
+        with open(said, "w") as sys.stdout:
+            sys.stderr = sys.stdout
+            try:
+                train.run_script()
+                code = 0
+            except SystemExit as e:
+                code = e.code
+                if isinstance(code, str):
+                    print(code)
+                    code = 1
+            except BaseException:
+                traceback.print_exc()
+        os._exit(code)
+
+    def poll(self, options=os.WNOHANG):
+        for pid in self.pids:
+            if pid not in self.codes:
+                got, status = os.waitpid(pid, options)
+                if got:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        if len(self.codes) == len(self.pids):
+            return max(self.codes.values(), key=abs)
+        return None
+
+    def wait(self):
+        return self.poll(0)
+
+
+@pytest.mark.parametrize("case", [kill.Case("codis", 1, seed=1), kill.Case("conlip", 2, seed=2)],
+                         ids=lambda case: case.model)
+def test_killed_runs_end_bit_equal(case, tmp_path):
     """Two cases of tests/kill.py, of which the whole is run by hand."""
-    for case in (kill.Case("codis", 1, seed=1), kill.Case("imagebert", 2, seed=2)):
-        row = kill.try_case(case, tmp_path, kills=1)
-        assert row["equal"] and row["kills"] == 1, row
+    row = kill.try_case(case, tmp_path, kills=2, start=Fork)
+    assert row["equal"] and row["kills"] == 2, row
 
 
-def test_two_processes_stop_together(squares, here, tmp_path):
-    """A signal that reaches one of two processes stops both; what one of them finds not finite, or
-    the death of one, ends both with a line."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import os, sys, signal, train\n"
-        "from models import imagebert\n"
-        "real, seen = imagebert.ImageBert.forward, []\n"
-        "def forward(self, batch):\n"
-        "    out = real(self, batch)\n"
-        "    seen.append(0)\n"
-        "    if os.environ['RANK'] == '1' and len(seen) == 2:\n"
-        "        what = os.environ['WHAT']\n"
-        "        if what == 'nan': out['loss'] = out['loss'] * float('nan')\n"
-        "        else: os.kill(os.getpid(), getattr(signal, what))\n"
-        "    return out\n"
-        "imagebert.ImageBert.forward = forward\n"
-        "sys.argv[0] = 'train.py'\n"
-        "train.run_script()\n")
-    words = squares.imagebert(tmp_path / "run", *OFTEN)
-
+@pytest.fixture
+def two(squares, tmp_path, monkeypatch):
+    """two(what): a training by two processes; in rank 1's second step `what` happens -> the exit
+    statuses, and what each said."""
     def start(what, *more):
-        environment = {**kill.ENVIRONMENT, "WHAT": what}
-        return subprocess.run([*TORCHRUN, "--standalone", "--nproc_per_node", "2", str(script),
-                               *words, *more], env=environment, capture_output=True, text=True)
+        def act(out):
+            if os.environ["RANK"] == "1":
+                what(out)
+            return out
+        disturb(monkeypatch, 2, act)
+        words = squares.imagebert(tmp_path / "run", *OFTEN, *more)
+        process = Fork(2, words, tmp_path)
+        process.wait()
+        said = [(tmp_path / f"said{rank}.txt").read_text() for rank in (0, 1)]
+        return [process.codes[pid] for pid in process.pids], said
+    return start
 
-    said = start("SIGUSR1").stderr
-    assert "stopped at step 2 of 6 by SIGUSR1" in said and "exitcode  : 75" in said, said[-3000:]
+
+def test_a_signal_to_one_process_stops_both(two, tmp_path):
+    codes, said = two(lambda out: os.kill(os.getpid(), signal.SIGUSR1))
+    assert codes == [75, 75], said
+    assert "stopped at step 2 of 6 by SIGUSR1" in said[0] and "stopped" not in said[1]
     assert train.checkpoints(tmp_path / "run") == [2, 1]
-    said = start("nan", "--resume").stderr
-    assert said.count("not finite at step 4: loss nan") == 1, said[-3000:]
-    assert train.checkpoints(tmp_path / "run") == [3, 2]
-    said = start("SIGKILL", "--resume").stderr
-    assert "rank 0 lost another process" in said, said[-3000:]
-    assert train.checkpoints(tmp_path / "run") == [4, 3]
+
+    # at the next log line, where checkpoints are not due at every step
+    codes, said = two(lambda out: os.kill(os.getpid(), signal.SIGTERM), "--resume", "--save_every",
+                      0, "--log_every", 5)
+    assert "stopped at step 5 of 6 by SIGTERM" in said[0], said
+    codes, said = two(lambda out: None, "--resume")
+    assert codes == [0, 0] and train.checkpoints(tmp_path / "run") == [6, 5], said
 
 
-@pytest.mark.parametrize("name", ["all"])
-def test_every_model_trains_with_two_processes(name, tmp_path):
-    """One task of each model, through torchrun; tests/kill.py two runs all tasks."""
+def test_what_one_process_finds_not_finite_stops_both(two, tmp_path):
+    codes, said = two(lambda out: out.update(bad_loss(out)))
+    assert codes == [1, 1] and "not finite at step 2: loss nan" in said[0], said
+    assert "not finite" not in said[1] and "Traceback" not in said[0] + said[1]
+    assert train.checkpoints(tmp_path / "run") == [1]
+
+
+def test_a_killed_process_ends_the_other_with_a_line(two, tmp_path):
+    codes, said = two(lambda out: os.kill(os.getpid(), signal.SIGKILL))
+    assert codes == [1, -9], said
+    assert "rank 0 lost another process" in said[0] and "Traceback" not in said[0]
+    assert train.checkpoints(tmp_path / "run") == [1]
+
+
+def test_a_full_disk_ends_both(two, tmp_path, here, small_files):
+    size = (here / "whole/state-6.pt").stat().st_size
+    small_files(size - 1000)
+    codes, said = two(lambda out: None)
+    assert codes == [1, 1], said
+    assert "state-1.pt: File too large" in said[0] and "Traceback" not in said[0] + said[1]
+
+
+def test_a_refusal_ends_both(two, copy):
+    before = contents(copy)
+    codes, said = two(lambda out: None)
+    assert codes == [1, 1] and "holds a run" in said[0] and said[1] == "", said
+    codes, said = two(lambda out: None, "--resume")
+    assert codes == [1, 1] and "was trained by 1 processes" in said[0], said
+    assert contents(copy) == before
+
+
+def test_every_model_trains_with_two_processes(tmp_path):
+    """One task of each model, through torchrun; `tests.kill two` runs all tasks."""
     cases = [(model, kill.TASK[model]) for model in kill.MODELS]
     done = kill.run_two(cases, tmp_path)
     assert done == {case: "ok" for case in cases}, done

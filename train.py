@@ -700,8 +700,8 @@ def check_length(run, old, step):
         raise Stop(told)
     for s in range(step):
         if learning_rate(s, before, run.loop) != learning_rate(s, now, run.loop):
-            raise Stop(f"{told}: the {run.loop.schedule} schedule would have given step {s} another "
-                       "learning rate (a constant one can be prolonged)")
+            raise Stop(f"{told}: the {run.loop.schedule} schedule would have given step {s} "
+                       "another learning rate (a constant one can be prolonged)")
     if data.ranks()[0] == 0:
         print(f"{run.out}: {now} steps instead of {before}; the learning rates so far are the same")
 
@@ -929,6 +929,15 @@ def default_evaluations(module, task, model):
     return [name for name in module.EVALS[task] if name in evaluation.offered(model)]
 
 
+def share_buffers(raw):
+    """All processes evaluate what is saved: the buffers of rank 0. The running means of batch norm
+    differ from process to process, as each has seen its own samples."""
+    if data.ranks()[1] > 1:
+        for buffer in raw.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
+
+
 def validate(run, step):
     """The task's evaluations on split val -> a line of log.jsonl; the best weights go to OUT/best.
 
@@ -942,6 +951,7 @@ def validate(run, step):
     if not names:
         raise Stop(f"train.py: --eval_every: {info['task']} has no evaluation here")
     numbers = {}
+    share_buffers(run.raw)
     with evaluation.seeded(loop.seed, run.device):
         for name in names:
             found = evaluation.evaluate(run.raw, info, name, {"split": "val", "limit": limit},
@@ -1325,6 +1335,7 @@ def run_loop(run, stream, start, stop):
             end_stopped(run, done, stop)
 
     bar.close()
+    share_buffers(raw)
     if not checkpoints(run.out):                        # --steps 0
         save(run, start)
     if unreadable:

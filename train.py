@@ -363,6 +363,20 @@ def stop_if(trouble):
         raise Stop(troubles[0] if data.ranks()[0] == 0 else 1)
 
 
+def on_rank_0(what, fn, *args, run=None):
+    """fn(*args) on rank 0, while the others wait. Its OSError ends all of them in one line: `what`,
+    the reason and, with a run, what is on the disk. So does its Stop."""
+    trouble = ""
+    if data.ranks()[0] == 0:
+        try:
+            fn(*args)
+        except OSError as e:
+            trouble = f"train.py: {what}: {e}" + (f"; {standing(run)}" if run else "")
+        except Stop as e:
+            trouble = str(e)
+    stop_if(trouble)
+
+
 def holds_run(folder):
     """Is there a run, or a stage of one, that could be lost? Before its first checkpoint, none."""
     names = ("model.safetensors", "state*.pt", "stage-*/model.safetensors", "stage-*/state*.pt")
@@ -407,16 +421,8 @@ class Place:
         self.real = out.resolve()                       # OUT may be a link to another disk
         self.new = self.real.with_name(self.real.name + ".overwriting")
         self.old = self.real.with_name(self.real.name + ".overwritten")
-        trouble = ""
-        if data.ranks()[0] == 0:
-            try:
-                self.open(resume, overwrite)
-            except OSError as e:
-                trouble = f"train.py: --out {out} cannot be written: {e}"
-            except Stop as e:
-                trouble = str(e)
         try:
-            stop_if(trouble)
+            on_rank_0(f"--out {out} cannot be written", self.open, resume, overwrite)
         except Stop:
             self.release()
             raise
@@ -558,17 +564,17 @@ def drop(folder, step):
     (folder / f"model-{step}.safetensors").unlink(missing_ok=True)
 
 
-def all_finite(tensors):
-    """Is there no inf and no NaN in any of these? One answer, on the device of the first."""
-    answers = [t.isfinite().all() for t in tensors if t.is_floating_point()]
-    device = answers[0].device
-    return torch.stack([answer.to(device) for answer in answers]).all()
-
-
-def numbers_of(run):
-    """Every tensor that a checkpoint holds: weights, buffers, the optimizer's moments."""
+def check_finite(run, step):
+    """Ends all processes if there is an inf or a NaN in what a checkpoint holds, which would take
+    the place of a good one: weights, buffers, the optimizer's moments. One answer, one wait."""
     moments = [t for state in run.optimizer.state.values() for t in state.values()]
-    return [*run.raw.state_dict().values(), *filter(torch.is_tensor, moments)]
+    tensors = [*run.raw.state_dict().values(), *filter(torch.is_tensor, moments)]
+    answers = [t.isfinite().all().to(run.device) for t in tensors if t.is_floating_point()]
+    trouble = ""
+    if not torch.stack(answers).all():
+        trouble = (f"train.py: weights, buffers or optimizer moments are not finite after step "
+                   f"{step}; {standing(run)}")
+    stop_if(trouble)
 
 
 def save(run, step):
@@ -576,26 +582,13 @@ def save(run, step):
 
     Random states differ from process to process, so that each draws its own masks: all are kept.
     """
-    # a file of NaN would replace a good one. The optimizer's moments too: an inf there stays
-    trouble = ""
-    if not all_finite(numbers_of(run)):
-        trouble = (f"train.py: weights, buffers or optimizer moments are not finite after step "
-                   f"{step}; {standing(run)}")
-    stop_if(trouble)
-
+    check_finite(run, step)
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     random_states = data.gather_objects([torch.get_rng_state(), cuda])
 
-    # all else is equal on all processes: one writes. Its answer is what the others wait for, so
-    # that nobody runs ahead of a half-written file
-    if data.ranks()[0] == 0:
-        try:
-            write_checkpoint(run, step, random_states)
-        except OSError as e:
-            trouble = f"train.py: the checkpoint of step {step} cannot be written: {e}"
-    if trouble:
-        trouble += f"; {standing(run)}"
-    stop_if(trouble)
+    # all else is equal on all processes: one writes, and nobody runs ahead of a half-written file
+    on_rank_0(f"the checkpoint of step {step} cannot be written", write_checkpoint, run, step,
+              random_states, run=run)
     run.place.root, run.saved = run.place.out, time.monotonic()
 
 
@@ -761,16 +754,22 @@ def load_checkpoint(run):
 
     # nobody deletes what another process has yet to read
     stop_if("")
+    on_rank_0("--resume", tidy, out, step, damage)
     if rank == 0:
-        for line in damage:
-            print(f"{line}: going back to the checkpoint of step {step}")
-        for later in steps[:len(damage)]:
-            drop(out, later)
-        name_newest(out, step)
-        cut_log(out / "log.jsonl", step)
         done = ": it is finished" if step == run.info["total_steps"] else ""
         print(f"resuming {out} at step {step}{done}")
     return step
+
+
+def tidy(out, step, damage):
+    """Makes this step the newest of a run directory. damage: what was wrong with later ones."""
+    for line in damage:
+        print(f"{line}: going back to the checkpoint of step {step}")
+    for later in checkpoints(out):
+        if later > step:
+            drop(out, later)
+    name_newest(out, step)
+    cut_log(out / "log.jsonl", step)
 
 
 def cut_log(path, step):
@@ -792,20 +791,17 @@ def cut_log(path, step):
 
 def open_directory(run, cfg, samples, workers):
     """The directory of a stage: its last checkpoint put back, or a new start -> the first step."""
-    steps = checkpoints(run.out)
+    steps, root = checkpoints(run.out), run.place.root
     if not steps and holds_run(run.out):
         raise Stop(f"--resume: {run.out} has no state-STEP.pt to resume: --init {run.out} with "
                    "another --out starts from its weights, --overwrite replaces it")
-    try:
-        if data.ranks()[0] == 0:
-            prepare_directory(run, steps)
-        stop_if("")                                     # the folder is there, for all
-        if "features" in data.view_keys(run.info["views"]).values():
-            store_features(run, cfg, samples, workers)
-        if steps:
-            return load_checkpoint(run)
-    except OSError as e:
-        raise Stop(f"train.py: {e}") from None
+    if run.part and (root / "model.safetensors").exists():
+        raise Stop(f"--resume: {root} holds a run without stages, this command has stages")
+    on_rank_0("the run cannot begin", prepare_directory, run, steps)
+    if "features" in data.view_keys(run.info["views"]).values():
+        store_features(run, cfg, samples, workers)
+    if steps:
+        return load_checkpoint(run)
 
     # from here on every process draws its own masks
     if hasattr(run.raw, "prepare"):
@@ -970,26 +966,17 @@ def validate(run, step):
     if step and (best is None or score > best["score"]):
         info["best"] = {"step": step, "evaluation": names[0], "metric": metric, "score": score,
                         "split": "val", "limit": limit}
-        save_best(run, step)
+        check_finite(run, step)
+        on_rank_0("the best weights cannot be written", save_best, run, step, run=run)
 
 
 def save_best(run, step):
     """OUT/best: a run directory of its own, for eval.py and --init."""
-    trouble = ""
-    if not all_finite(run.raw.state_dict().values()):
-        trouble = f"train.py: the weights are not finite after step {step}; {standing(run)}"
-    stop_if(trouble)
-    if data.ranks()[0] == 0:
-        best = run.out / "best"
-        try:
-            best.mkdir(exist_ok=True)
-            shutil.copyfile(run.out / "vocab.txt", best / "vocab.txt")
-            write(best / "model.safetensors",
-                  lambda path: weights.save_model(run.raw, path, step))
-            write_config(best, run.info, step)
-        except OSError as e:
-            trouble = f"train.py: the best weights cannot be written: {e}; {standing(run)}"
-    stop_if(trouble)
+    best = run.out / "best"
+    best.mkdir(exist_ok=True)
+    shutil.copyfile(run.out / "vocab.txt", best / "vocab.txt")
+    write(best / "model.safetensors", lambda path: weights.save_model(run.raw, path, step))
+    write_config(best, run.info, step)
 
 
 def log_line(run, line):

@@ -764,7 +764,7 @@ class Fork:
         return self.poll(0)
 
 
-@pytest.mark.parametrize("case", [kill.Case("codis", 1, seed=1), kill.Case("conlip", 2, seed=2)],
+@pytest.mark.parametrize("case", [kill.Case("codis", 1, seed=1), kill.Case("cookie", 2, seed=15)],
                          ids=lambda case: case.model)
 def test_killed_runs_end_bit_equal(case, tmp_path):
     """Two cases of tests/kill.py, of which the whole is run by hand."""

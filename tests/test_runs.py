@@ -469,12 +469,14 @@ def test_the_lock_dies_with_its_process(tmp_path):
             os.write(writing, str(child).encode())
         signal.pause()
     child = int(os.read(reading, 20))
-    refused(f"is in use by process {holder} on", train.lock, tmp_path)
-    os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
-    os.kill(child, 0)                                   # it lives
-    train.lock(tmp_path).close()
-    os.kill(child, signal.SIGKILL)
+    try:
+        refused(f"is in use by process {holder} on", train.lock, tmp_path)
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.kill(child, 0)                               # it lives
+        train.lock(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_loader_workers_leave_the_trainers_group(tmp_path):

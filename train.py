@@ -431,8 +431,8 @@ class Place:
     def open(self, resume, overwrite):
         """Locks the directory and refuses what would lose a run, before anything is changed."""
         # an --overwrite was killed between the two renames of settle()
-        if self.old.exists() and not self.real.exists() and holds_run(self.new):
-            os.replace(self.new, self.real)
+        if self.old.exists() and not self.real.exists():
+            os.replace(self.new if holds_run(self.new) else self.old, self.real)
 
         self.locks.append(lock(self.out))
         if holds_run(self.out) and not resume and not overwrite:
@@ -458,7 +458,11 @@ class Place:
         """The first new checkpoint stands: it takes the place of the run that it replaces."""
         if self.root == self.new:
             os.replace(self.real, self.old)
-            os.replace(self.new, self.real)
+            try:
+                os.replace(self.new, self.real)
+            except OSError:
+                os.replace(self.old, self.real)
+                raise
             sync(self.new.parent)
             shutil.rmtree(self.old)
             self.root = self.out

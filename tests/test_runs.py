@@ -163,6 +163,24 @@ def test_overwrite_killed_between_its_two_renames(run, copy, here):
     assert [path.name for path in copy.parent.iterdir()] == ["run"]
 
 
+def test_overwrite_that_cannot_rename_leaves_the_old_run(run, copy, monkeypatch):
+    before, replace = contents(copy), os.replace
+
+    def fail(source, target):
+        if str(source).endswith(".overwriting"):
+            raise OSError("no second name")
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", fail)
+    refused("no second name", run, "run", "--overwrite")
+    assert contents(copy) == before
+
+    # killed there, with no new run to take its place, it comes back
+    monkeypatch.setattr(os, "replace", replace)
+    copy.rename(copy.with_name("run.overwritten"))
+    refused("holds a run", run, "run")
+    assert contents(copy) == before
+
+
 def test_a_run_that_died_without_a_checkpoint_is_no_run(run, tmp_path, monkeypatch):
     disturb(monkeypatch, 2, die)
     with pytest.raises(KeyboardInterrupt):

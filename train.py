@@ -1373,6 +1373,8 @@ PATIENCE = datetime.timedelta(minutes=30)
 def connect(device):
     """Joins the processes that torchrun started."""
     cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda:
+        torch.cuda.set_device(data.ranks()[2])          # what NCCL sends goes through this GPU
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
 
 

@@ -379,6 +379,14 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(how, word, run, copy, he
     assert train.checkpoints(copy) == [6, 5] and not list(copy.glob("*.tmp"))
 
 
+def test_going_back_leaves_nothing_newer(copy):
+    """Else the next resume would find the torn one again, and would keep it for one of two."""
+    train.tidy(copy, 5, ["state-6.pt is torn"])
+    assert train.checkpoints(copy) == [5] and not (copy / "model-6.safetensors").exists()
+    assert (copy / "model.safetensors").samefile(copy / "model-5.safetensors")
+    assert len((copy / "log.jsonl").read_text().splitlines()) == 5
+
+
 def test_where_none_can_be_read_one_line_says_so(run, copy):
     for path in copy.glob("state-*.pt"):
         path.write_bytes(b"PK")

@@ -759,7 +759,7 @@ class Fork:
                                   MASTER_ADDR="localhost", MASTER_PORT=str(port))
                 self.train(words, folder / f"said{rank}.txt")
             self.pids.append(pid)
-        self.codes = {}
+        self.pid, self.codes = self.pids[0], {}
 
     def train(self, words, said):
         """In the child: as `python train.py`, with its exit status."""

@@ -3661,6 +3661,7 @@ class Plan(Dataset):
 
 def one_thread(worker):
     torch.set_num_threads(1)
+    os.setpgid(0, 0)                    # a signal to the trainer's group, to save, is not for it
 
 
 class Stream:

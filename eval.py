@@ -2334,14 +2334,14 @@ def provenance(ev):
             "device": str(ev.device), "dtype": ev.opts.dtype}
 
 
-def evaluate(model, info, task, opts=None, rank=0, world=1):
+def evaluate(model, info, task, opts=None, rank=0, world=1, quiet=False):
     """One evaluation, called on every process with the bare model.
 
     info: config.json and, if the results are to be written, `path`; task: a key of TASKS;
     opts: a dict or namespace over the command line's defaults.
     -> {"task", "metrics", "rows", "protocol"}, the same on all processes. Rank 0 prints the table
-    and writes eval-<task>-<data>-<split>.json. The model is left in the mode it was in. Stop, one
-    line, if it lacks what the task needs.
+    and writes eval-<task>-<data>-<split>.json, unless `quiet`. The model is left in the mode it was
+    in. Stop, one line, if it lacks what the task needs.
     """
     check_offer(model, info, task)
     ev = Eval(model, info, task, options_of(task, opts), rank, world)
@@ -2361,7 +2361,7 @@ def evaluate(model, info, task, opts=None, rank=0, world=1):
     protocol = {**ev.protocol, "unreadable_images": len(ev.bad), **provenance(ev),
                 "settings": ev.settings}
     result = {"task": task, **result, "protocol": protocol}
-    if ev.is_main:
+    if ev.is_main and not quiet:
         report(ev, result)
     return result
 

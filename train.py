@@ -15,15 +15,20 @@ was stopped goes on, with --resume, bit for bit as if it had not been.
 import argparse
 import contextlib
 import dataclasses
+import datetime
+import fcntl
 import functools
 import hashlib
 import inspect
 import json
 import math
 import os
+import pickle
 import platform
+import re
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 import time
@@ -33,6 +38,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -91,14 +97,17 @@ class Loop:
     # -- run: where, and on what
     out: str = ""                   # run directory (default: out/MODEL-TASK)
     init: str = ""                  # start from the weights of this run
-    resume: bool = False            # go on from OUT/state.pt
+    resume: bool = False            # go on from OUT's last checkpoint; safe to give always
+    overwrite: bool = False         # replace the run in OUT, once the new one has a checkpoint
     device: Literal["", "cuda", "cpu"] = ""                 # (default: cuda where there is one)
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"   # auto = bf16 on CUDA, else fp32
     compile: bool = False           # torch.compile
-    log_every: Size = 20            # steps per line of log.jsonl
-    save_every: Size = 500          # steps per checkpoint
+    log_every: Size = 20            # steps per line of log.jsonl, where processes agree to save
+    save_minutes: Amount = 10.0     # minutes per checkpoint; 0 = never by time
+    save_every: Count = 0           # steps per checkpoint; 0 = by time alone
 
     # -- evaluation: what follows the training
+    eval_every: Count = 0           # steps per validation on val, best kept in OUT/best; 0 = never
     evals: str = "default"          # evaluations, comma-separated; "none"
     eval_data: str = ""             # their data (default: --data)
     eval_root: str = ""             # their image folder (default: --image_root)
@@ -397,20 +406,150 @@ def make_optimizer(model, loop):
 
 
 # --------------------------------------------------------------------------------------------------
+# The run directory: one command at a time, and nothing lost
+
+def stop_if(trouble):
+    """Ends all processes together if one of them has a trouble (a line, else "").
+
+    Called by every process. Rank 0 says the first one; the others end without a word.
+    """
+    troubles = [line for line in data.gather_objects(trouble) if line]
+    if troubles:
+        raise Stop(troubles[0] if data.ranks()[0] == 0 else 1)
+
+
+def on_rank_0(what, fn, *args, run=None):
+    """fn(*args) on rank 0, while the others wait. Its OSError ends all of them in one line: `what`,
+    the reason and, with a run, what is on the disk. So does its Stop."""
+    trouble = ""
+    if data.ranks()[0] == 0:
+        try:
+            fn(*args)
+        except OSError as e:
+            trouble = f"train.py: {what}: {e}" + (f"; {standing(run)}" if run else "")
+        except Stop as e:
+            trouble = str(e)
+    stop_if(trouble)
+
+
+def holds_run(folder):
+    """Is there a run, or a stage of one, that could be lost? Before its first checkpoint, none."""
+    names = ("model.safetensors", "state*.pt", "stage-*/model.safetensors", "stage-*/state*.pt")
+    return any(any(folder.glob(name)) for name in names)
+
+
+# Files whose lock this process holds. A forked loader worker inherits them, and would keep a run
+# locked for the seconds that it outlives a killed trainer: so every child closes them.
+LOCKED = set()
+os.register_at_fork(after_in_child=lambda: [file.close() for file in LOCKED])
+
+
+def lock(folder):
+    """Takes FOLDER/lock, which the system frees when this process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise Stop(f"train.py: {folder} is in use by {file.read().strip() or 'another run'}: "
+                   "wait for it, or give another --out") from None
+
+    # who has it, for the message above
+    LOCKED.add(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+class Place:
+    """Where this command keeps its run. A command that fails leaves an earlier run as it was.
+
+    `out` is what --out says, `root` where files go now. With --overwrite that is a folder beside
+    `out` until the first new checkpoint stands there; then the two change places (settle), and the
+    old run is deleted. All processes have a Place, rank 0 alone touches files.
+    """
+
+    def __init__(self, out, resume, overwrite):
+        self.out, self.root, self.locks = out, out, []
+        self.real = out.resolve()                       # OUT may be a link to another disk
+        self.new = self.real.with_name(self.real.name + ".overwriting")
+        self.old = self.real.with_name(self.real.name + ".overwritten")
+        try:
+            on_rank_0(f"--out {out} cannot be written", self.open, resume, overwrite)
+        except Stop:
+            self.release()
+            raise
+        self.root = data.gather_objects(self.root)[0]
+
+    def open(self, resume, overwrite):
+        """Locks the directory and refuses what would lose a run, before anything is changed."""
+        # an --overwrite was killed between the two renames of settle()
+        if self.old.exists() and not self.real.exists():
+            os.replace(self.new if holds_run(self.new) else self.old, self.real)
+
+        self.locks.append(lock(self.out))
+        if holds_run(self.out) and not resume and not overwrite:
+            raise Stop(f"train.py: {self.out} holds a run: --resume goes on with it, another --out "
+                       "leaves it alone, --overwrite replaces it")
+
+        # what killed commands left half-done; both names are ours alone
+        shutil.rmtree(self.new, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
+        for part in ("", "stage-*/", "best/", "stage-*/best/"):
+            for path in self.out.glob(part + "*.tmp"):
+                path.unlink()
+            for path in self.out.glob(part + "model-*.safetensors"):
+                state = path.name.replace("model", "state").replace(".safetensors", ".pt")
+                if not path.with_name(state).exists():
+                    path.unlink()
+
+        if holds_run(self.out) and overwrite:
+            self.root = self.new
+            self.locks.append(lock(self.new))
+
+    def settle(self):
+        """The first new checkpoint stands: it takes the place of the run that it replaces."""
+        if self.root == self.new:
+            os.replace(self.real, self.old)
+            try:
+                os.replace(self.new, self.real)
+            except OSError:
+                os.replace(self.old, self.real)
+                raise
+            sync(self.new.parent)
+            shutil.rmtree(self.old)
+            self.root = self.out
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.root == self.new and data.ranks()[0] == 0:
+            shutil.rmtree(self.new)                     # no checkpoint came: the old run stands
+        self.release()
+
+    def release(self):
+        for file in self.locks:
+            LOCKED.discard(file)
+            file.close()
+
+
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
-
-def write(path, fn):
-    """fn(temporary path), then rename: whoever opens `path` finds a whole file, old or new."""
-    fn(path.with_name(path.name + ".tmp"))
-    os.replace(path.with_name(path.name + ".tmp"), path)
-
+#
+# The last two are kept, a pair of files each: model-STEP.safetensors, the weights and buffers, and
+# state-STEP.pt, all else that --resume needs. model.safetensors is the newest of the former under
+# the name that other programs read: a second name of the same file, no second copy.
 
 @dataclass
 class Run:
     """What one training has in hand, on one process."""
     loop: Loop                      # this stage's settings
     info: dict                      # what config.json keeps
-    out: Path                       # the run directory
+    place: Place                    # the directory of the command
+    part: str                       # "stage-2" in it, or "" where there are no stages
     raw: torch.nn.Module            # the model as it was built, without compile and DDP
     optimizer: torch.optim.Optimizer
     device: torch.device
@@ -419,62 +558,251 @@ class Run:
     scaler: torch.amp.GradScaler
     micro: int                      # samples per process and forward pass
     epoch_steps: int                # optimizer steps that go over the data once
+    saved: float = 0.0              # when the last checkpoint was written, by time.monotonic()
+
+    @property
+    def out(self):
+        return self.place.root / self.part
+
+
+def sync(path):
+    """Waits until a file, or the names in a folder, are on the disk and not on their way there."""
+    number = os.open(path, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
+def write(path, fn):
+    """fn(temporary path), then rename: whoever opens `path` finds a whole file, old or new.
+
+    OSError, which names the path, if it cannot be written; the temporary file is gone then.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        fn(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        temporary.unlink(missing_ok=True)
+        # torch.save hides the system's error behind one of its own, safetensors tells its words
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise OSError(f"{path}: {reason}") from None
+
+
+def save_state(state, path):
+    with open(path, "wb") as file:
+        torch.save(state, file)
+
+
+def name_newest(folder, step):
+    """Makes model.safetensors another name of the checkpoint's weights; a copy where the file
+    system has no such names."""
+    newest, name = folder / f"model-{step}.safetensors", folder / "model.safetensors"
+    if name.exists() and name.samefile(newest):
+        return
+
+    def second_name(path):
+        path.unlink(missing_ok=True)
+        try:
+            os.link(newest, path)
+        except OSError:
+            shutil.copyfile(newest, path)
+    write(name, second_name)
+
+
+def checkpoints(folder):
+    """The steps of the checkpoints in a run directory, newest first."""
+    names = [re.fullmatch(r"state-(\d+)\.pt", path.name) for path in folder.glob("state-*.pt")]
+    return sorted((int(name[1]) for name in names if name), reverse=True)
+
+
+def drop(folder, step):
+    (folder / f"state-{step}.pt").unlink(missing_ok=True)
+    (folder / f"model-{step}.safetensors").unlink(missing_ok=True)
+
+
+def check_finite(run, step):
+    """Ends all processes if there is an inf or a NaN in what a checkpoint holds, which would take
+    the place of a good one: weights, buffers, the optimizer's moments. One answer, one wait."""
+    moments = [t for state in run.optimizer.state.values() for t in state.values()]
+    tensors = [*run.raw.state_dict().values(), *filter(torch.is_tensor, moments)]
+    answers = [t.isfinite().all().to(run.device) for t in tensors if t.is_floating_point()]
+    trouble = ""
+    if not torch.stack(answers).all():
+        trouble = (f"train.py: weights, buffers or optimizer moments are not finite after step "
+                   f"{step}; {standing(run)}")
+    stop_if(trouble)
 
 
 def save(run, step):
-    """model.safetensors (to use), state.pt (to resume, complete in itself) and config.json.
+    """Writes a checkpoint, unless one of its numbers is not finite, and drops all but the last two.
 
     Random states differ from process to process, so that each draws its own masks: all are kept.
     """
-    rank, world, _ = data.ranks()
+    check_finite(run, step)
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     random_states = data.gather_objects([torch.get_rng_state(), cuda])
 
-    # all else is equal on all processes: one writes. state.pt holds tensors, numbers, strings,
-    # lists and dicts only, so that torch.load(weights_only=True) can read it, which runs no code
-    if rank == 0:
-        state = {"model": run.raw.state_dict(), "optimizer": run.optimizer.state_dict(),
-                 "scaler": run.scaler.state_dict(), "step": step, "rng": random_states}
-        text = json.dumps({**run.info, "step": step}, indent=1)
-        write(run.out / "config.json", lambda path: path.write_text(text))
-        weights.save_model(run.raw, run.out / "model.safetensors")
-        write(run.out / "state.pt", lambda path: torch.save(state, path))
-    if world > 1:
-        dist.barrier()                                  # nobody runs ahead of a half-written file
+    # all else is equal on all processes: one writes, and nobody runs ahead of a half-written file
+    on_rank_0(f"the checkpoint of step {step} cannot be written", write_checkpoint, run, step,
+              random_states, run=run)
+    run.place.root, run.saved = run.place.out, time.monotonic()
 
+
+def standing(run):
+    """What is on the disk when a run stops."""
+    steps = checkpoints(run.out)
+    if not steps:
+        return f"{run.out} has no checkpoint of this run yet"
+    return f"the checkpoint of step {steps[0]} in {run.out} is whole"
+
+
+def write_checkpoint(run, step, random_states):
+    """The files of one checkpoint. Each is whole at any moment; the state, without which the others
+    are no checkpoint, comes last."""
+    # state-STEP.pt holds tensors, numbers, strings, lists and dicts only, so that
+    # torch.load(weights_only=True) can read it, which runs no code
+    state = {"step": step, "optimizer": run.optimizer.state_dict(), "rng": random_states,
+             "scaler": run.scaler.state_dict(), "best": run.info["best"]}
+    write(run.out / f"model-{step}.safetensors",
+          lambda path: weights.save_model(run.raw, path, step))
+    write_config(run.out, run.info, step)
+    write(run.out / f"state-{step}.pt", lambda path: save_state(state, path))
+    name_newest(run.out, step)
+    run.place.settle()
+
+    for older in checkpoints(run.out)[2:]:
+        drop(run.out, older)
+
+
+def write_config(folder, info, step):
+    text = json.dumps({**info, "step": step}, indent=1)
+    write(folder / "config.json", lambda path: path.write_text(text))
+
+
+def check_space(run):
+    """Stop where the disk has no room for three checkpoints: two that stand and one on its way."""
+    moments = 1 if run.loop.optimizer == "sgd" else 2
+    size = sum(t.nbytes for t in run.raw.state_dict().values())
+    size += moments * sum(p.nbytes for p in run.raw.parameters() if p.requires_grad)
+    needed = size * (3 - min(2, len(checkpoints(run.out))))
+    free = shutil.disk_usage(run.out).free
+    if free < needed:
+        raise Stop(f"train.py: {run.out}: {free / 1e9:.1f} GB are free, checkpoints of "
+                   f"{size / 1e9:.1f} GB need {needed / 1e9:.1f} GB")
+
+
+# --------------------------------------------------------------------------------------------------
+# Resume
 
 # settings that a resumed run may change: they do not touch what is computed
-FREE = ("resume", "out", "workers", "log_every", "save_every", "evals", "eval_data", "eval_root",
-        "eval_split", "vocab")
+FREE = ("resume", "overwrite", "out", "workers", "log_every", "save_every", "save_minutes", "evals",
+        "eval_data", "eval_root", "eval_split", "eval_limit", "rerank", "rerank_k", "vocab")
+LENGTH = ("steps", "epochs")                            # these, if the schedule allows it
+
+
+def read_config(out):
+    """The config.json of a run -> dict; a Stop where it is damaged."""
+    try:
+        old = json.loads((out / "config.json").read_text())
+        if not all(isinstance(old[part], dict) for part in ("config", "loop", "fingerprint")):
+            raise ValueError("not the settings of a run")
+        return old
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise Stop(f"--resume: {out / 'config.json'}: damaged ({type(e).__name__}: {e}): it cannot "
+                   "be told what the run was trained with") from None
 
 
 def check_same(out, info):
-    """A resumed run must be the run that was stopped: the same model, task and settings."""
-    old = json.loads((out / "config.json").read_text())
+    """A resumed run must be the run that was stopped -> its config.json.
+
+    The same model, task, settings, records and vocabulary.
+    """
+    old = read_config(out)
     new = json.loads(json.dumps(info))                  # tuples become lists, as in the file
     for part in ("model", "task"):
-        if old[part] != new[part]:
-            raise Stop(f"--resume: {out} holds {part} {old[part]}, not {new[part]}")
+        if old.get(part) != new[part]:
+            raise Stop(f"--resume: {out} holds {part} {old.get(part)}, not {new[part]}")
     for part in ("config", "loop"):
         for key in sorted(set(old[part]) | set(new[part])):
-            if key not in FREE and old[part].get(key) != new[part].get(key):
+            if key not in FREE + LENGTH and old[part].get(key) != new[part].get(key):
                 raise Stop(f"--resume: {out} was trained with {key} {old[part].get(key)}, "
                            f"this command says {new[part].get(key)}")
 
+    # files may have changed under names that have not
+    for what, mark in new["fingerprint"].items():
+        if old["fingerprint"].get(what) != mark:
+            raise Stop(f"--resume: {out} was trained with other {what} than these "
+                       f"({old['fingerprint'].get(what)}, now {mark})")
+    return old
+
+
+def check_length(run, old, step):
+    """--steps and --epochs may differ if every learning rate so far would have been the same."""
+    before, now = old["total_steps"], run.info["total_steps"]
+    if now == before:
+        return
+    fields = [f"{key} {old['loop'][key]:g}" for key in LENGTH
+              if old["loop"][key] != getattr(run.loop, key)]
+    told = (f"--resume: {run.out} was trained to step {step} with {', '.join(fields)}, "
+            f"{before} steps in all, this command says {now}")
+    if now < step:
+        raise Stop(told)
+    for s in range(step):
+        if learning_rate(s, before, run.loop) != learning_rate(s, now, run.loop):
+            raise Stop(f"{told}: the {run.loop.schedule} schedule would have given step {s} "
+                       "another learning rate (a constant one can be prolonged)")
+    if data.ranks()[0] == 0:
+        print(f"{run.out}: {now} steps instead of {before}; the learning rates so far are the same")
+
+
+def read_checkpoint(run, step):
+    """Fills the model with the weights of this step -> its state; a Stop where either is damaged.
+
+    Momentum networks, queues and their pointers are buffers: they come with the model.
+    """
+    path = run.out / f"state-{step}.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        known = saved["step"], len(saved["rng"]), saved["optimizer"], saved["scaler"], saved["best"]
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError,
+            pickle.UnpicklingError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise Stop(f"{path}: damaged ({reason[:60]})") from None
+
+    path = run.out / f"model-{step}.safetensors"
+    weights.load_weights(run.raw, path)
+    with safe_open(path, "pt") as file:
+        marked = (file.metadata() or {}).get("step")
+    if known[0] != step or marked != str(step):
+        raise Stop(f"{path}: weights of step {marked}, state of step {known[0]}")
+    return saved
+
 
 def load_checkpoint(run):
-    """Puts everything back as it was when state.pt was written -> the step to go on with."""
+    """Puts everything back as it was at the last whole checkpoint -> the step to go on with."""
     out, (rank, world, _) = run.out, data.ranks()
-    check_same(out, run.info)
-    saved = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+    old = check_same(out, run.info)
+
+    # the newest, or the one before it
+    steps, damage = checkpoints(out), []
+    for step in steps:
+        try:
+            saved = read_checkpoint(run, step)
+            break
+        except Stop as e:
+            damage.append(str(e))
+    else:
+        raise Stop(f"--resume: no checkpoint can be read: {'; '.join(damage)}")
     if len(saved["rng"]) != world:
         raise Stop(f"--resume: {out} was trained by {len(saved['rng'])} processes, "
                    f"these are {world}: the samples would differ")
-
-    # momentum networks, queues and their pointers are buffers: they come with the model
-    run.raw.load_state_dict(saved["model"])
+    check_length(run, old, step)
     run.optimizer.load_state_dict(saved["optimizer"])
     run.scaler.load_state_dict(saved["scaler"])
+    run.info["best"] = saved["best"]
 
     # masks, dropout and hard negatives are drawn as they would have been. Augmentations need no
     # state: data.py derives them from (seed, sample), and the stream starts at this step
@@ -483,58 +811,245 @@ def load_checkpoint(run):
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
 
-    # steps between the checkpoint and the stop will be done, and logged, again
+    # nobody deletes what another process has yet to read
+    stop_if("")
+    on_rank_0("--resume", tidy, out, step, damage)
     if rank == 0:
-        lines = (out / "log.jsonl").read_text().splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= saved["step"]]
-        (out / "log.jsonl").write_text("".join(line + "\n" for line in kept))
-        print(f"resuming {out} at step {saved['step']}")
-    return saved["step"]
+        done = ": it is finished" if step == run.info["total_steps"] else ""
+        print(f"resuming {out} at step {step}{done}")
+    return step
 
 
-def make_directory(out, info, loop):
-    """An empty run directory; what an earlier run left there goes, and that is said."""
-    rank, world, _ = data.ranks()
-    if rank == 0:
-        if loop.resume:
-            print(f"{out / 'state.pt'} not found: nothing to resume, starting at step 0")
-        elif (out / "state.pt").exists():
-            print(f"{out} holds an earlier run: it is replaced")
-        out.mkdir(parents=True, exist_ok=True)
+def tidy(out, step, damage):
+    """Makes this step the newest of a run directory. damage: what was wrong with later ones."""
+    for line in damage:
+        print(f"{line}: going back to the checkpoint of step {step}")
+    for later in checkpoints(out):
+        if later > step:
+            drop(out, later)
+    name_newest(out, step)
+    cut_log(out / "log.jsonl", step)
 
-        # results of other weights would be mistaken for this run's
-        results = [path.name for path in out.glob("eval-*.json")]
-        for name in ["state.pt", "log.jsonl", "model.safetensors", *results]:
-            (out / name).unlink(missing_ok=True)
 
-        # the run keeps its own vocabulary, so that it can be moved and evaluated alone
-        if Path(loop.vocab).resolve() != (out / "vocab.txt").resolve():
-            shutil.copyfile(loop.vocab, out / "vocab.txt")
-        (out / "config.json").write_text(json.dumps({**info, "step": 0}, indent=1))
-    if world > 1:
-        dist.barrier()
+def cut_log(path, step):
+    """Drops the lines of steps that will be done, and logged, again."""
+    kept = []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            # the last one may have been cut off when the run was killed
+            if number < len(lines):
+                raise Stop(f"{path}:{number}: not a line of a log; repair or delete the "
+                           "file") from None
+            print(f"{path}:{number}: cut off in the middle, dropped")
+    write(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def open_directory(run, cfg, samples, workers):
+    """The directory of a stage: its last checkpoint put back, or a new start -> the first step."""
+    steps, root = checkpoints(run.out), run.place.root
+    if not steps and holds_run(run.out):
+        raise Stop(f"--resume: {run.out} has no state-STEP.pt to resume: --init {run.out} with "
+                   "another --out starts from its weights, --overwrite replaces it")
+    if run.part and (root / "model.safetensors").exists():
+        raise Stop(f"--resume: {root} holds a run without stages, this command has stages")
+    on_rank_0("the run cannot begin", prepare_directory, run, steps)
+    if "features" in data.view_keys(run.info["views"]).values():
+        store_features(run, cfg, samples, workers)
+    if steps:
+        return load_checkpoint(run)
+
+    # from here on every process draws its own masks
+    if hasattr(run.raw, "prepare"):
+        run.raw.prepare(samples)
+    torch.manual_seed(run.loop.seed + data.ranks()[0])
+    return 0
+
+
+def prepare_directory(run, steps):
+    """Makes the folder, with the vocabulary and an empty log where a run begins."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    check_space(run)
+
+    # the run keeps its own vocabulary, so that it can be moved and evaluated alone
+    copy, given = run.out / "vocab.txt", Path(run.loop.vocab)
+    if not (copy.exists() and copy.read_bytes() == given.read_bytes()):
+        if steps:
+            print(f"{copy} was missing or another one: it is {given} again")
+        shutil.copyfile(given, copy)
+    if not steps:
+        if run.loop.resume:
+            print(f"nothing to resume in {run.out}: starting at step 0")
+        (run.out / "log.jsonl").write_text("")          # of a run that died without a checkpoint
+
+
+# --------------------------------------------------------------------------------------------------
+# What stops a run: signals, and numbers that are not finite
+
+GO_ON = 75                          # exit status of a run that was asked to stop: EX_TEMPFAIL
 
 
 class Interrupt:
-    """The first Ctrl-C asks the loop to save and stop after this step; a second stops at once.
-
-    With several processes, whose steps it would tear apart, Ctrl-C stops at once and the last
-    checkpoint stands.
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to save and stop; a second Ctrl-C stops at
+    once. A signal that was ignored when the run began, as nohup does, stays ignored.
     """
 
     def __init__(self):
-        self.asked, self.old = False, None
-        if data.ranks()[1] == 1:
-            with contextlib.suppress(ValueError):       # not the main thread: no handler to set
-                self.old = signal.signal(signal.SIGINT, self.ask)
+        self.asked, self.old = "", {}
 
-    def ask(self, *_):
-        self.asked = True
-        self.restore()
+    def __enter__(self):
+        with contextlib.suppress(ValueError):           # not the main thread: no handler to set
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.old[number] = signal.signal(number, self.ask)
+        return self
 
-    def restore(self):
-        if self.old is not None:
-            signal.signal(signal.SIGINT, self.old)
+    def ask(self, number, _):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = self.asked or signal.Signals(number).name
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+class Watch:
+    """Remembers the first step whose loss or gradient norm was not finite.
+
+    On the device: a step asks nothing, so that Python need not wait for the GPU. The answer is read
+    where processes agree(), before each log line and each checkpoint. An overflow that the scaler
+    of fp16 skips is none: its norm is not shown here. Without --clip no norm is computed; the next
+    loss, or save()'s look at the weights, tells then.
+    """
+
+    def __init__(self, device):
+        self.bad, self.first = torch.zeros((), dtype=torch.bool, device=device), {}
+
+    def see(self, step, loss, logs, norm):
+        """loss, logs ({name: 0-d}) and norm (0-d or None) of one step."""
+        now = {"step": torch.full_like(loss, step, dtype=torch.float64), "loss": loss, **logs}
+        if norm is not None:
+            now["gradient norm"] = norm
+
+        # the first bad step stays, others are replaced by the next
+        for name, value in now.items():
+            value = value.detach()
+            self.first[name] = torch.where(self.bad, self.first.get(name, value), value)
+        for value in (loss, norm):
+            if value is not None:
+                self.bad = self.bad | ~value.detach().isfinite()
+
+    def trouble(self):
+        """What was not finite, in words; "" if all was."""
+        if not self.bad:
+            return ""
+        values = {name: value.item() for name, value in self.first.items()}
+        step = int(values.pop("step"))
+        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        return f"train.py: not finite at step {step}: {told}"
+
+
+def agree(run, watch, stop):
+    """What all processes do after this step -> (stop?, checkpoint by time?), the same on all.
+
+    One exchange of three numbers, at log lines: a signal may have reached one process alone, the
+    clock is that of rank 0, and where any saw a number that is not finite, all stop.
+    """
+    rank, world, _ = data.ranks()
+    minutes = (time.monotonic() - run.saved) / 60
+    late = rank == 0 and 0 < run.loop.save_minutes <= minutes
+    flags = torch.tensor([bool(watch.bad), bool(stop.asked), late], dtype=torch.int32)
+    if world > 1:
+        flags = flags.to(run.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    bad, asked, late = flags.tolist()
+    if bad:
+        trouble = watch.trouble()
+        stop_if(trouble and f"{trouble}; {standing(run)}")
+    return bool(asked), bool(late)
+
+
+# --------------------------------------------------------------------------------------------------
+# Validation while training
+
+VALIDATION = 500                    # records of val, at most
+
+
+def default_evaluations(module, task, model, trained):
+    """The evaluations of a task; a loss left out may leave an encoder out, and them with it.
+
+    trained: the task of the last stage, which the model was built for.
+    """
+    there = evaluation.offered(model, trained)
+    return [name for name in module.EVALS[task] if name in there]
+
+
+def share_buffers(raw):
+    """All processes evaluate what is saved: the buffers of rank 0. The running means of batch norm
+    differ from process to process, as each has seen its own samples."""
+    if data.ranks()[1] > 1:
+        for buffer in raw.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
+
+
+def validate(run, step):
+    """The task's evaluations on split val -> a line of log.jsonl; the best weights go to OUT/best.
+
+    `mean` of the first evaluation decides, or its first number. Random states are put back: the
+    training goes on as if nobody had looked.
+    """
+    rank, world, _ = data.ranks()
+    loop, info = run.loop, run.info
+    limit = min(VALIDATION, loop.eval_limit or VALIDATION)
+    module, task = evaluation.module_of(run.raw), info["task"]
+    names = default_evaluations(module, task, run.raw, task)
+    if not names:
+        raise Stop(f"train.py: --eval_every: {info['task']} has no evaluation here")
+    numbers = {}
+    share_buffers(run.raw)
+    with evaluation.seeded(loop.seed, run.device):
+        for name in names:
+            found = evaluation.evaluate(run.raw, info, name, {"split": "val", "limit": limit},
+                                        rank, world, quiet=True)
+            numbers[name] = found["metrics"]
+
+    # which number decides
+    first = numbers[names[0]]
+    metric = "mean" if "mean" in first else next(iter(first))
+    score, best = first[metric], info["best"]
+    if rank == 0:
+        log_line(run, {"step": step, "split": "val", "limit": limit, **numbers})
+        tqdm.write(f"step {step}, val (at most {limit:,} records): {names[0]} {metric} {score:.2f}")
+
+    # the numbers before the first step show that it can be done, and what has to be beaten
+    if step and (best is None or score > best["score"]):
+        info["best"] = {"step": step, "evaluation": names[0], "metric": metric, "score": score,
+                        "split": "val", "limit": limit}
+        check_finite(run, step)
+        on_rank_0("the best weights cannot be written", save_best, run, step, run=run)
+
+
+def save_best(run, step):
+    """OUT/best: a run directory of its own, for eval.py and --init."""
+    best = run.out / "best"
+    best.mkdir(exist_ok=True)
+    shutil.copyfile(run.out / "vocab.txt", best / "vocab.txt")
+    write(best / "model.safetensors", lambda path: weights.save_model(run.raw, path, step))
+    write_config(best, run.info, step)
+
+
+def log_line(run, line):
+    """A line more of log.jsonl. Rank 0 writes; a full disk ends the run in one line."""
+    try:
+        with open(run.out / "log.jsonl", "a") as file:
+            print(json.dumps(line), file=file)
+    except OSError as e:
+        raise Stop(f"train.py: {run.out / 'log.jsonl'}: {e.strerror}; {standing(run)}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -624,13 +1139,13 @@ def feature_key(raw, loop, views):
 
 
 @torch.no_grad()
-def store_features(out, raw, loop, cfg, samples, views, device, workers):
+def store_features(run, cfg, samples, workers):
     """Features of a frozen model are computed once for all epochs, and kept beside the run."""
     rank, world, _ = data.ranks()
-    out.mkdir(parents=True, exist_ok=True)
+    views = run.info["views"]
     samples.features = data.store_features(
-        out / "features.npy", feature_key(raw, loop, views), raw.visual_features,
-        samples.records, views, samples.tokenizer, cfg.image_size, cfg.max_text, device,
+        run.out / "features.npy", feature_key(run.raw, run.loop, views), run.raw.visual_features,
+        samples.records, views, samples.tokenizer, cfg.image_size, cfg.max_text, run.device,
         rank=rank, world=world, workers=workers)
 
 
@@ -755,19 +1270,28 @@ def count_steps(loop, records, untrained):
     return units, epoch_steps, total
 
 
-def train(module, name, preset, task, given, out, stage=0, init=""):
-    """One stage of one task, on every process -> (the bare model, the run's info)."""
-    main_task = task
-    loop, cfg, task = stage_settings(module, preset, task, given, out, stage, init)
-    rank, world, _ = data.ranks()
-    device = choose_device(loop)
+def fingerprint(records, loop):
+    """What a resumed run must find unchanged, whatever its files are called."""
+    return {"records": records.fingerprint(),
+            "vocabulary": hashlib.sha256(Path(loop.vocab).read_bytes()).hexdigest()[:16]}
 
-    # --batch_size is what one optimizer step sees, whatever the number of processes and of passes:
-    # rates and schedules of the recipe hold on one GPU as on eight
+
+def samples_per_pass(loop, world):
+    """--batch_size is what one optimizer step sees, whatever the number of processes and of passes:
+    rates and schedules of the recipe hold on one GPU as on eight."""
     if loop.batch_size % (world * loop.accum):
         raise Stop(f"train.py: --batch_size {loop.batch_size} is not a multiple of {world} "
                    f"processes x {loop.accum} accumulation steps")
-    micro = loop.batch_size // (world * loop.accum)
+    return loop.batch_size // (world * loop.accum)
+
+
+def train(module, name, preset, task, given, place, part="", stage=0, init=""):
+    """One stage of one task, on every process -> (the bare model, the run's info)."""
+    main_task = task
+    loop, cfg, task = stage_settings(module, preset, task, given, place.out / part, stage, init)
+    rank, world, _ = data.ranks()
+    device = choose_device(loop)
+    micro = samples_per_pass(loop, world)
 
     # data, and what the model must know of it
     views = dict(module.VIEWS[task])
@@ -781,7 +1305,6 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
                          image_view=loop.image_view or None, tag_names=stats.get("tags"),
                          max_regions=getattr(cfg, "max_regions", None))
     workers = loop.workers if loop.workers >= 0 else (os.cpu_count() or 1) // 4
-
     units, epoch_steps, total = count_steps(loop, records, untrained)
     check_warmup(given.get("warmup_steps", 0), total)
     check_memory(module, cfg, task, stats, micro)
@@ -794,33 +1317,24 @@ def train(module, name, preset, task, given, out, stage=0, init=""):
             "config": dataclasses.asdict(cfg), "loop": dataclasses.asdict(loop),
             "files": sorted(evaluation.real_files(loop.data, views["source"], loop.split)),
             "stats": stats, "views": views, "total_steps": total, "data_notes": records.notes,
+            "fingerprint": fingerprint(records, loop), "best": None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-
-    check_closing(module, preset, main_task, given, out, raw, info)
-    if "features" in data.view_keys(views).values():
-        store_features(out, raw, loop, cfg, samples, views, device, workers)
-    resuming = loop.resume and (out / "state.pt").exists()
-    if hasattr(raw, "prepare") and not resuming:
-        raw.prepare(samples)
-    run = Run(loop, info, out, raw, make_optimizer(raw, loop), device,
+    check_closing(module, preset, main_task, given, place.out, raw, info)
+    run = Run(loop, info, place, part, raw, make_optimizer(raw, loop), device,
               *choose_precision(loop, device), micro, epoch_steps)
 
-    # go on where the checkpoint stands, or begin; from here on every process draws its own masks
-    start = 0
-    if resuming:
-        start = load_checkpoint(run)
-    else:
-        make_directory(out, info, loop)
-        torch.manual_seed(loop.seed + rank)
-    if rank == 0:
-        print("\n".join(describe(run, records, module, news)))
+    # all that could be refused has been: the directory, and the first step
+    start = open_directory(run, cfg, samples, workers)
     stream = data.batches(samples, micro, loop.seed, rank, world, start * loop.accum, workers,
                           units)
-    run_loop(run, stream, start)
+    if rank == 0:
+        print("\n".join(describe(run, records, module, news)))
+    with Interrupt() as stop:
+        run_loop(run, stream, start, stop)
     return raw, info
 
 
-def run_loop(run, stream, start):
+def run_loop(run, stream, start, stop):
     """Optimizer steps start..total-1: the loop itself, the same for every model and task.
 
     `raw` is the model as it was built. DDP wraps it, hides its hooks and puts a prefix before the
@@ -828,7 +1342,7 @@ def run_loop(run, stream, start):
     """
     loop, raw, optimizer, scaler = run.loop, run.raw, run.optimizer, run.scaler
     rank, world, local = data.ranks()
-    total, model = run.info["total_steps"], raw
+    total, model, norm = run.info["total_steps"], raw, None
 
     # compile() in place keeps the names of weights, which torch.compile(model) would change
     if loop.compile:
@@ -841,10 +1355,12 @@ def run_loop(run, stream, start):
         devices = [local] if run.device.type == "cuda" else None
         model = DistributedDataParallel(raw, device_ids=devices, broadcast_buffers=False)
 
-    stop, log = Interrupt(), open(run.out / "log.jsonl", "a") if rank == 0 else None
+    if loop.eval_every and start == 0:
+        validate(run, 0)
     bar = tqdm(total=total, initial=start, desc=f"{run.info['model']} {run.info['task']}",
                disable=rank > 0, mininterval=1.0, dynamic_ncols=True)
-    since, since_step, unreadable = time.perf_counter(), start, torch.zeros((), dtype=torch.long)
+    watch, unreadable = Watch(run.device), torch.zeros((), dtype=torch.long)
+    since, since_step, run.saved = time.perf_counter(), start, time.monotonic()
     for step in range(start, total):
         # every group follows the schedule, from its own peak
         lr = learning_rate(step, total, loop)
@@ -853,6 +1369,7 @@ def run_loop(run, stream, start):
 
         # forward and backward, `accum` times. Gradients add up until they are zeroed, and losses
         # are means: divided by `accum`, the sum is the gradient of the whole batch
+        losses = 0
         for i in range(loop.accum):
             batch = next(stream)
             unreadable += batch.pop("bad").sum()
@@ -866,6 +1383,7 @@ def run_loop(run, stream, start):
                 with run.autocast:
                     result = model(batch)
                 scaler.scale(result["loss"] / loop.accum).backward()
+            losses = losses + result["loss"].detach()
 
             # queues take the new keys only now: the graph that read them is gone, so that they can
             # be written in place
@@ -876,7 +1394,7 @@ def run_loop(run, stream, start):
         # true size; with fp16 the scaler divides them back first
         if loop.clip:
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(raw.parameters(), loop.clip)
+            norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), loop.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)           # frees the memory instead of writing zeros
@@ -885,38 +1403,57 @@ def run_loop(run, stream, start):
         if hasattr(raw, "after_step"):
             raw.after_step(step + 1, total, run.epoch_steps)
         done = step + 1
+        watch.see(done, losses, result["logs"], None if scaler.is_enabled() else norm)
         bar.update()
+
+        # most steps end here: with several processes all of them must know which
+        logging, validating, saving = due(done, total, loop)
+        if not (logging or validating or saving or stop.asked and world == 1):
+            continue
+        stopping, late = agree(run, watch, stop)
 
         # a log line. A GPU works through a queue of kernels while Python runs ahead; .item() makes
         # Python wait until the queue is empty. So losses stay on the device until here
-        if done % loop.log_every == 0 or done == total:
-            losses = {"loss": result["loss"], **result["logs"]}
-            values = {name: value.item() for name, value in losses.items()}
-            if not math.isfinite(values["loss"]):
-                raise Stop(f"train.py: the loss is {values['loss']} at step {done} on rank {rank}: "
-                           f"{values}; the last checkpoint is whole")
+        if logging:
+            values = {"loss": result["loss"], **result["logs"]}
+            values = {name: value.item() for name, value in values.items()}
             if rank == 0:
                 speed = loop.batch_size * (done - since_step) / (time.perf_counter() - since)
-                line = {"step": done, "lr": lr, **values, "samples_per_s": speed,
-                        "unreadable": int(unreadable)}
-                print(json.dumps(line), file=log, flush=True)
+                log_line(run, {"step": done, "lr": lr, **values, "samples_per_s": speed,
+                               "unreadable": int(unreadable)})
                 bar.set_postfix_str(beside_bar(bar, values), refresh=False)
-            since, since_step = time.perf_counter(), done
-
-        # a checkpoint; its seconds do not count in samples_per_s
-        if done % loop.save_every == 0 or done == total or stop.asked:
+        if validating:
+            validate(run, done)
+        if saving or late or stopping:
             save(run, done)
-            since, since_step = time.perf_counter(), done
-        if stop.asked:
-            raise Stop(f"stopped at step {done} of {total}, saved in {run.out}; "
-                       "the same command with --resume goes on")
+        since, since_step = time.perf_counter(), done   # their seconds do not count in the speed
+        if stopping:
+            bar.close()
+            end_stopped(run, done, stop)
 
     bar.close()
-    stop.restore()
-    if not (run.out / "model.safetensors").exists():    # --steps 0
+    share_buffers(raw)
+    if not checkpoints(run.out):                        # --steps 0
         save(run, start)
     if unreadable:
         print(f"  {int(unreadable)} unreadable images on rank {rank} were replaced by others")
+
+
+def due(done, total, loop):
+    """What follows optimizer step number `done` -> (log line?, validation?, checkpoint?)."""
+    last = done == total
+    return (last or done % loop.log_every == 0,
+            loop.eval_every > 0 and done % loop.eval_every == 0,
+            last or loop.save_every > 0 and done % loop.save_every == 0)
+
+
+def end_stopped(run, step, stop):
+    """Ends a run that was asked to stop, with an exit status that scripts can tell from errors."""
+    names = [name for name in data.gather_objects(stop.asked) if name]
+    if data.ranks()[0] == 0:
+        print(f"stopped at step {step} of {run.info['total_steps']} by {names[0]}, saved in "
+              f"{run.out}; the same command with --resume goes on", file=sys.stderr)
+    raise SystemExit(GO_ON)
 
 
 def closing(module, raw, task, trained, loop):
@@ -925,9 +1462,8 @@ def closing(module, raw, task, trained, loop):
     if loop.evals == "none":
         return [], {}
     names = loop.evals.split(",")
-    if loop.evals == "default":                         # a loss left out may leave an encoder out
-        there = evaluation.offered(raw, trained)
-        names = [name for name in module.EVALS[task] if name in there]
+    if loop.evals == "default":
+        names = default_evaluations(module, task, raw, trained)
     return names, {"split": loop.eval_split or None, "limit": loop.eval_limit or None}
 
 
@@ -952,33 +1488,44 @@ def closing_evaluations(module, raw, task, info, folder):
     return {name: evaluation.evaluate(raw, info, name, options, rank, world) for name in names}
 
 
+# how long a process waits for the others: one may be alone with an index, a save or a table
+PATIENCE = datetime.timedelta(minutes=30)
+
+
+def connect(device):
+    """Joins the processes that torchrun started."""
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda:
+        torch.cuda.set_device(data.ranks()[2])          # what NCCL sends goes through this GPU
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+
+
 def main(argv=None):
     """The command line: trains every stage of the task, then evaluates -> {evaluation: result}."""
     began = time.time()
     module, name, preset, task, given = parse(sys.argv[1:] if argv is None else argv)
     rank, world, _ = data.ranks()
-    if world > 1 and not dist.is_initialized():
-        cuda = torch.cuda.is_available() and given.get("device") != "cpu"
-        dist.init_process_group("nccl" if cuda else "gloo")
-
-    # a later stage's state from an earlier run must not pass for this run's
-    out = Path(given.get("out") or f"out/{name}-{task}")
     stages = count_stages(module, preset, task, given)
-    if not given.get("resume") and rank == 0:
-        for state in out.glob("stage-*/state.pt"):
-            state.unlink()
+    check_start(given)
+    if world > 1 and not dist.is_initialized():
+        connect(given.get("device"))
 
     # a recipe may have stages: each starts from the weights of the one before, in its own
     # directory, with its own optimizer and schedule
-    init = ""
-    for stage in range(stages):
-        folder = out / f"stage-{stage + 1}" if stages > 1 else out
-        raw, info = train(module, name, preset, task, given, folder, stage, init)
-        init = str(folder)
+    out, init = Path(given.get("out") or f"out/{name}-{task}"), ""
+    with Place(out, given.get("resume"), given.get("overwrite")) as place:
+        for stage in range(stages):
+            part = f"stage-{stage + 1}" if stages > 1 else ""
+            raw, info = train(module, name, preset, task, given, place, part, stage, init)
+            init = str(out / part)
+        results = closing_evaluations(module, raw, task, info, out / part)
 
-    results = closing_evaluations(module, raw, task, info, folder)
     if rank == 0:
-        print(f"\n{time.time() - began:.0f} s in all. Checkpoint: {folder / 'model.safetensors'}")
+        print(f"\n{time.time() - began:.0f} s in all. Checkpoint: "
+              f"{out / part / 'model.safetensors'}")
+        if info["best"]:
+            print("Best while training: {evaluation} {metric} {score:.1f} on {split} (at most "
+                  "{limit} records), step {step}: ".format(**info["best"]) + f"{out / part}/best")
         if task == module.TASKS[0] and len(module.TASKS) > 1:       # pre-trained: fine-tune it
             print(f"Next: python train.py --model {name} --task {module.TASKS[1]} --init {out}")
         else:
@@ -989,8 +1536,33 @@ def main(argv=None):
     return results
 
 
-if __name__ == "__main__":
+def check_start(given):
+    """Refuses what a restart by torchrun would turn against the run."""
+    if given.get("resume") and given.get("overwrite"):
+        raise Stop("train.py: --resume keeps the run in --out, --overwrite replaces it: not both")
+    if given.get("overwrite") and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise Stop("train.py: --overwrite with torchrun's --max_restarts: a restarted worker would "
+                   "replace the run that it should go on with; give --resume, and another --out or "
+                   "an empty one")
+
+
+# what torch's errors say when another process of the run has ended
+LOST = r"Connection (closed|reset)|by peer|remote process|Broken pipe|NCCL|gloo|timed out"
+
+
+def run_script():
+    """main(), with the ends that a command can have in one line each."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted; the last checkpoint stands")
+    except RuntimeError as e:
+        if data.ranks()[1] == 1 or not re.search(LOST, str(e)):
+            raise
+        sys.exit(f"train.py: rank {data.ranks()[0]} lost another process, whose own message says "
+                 f"why ({str(e).splitlines()[0][:80]}); the last checkpoint stands, --resume goes "
+                 "on")
+
+
+if __name__ == "__main__":
+    run_script()

@@ -1327,8 +1327,9 @@ BASE = {
 NOT_THE_SCHEDULE = {
     "data", "image_root", "image_id", "vocab", "split", "hold_out", "regions", "limit", "tag_words",
     "paraphrase", "stage_data", "stage_root", "workers", "warmup_lr", "min_lr", "seed", "out",
-    "init", "resume", "device", "amp", "compile", "log_every", "save_every", "evals", "eval_data",
-    "eval_root", "eval_split", "eval_limit", "rerank_k", "rerank"}
+    "init", "resume", "overwrite", "device", "amp", "compile", "log_every", "save_minutes",
+    "save_every", "eval_every", "evals", "eval_data", "eval_root", "eval_split", "eval_limit",
+    "rerank_k", "rerank"}
 
 
 def test_the_defaults_are_the_papers():

@@ -1406,7 +1406,7 @@ def test_check(tmp_path, world, capsys):
         data.main(["check", lines(tmp_path / "s.jsonl", [row]), "--split", "val"])
 
 
-def test_the_command_line_makes_no_region_file():
+def test_the_command_line_makes_no_region_file(capsys):
     with pytest.raises(SystemExit, match="invalid choice: 'regions'"):
         data.main(["regions", "--images", ".", "--out", "x"])
     with pytest.raises(SystemExit):

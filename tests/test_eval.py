@@ -1506,7 +1506,7 @@ def small_conlip(photos, out, *flags):
     (["--eval_split", "dev"], "no split 'dev'"),
     (["--eval_data", "no.json"], "--eval_data no.json: no such file"),
     (["--eval_root", "nowhere"], "nowhere: no such directory"),
-    (["--rerank_k", "-1"], "--rerank_k -1"), (["--eval_limit", "-1"], "--limit -1: at least 1"),
+    (["--rerank_k", "-1"], "--rerank_k -1"), (["--eval_limit", "-1"], "--eval_limit -1: from 0 to"),
     (["--evals", "hashing"], "does not offer it"),
     (["--evals", "sts", "--eval_split", "val"], "reads sts, the run's data are pairs"),
     (["--evals", "retrieval,sts", "--eval_split", "val", "--eval_data", "{vocab}"], "vocab.txt")])

@@ -1949,9 +1949,9 @@ def test_mct_every_task_trains(tmp_path, tok, capsys):
     # stored features stay where weights stay, and are made anew for other weights
     stored = tmp_path / "linear" / "features.npy"
     first = stored.stat().st_mtime_ns
-    run("linear", *init, "--lr", "1.0", "--evals", "none")
+    run("linear", *init, "--lr", "1.0", "--steps", "30", "--evals", "none", "--resume")
     assert stored.stat().st_mtime_ns == first
-    run("linear", "--lr", "1.0", "--evals", "none")
+    run("linear", "--lr", "1.0", "--evals", "none", "--overwrite")
     assert stored.stat().st_mtime_ns != first
 
 

@@ -64,7 +64,7 @@ def codis_run(out, *more, steps=1):
 
 
 def state_of(path):
-    return torch.load(Path(path) / "state.pt", weights_only=True)["model"]
+    return load_file(Path(path) / "model.safetensors")
 
 
 def read_json(path):
@@ -237,21 +237,25 @@ def test_every_task_trains_a_few_steps_and_writes_its_run(model, task):
     train.main(["--model", model, "--task", task, "--steps", "2", "--log_every", "1", "--out", out,
                 "--limit", "100", *small(model)])
     run = weights.find_run(out)
-    files = {"config.json", "model.safetensors", "state.pt", "log.jsonl", "vocab.txt"}
-    assert files <= {path.name for path in run.iterdir()}
+    files = {"config.json", "model.safetensors", "model-2.safetensors", "state-2.pt", "log.jsonl",
+             "vocab.txt", "lock"}
+    features = {"features.npy", "features.json", "lock"}
+    assert files - {"lock"} == {path.name for path in run.iterdir()} - features
     assert read_json(run / "config.json")["step"] == 2
     assert [line["step"] for line in log_of(run)] == [1, 2]
     assert all(line["loss"] == line["loss"] for line in log_of(run)), "not a number"
 
-    # both files of weights hold the same
+    # the weights come back
     trained, _ = weights.load_run(run)
-    assert same(trained.state_dict(), state_of(run))
+    state = trained.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in state_of(run).items())
 
 
 @pytest.mark.parametrize("accum", ["1", "2"])
 def test_resume_is_bit_for_bit(accum):
     command = ["--model", "codis", "--steps", "4", "--accum", accum, "--save_every", "2", *SMALL]
-    train.main([*command, "--out", "out/whole"])
+    whole, killed = f"out/whole{accum}", f"out/killed{accum}"
+    train.main([*command, "--out", whole])
 
     # the same run, killed after step 3: its process dies without a chance to tidy up
     script = ("import os, train, models.codis as m\n"
@@ -260,13 +264,13 @@ def test_resume_is_bit_for_bit(accum):
               "    old(self, step, *a)\n"
               "    step == 3 and os.kill(os.getpid(), 9)\n"
               "m.Codis.after_step = after_step\n"
-              f"train.main({[*command, '--out', 'out/killed']!r})")
+              f"train.main({[*command, '--out', killed]!r})")
     done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True)
     assert done.returncode == -9, done.stderr.decode()[-2000:]
 
-    train.main([*command, "--out", "out/killed", "--resume"])
-    assert same(state_of("out/whole"), state_of("out/killed"))
-    steps = [line["step"] for line in log_of("out/killed")]
+    train.main([*command, "--out", killed, "--resume"])
+    assert same(state_of(whole), state_of(killed))
+    steps = [line["step"] for line in log_of(killed)]
     assert steps == sorted(set(steps))
 
 
@@ -482,16 +486,18 @@ def test_resume_knows_the_stage(squares, tmp_path, monkeypatch):
         return real(self, batch)
     monkeypatch.setattr(imagebert.ImageBert, "forward", forward)
 
-    # stopped in the first stage, then in the second; what an earlier run left there is not taken
-    for stop in (2, 5):
+    # stopped in the first stage, then in the second, of a run that replaces another one: that one
+    # is gone with the first checkpoint, its second stage too
+    for stop, left in ((2, 5), (5, 2)):
         steps.clear()
         with pytest.raises(KeyboardInterrupt):
-            train.main(args("cut"))
+            train.main(args("cut", "--overwrite"))
         stop = 0
+        assert (tmp_path / "cut" / "stage-2" / "model.safetensors").exists() == (left == 2)
         steps.clear()
         train.main(args("cut", "--resume"))
-        assert len(steps) in (5, 2)
-        for whole, cut in zip(states(tmp_path / "whole"), states(tmp_path / "cut")):
+        assert len(steps) == left
+        for whole, cut in zip(states(tmp_path / "whole"), states(tmp_path / "cut"), strict=True):
             assert same(whole, cut)
 
 

@@ -18,7 +18,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import pickle
 import re
 import sys
@@ -53,16 +52,16 @@ def tied_names(model):
     return list(groups.values())
 
 
-def save_model(model, path):
-    """Writes parameters and buffers as safetensors, whole or not at all.
+def save_model(model, path, step=None):
+    """Writes parameters and buffers as safetensors; `step` becomes its mark.
 
-    Of tied tensors only the first is kept, as the format refuses shared memory.
+    Of tied tensors only the first is kept, as the format refuses shared memory. One mark and no
+    second: safetensors writes several in any order, and equal weights should be equal files.
     """
-    state, path = model.state_dict(), Path(path)
+    state = model.state_dict()
     tensors = {bare_name(group[0]): state[group[0]] for group in tied_names(model)}
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
-    os.replace(path.with_suffix(".tmp"), path)
+    save_file(tensors, path, metadata={"format": "pt"} if step is None else {"step": str(step)})
 
 
 # what names of weights looked like before there was one Block for all towers

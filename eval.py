@@ -1248,19 +1248,41 @@ def match_scores(ev, records, texts, wanted=None):
             images, index = ev.states("image", batch), batch["index"].cpu()
         of_batch = torch.ones(len(index), m) if wanted is None else wanted[index]
 
-        # The pairs of these images: a number in the batch, a number of a caption.
-        for pairs in of_batch.nonzero().split(ev.opts.pairs):
-            i, caption = pairs.T
-            pair = {name: t[i.to(t.device)] for name, t in images.items()}
-            pair |= {name: t[caption].to(ev.device) for name, t in texts.items()}
+        # Images with their captions: what match() makes of an image is made once for all of them.
+        for i, captions in image_groups(of_batch, ev.opts.pairs):
+            pairs = {name: t[i.to(t.device)] for name, t in images.items()}
+            pairs |= {name: t[captions.flatten()].to(ev.device) for name, t in texts.items()}
             with ev.autocast:
-                out[index[i], caption] = ev.model.match(pair).float().cpu()
+                scores = ev.model.match(pairs).float().cpu()
+            out[index[i, None], captions] = scores.view_as(captions)
 
     # A pair is scored by one process: the others add 0.
     if ev.world > 1:
         out = out.to(ev.device)
         dist.all_reduce(out)
     return out.cpu()
+
+
+def image_groups(wanted, pairs):
+    """The pairs that are wanted, images with about as many captions together -> list of (numbers of
+    images (U,), numbers of their captions (U, C)), at most `pairs` pairs in each.
+
+    wanted: (N, M), not 0 where a pair is wanted. An image of fewer than C captions repeats one.
+    """
+    # An image with its captions is a row, and several if they are more than `pairs`.
+    rows = []
+    for image, flags in enumerate(wanted):
+        captions = flags.nonzero().flatten()
+        rows += [(image, part) for part in captions.split(pairs) if len(part)]
+    rows.sort(key=lambda row: len(row[1]), reverse=True)
+
+    groups = []
+    while rows:
+        length = len(rows[0][1])
+        group, rows = rows[:pairs // length], rows[pairs // length:]
+        filled = [torch.cat([part, part[:1].expand(length - len(part))]) for _, part in group]
+        groups.append((torch.tensor([image for image, _ in group]), torch.stack(filled)))
+    return groups
 
 
 def gallery_spans(ev, owner):
@@ -2130,15 +2152,15 @@ def score_pairs(ev, images, texts):
     captions = {name: torch.cat([state[name] for state in states]) for name in states[0]}
     m = len(next(iter(captions.values())))
 
-    # Pair number n * M + m is picture n with caption m.
+    # One picture with as many captions as go at once.
     out = []
     for batch in images:
         pictures = ev.states("image", batch)
-        n = len(next(iter(pictures.values())))
-        for pair in torch.arange(n * m, device=ev.device).split(ev.opts.pairs):
-            both = {name: t[pair // m] for name, t in pictures.items()}
-            both |= {name: t[pair % m] for name, t in captions.items()}
-            out.append(ev.model.match(both))
+        for n in range(len(next(iter(pictures.values())))):
+            picture = {name: t[n:n + 1] for name, t in pictures.items()}
+            for part in torch.arange(m, device=ev.device).split(ev.opts.pairs):
+                texts_of_part = {name: t[part] for name, t in captions.items()}
+                out.append(ev.model.match(picture | texts_of_part))
     return torch.cat(out)
 
 

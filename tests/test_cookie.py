@@ -1734,7 +1734,7 @@ def run(world, out, *flags):
 
 
 def test_both_stages_and_fine_tuning(world, tmp_path):
-    pairs_ = ("--data", world / "pairs.jsonl")
+    pairs_ = ("--data", world / "pairs.jsonl", "--hold_out", 0)
     result = run(world, tmp_path / "a", *pairs_)
     assert result["retrieval"]["metrics"]["rsum"] > 0
     one, two = (json.loads((tmp_path / "a" / f"stage-{s}" / "config.json").read_text())

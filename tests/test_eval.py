@@ -627,8 +627,10 @@ class Tables(nn.Module):
         return {"text_word": batch["text"][:, 1]}
 
     def match(self, batch):
-        self.calls["match"] += len(batch["image_number"])
-        return self.pairs[batch["image_number"], batch["text_word"]]
+        """Each of U images has B/U of the texts."""
+        self.calls["match"] += len(batch["text_word"])
+        each = len(batch["text_word"]) // len(batch["image_number"])
+        return self.pairs[batch["image_number"].repeat_interleave(each), batch["text_word"]]
 
 
 class Matcher(Tables):
@@ -636,7 +638,9 @@ class Matcher(Tables):
     offers = {"match"}
 
     def match(self, batch):
-        return self.pairs[level(batch["image"]), batch["text"][:, 1]]
+        images = level(batch["image"])
+        each = len(batch["text"]) // len(images)
+        return self.pairs[images.repeat_interleave(each), batch["text"][:, 1]]
 
 
 class Answerer(Tables):
@@ -1518,7 +1522,7 @@ def test_evaluations_are_checked_before_the_run_begins(photos, tmp_path, flags, 
     with pytest.raises(SystemExit, match=message) as error:
         train.main(small_conlip(photos, tmp_path / "run", *flags))
     assert "\n" not in str(error.value)
-    assert os.listdir(tmp_path / "run") == ["log.jsonl"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["lock", "log.jsonl"]
 
 
 def test_a_gallery_beyond_memory_is_refused_before_the_run(photos, tmp_path, monkeypatch):

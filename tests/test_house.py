@@ -312,7 +312,7 @@ def test_readme_commands_run_with_three_steps(tmp_path, monkeypatch):
         if script == "train.py":
             train.main([*argv, "--steps", "3", "--eval_limit", "40"])
         elif script == "eval.py":
-            evaluation.main(argv)
+            evaluation.main(argv if "--image" in argv else [*argv, "--limit", "40"])
         else:
             program = ["-m", script] if script.startswith("tools.") else [str(ROOT / script)]
             subprocess.run([sys.executable, *program, *argv], check=True,

@@ -204,8 +204,8 @@ def asked_imagebert(cfg, model):
     return 3 * (layers(12, tokens) + words_out)
 
 
-# TFLOP, GiB saved for backward, operations (of torch 2.14) of a step of 64 samples. A smaller number
-# is an improvement, to be written here; a larger one is a slowdown on every machine.
+# TFLOP, GiB saved for backward, operations (of torch 2.14) of a step of 64 samples. A smaller
+# number is an improvement, to be written here; a larger one is a slowdown on every machine.
 COUNTS = {
     "codis": (15.303, 18.035, 4791),
     "conlip": (20.213, 23.211, 2704),

@@ -497,7 +497,7 @@ def test_one_table_with_the_real_scripts(squares, monkeypatch, tmp_path):
     summary = tables.main(["conlip", "Real", "--seeds", "1", "--runs", str(tmp_path / "r"),
                            "--results", str(tmp_path), "--data", str(squares.small), "--vocab",
                            str(squares.vocab), "--steps", "2", "--batch_size", "8", "--workers",
-                           "0", "--device", "cpu"])[0]
+                           "0", "--device", "cpu", "--hold_out", "0"])[0]
     found = list(summary["rows"]["only"]["values"].values()) or summary["left_out"]
     line = json.loads((tmp_path / "conlip.jsonl").read_text())
     assert found and line["trained"].startswith("pretrain --data")

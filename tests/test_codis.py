@@ -1673,6 +1673,13 @@ def test_codis_evaluation_by_hand(task):
     assert min((z_v - m_v).abs().max(), (z_t - m_t).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("block", [-1, 2, 99])
+def test_codis_gradcam_of_a_layer_that_is_not_there(block):
+    model = make_model(fusion_layers=2, task="retrieval").eval()
+    with pytest.raises(SystemExit, match=f"--block {block}: the fusion has 2 layers, from 0 on"):
+        model.gradcam(make_batch(model.cfg), block)
+
+
 @pytest.mark.parametrize("layers, block, default", [(1, 0, True), (2, 0, True), (3, 1, True),
                                                     (4, 2, True), (5, 2, True), (3, 0, False)])
 def test_codis_gradcam_by_hand(layers, block, default):

@@ -1284,6 +1284,32 @@ def test_a_shortlist_of_another_run(letters, two_runs, region_run):
         ev.main([*opts, "--candidates", "2", "--candidates_from", region_run])
 
 
+@pytest.mark.parametrize("pairs", [1, 3, 7, 512])
+def test_images_are_grouped_by_their_captions(pairs):
+    """Every wanted pair and no other, few of them twice, at most `pairs` at a time."""
+    g = torch.Generator().manual_seed(3)
+    wanted = torch.rand(9, 20, generator=g) < torch.linspace(0, 1, 9)[:, None]
+    found = []
+    for images, captions in ev.image_groups(wanted, pairs):
+        assert captions.numel() <= pairs and len(images) == len(captions)
+        found += [(i, c) for i, row in zip(images.tolist(), captions.tolist()) for c in row]
+    assert set(found) == {tuple(pair) for pair in wanted.nonzero().tolist()}
+    assert len(found) <= 1.6 * int(wanted.sum())
+
+
+def test_masked_without_a_hidden_place_is_a_row_of_none(world, monkeypatch):
+    """The truth is -100 at every place: nothing to divide by."""
+    class Guesser(Tables):
+        offers = {"masked_predictions"}
+
+        def masked_predictions(self, batch):
+            places = torch.full((len(batch["text"]), 3), -100)
+            return {"mlm": (places.clamp(min=0), places)}
+
+    result = ev.evaluate(Guesser(Config()), info_of(world, "pairs.jsonl"), "masked", {})
+    assert result["rows"] == [{"hidden": "mlm", "places": 0}] and result["metrics"] == {}
+
+
 def test_masked_places_are_the_same_in_every_evaluation(region_run):
     first, again = (ev.main([region_run, "--task", "masked"])["masked"] for _ in range(2))
     assert first["metrics"] == again["metrics"]

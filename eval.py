@@ -1276,10 +1276,12 @@ def image_groups(wanted, pairs):
         rows += [(image, part) for part in captions.split(pairs) if len(part)]
     rows.sort(key=lambda row: len(row[1]), reverse=True)
 
+    # The longest rows first; a group ends where a third of it would be repetitions.
     groups = []
     while rows:
         length = len(rows[0][1])
-        group, rows = rows[:pairs // length], rows[pairs // length:]
+        group = [row for row in rows[:pairs // length] if 3 * len(row[1]) >= 2 * length]
+        rows = rows[len(group):]
         filled = [torch.cat([part, part[:1].expand(length - len(part))]) for _, part in group]
         groups.append((torch.tensor([image for image, _ in group]), torch.stack(filled)))
     return groups

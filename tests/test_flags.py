@@ -19,7 +19,7 @@ import data
 import eval as evaluation
 import tools
 import train
-from tools import lait, regions, shapes, weights
+from tools import lait, regions, runs, shapes, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = sorted(path.stem for path in (ROOT / "models").glob("*.py"))
@@ -403,6 +403,9 @@ def test_every_flag_of_a_tool_is_checked(tool, tmp_path, kept):
     (data.main, "check TMP/nowhere", "TMP/nowhere: no such file"),
     (data.main, "check TMP/nowhere --source pear", "--source: invalid choice: 'pear'"),
     (data.main, "check TMP/nowhere --splitt val", "unrecognized arguments: --splitt val"),
+    (runs.main, "", "the following arguments are required: out"),
+    (runs.main, "TMP --outt x", "unrecognized arguments: --outt x"),
+    (runs.main, "TMP/file", "TMP/file: no run here"),
     (regions.main, "--out TMP/x", "name the pictures (--images)"),
     (regions.main, "--images TMP --tsv TMP --out TMP/x", "name the pictures (--images) or"),
     (regions.main, "--images TMP --out TMP", "--out TMP: a folder, not a file"),

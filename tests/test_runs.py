@@ -20,6 +20,7 @@ import eval as evaluation
 import train
 from models import imagebert
 from tests import kill
+from tools import runs
 
 REAL = imagebert.ImageBert.forward
 
@@ -238,7 +239,7 @@ def test_nothing_that_is_not_finite_is_saved(action, flags, words, run, tmp_path
     disturb(monkeypatch, 3, action)
     message = refused(words, run, "run", *flags)
     out = tmp_path / "run"
-    steps = train.checkpoints(out)
+    steps = runs.checkpoints(out)
     last = 0 if "no checkpoint" in message else 1 if "--accum" in flags else 2
     assert steps == [2, 1][2 - last:]
     for step in steps:
@@ -261,14 +262,14 @@ def test_an_overflow_that_the_scaler_skips_is_no_error(run, tmp_path, monkeypatc
         return {**out, "loss": out["loss"] * 1e36}      # times the scale: inf
     disturb(monkeypatch, 2, overflow)
     run("run", "--amp", "fp16", "--clip", 1, "--evals", "none")
-    assert train.checkpoints(tmp_path / "run") == [6, 5]
+    assert runs.checkpoints(tmp_path / "run") == [6, 5]
     disturb(monkeypatch, 2, bad_loss)
     refused("not finite at step 2", run, "other", "--amp", "fp16", "--clip", 1)
 
 
 def test_the_watch_never_waits_for_the_device():
     """On the meta device, where any question for a value is an error."""
-    watch, number = train.Watch("meta"), torch.zeros((), device="meta")
+    watch, number = runs.Watch("meta"), torch.zeros((), device="meta")
     for step in range(3):
         watch.see(step, number, {"mlm": number}, number)
     with pytest.raises(RuntimeError):
@@ -276,7 +277,7 @@ def test_the_watch_never_waits_for_the_device():
 
 
 def test_the_watch_keeps_the_first_bad_step():
-    watch, one, bad = train.Watch("cpu"), torch.tensor(1.0), torch.tensor(float("inf"))
+    watch, one, bad = runs.Watch("cpu"), torch.tensor(1.0), torch.tensor(float("inf"))
     watch.see(1, one, {"a": one}, None)
     assert watch.trouble() == ""
     watch.see(2, one, {"a": bad}, bad)                  # a log alone is no reason to stop
@@ -289,7 +290,7 @@ def test_the_watch_keeps_the_first_bad_step():
 # The last two checkpoints
 
 def test_the_last_two_are_kept_and_weights_are_written_once(copy):
-    assert train.checkpoints(copy) == [6, 5]
+    assert runs.checkpoints(copy) == [6, 5]
     for step in (6, 5):
         with safe_open(copy / f"model-{step}.safetensors", "pt") as file:
             assert file.metadata()["step"] == str(step)
@@ -315,7 +316,7 @@ def test_model_safetensors_is_a_second_name_or_a_copy(here, run, tmp_path, monke
 @pytest.mark.parametrize("minutes, every, steps", [(1, 0, [4, 6]), (0, 0, [6]), (1, 3, [3, 6])])
 def test_checkpoints_by_time(minutes, every, steps, run, monkeypatch):
     """At log lines, a minute or more after the last one; a step takes 25 seconds here."""
-    now, saved, save = [0.0], [], train.save
+    now, saved, save = [0.0], [], runs.save
     disturb(monkeypatch, 0, None)
     seconds = 25
 
@@ -331,8 +332,9 @@ def test_checkpoints_by_time(minutes, every, steps, run, monkeypatch):
         saved.append(step)
         save(run, step)
     monkeypatch.setattr(imagebert.ImageBert, "forward", forward)
-    monkeypatch.setattr(train, "time", Clock)
-    monkeypatch.setattr(train, "save", counted)
+    for module in (train, runs):
+        monkeypatch.setattr(module, "time", Clock)
+    monkeypatch.setattr(runs, "save", counted)
     run("run", "--save_minutes", minutes, "--save_every", every, "--log_every", 2)
     assert saved == steps
 
@@ -376,13 +378,13 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(how, word, run, copy, he
     said = capsys.readouterr().out
     assert word in said and "going back to the checkpoint of step 5" in said
     equal_runs(copy, here / "whole")
-    assert train.checkpoints(copy) == [6, 5] and not list(copy.glob("*.tmp"))
+    assert runs.checkpoints(copy) == [6, 5] and not list(copy.glob("*.tmp"))
 
 
 def test_going_back_leaves_nothing_newer(copy):
     """Else the next resume would find the torn one again, and would keep it for one of two."""
-    train.tidy(copy, 5, ["state-6.pt is torn"])
-    assert train.checkpoints(copy) == [5] and not (copy / "model-6.safetensors").exists()
+    runs.tidy(copy, 5, ["state-6.pt is torn"])
+    assert runs.checkpoints(copy) == [5] and not (copy / "model-6.safetensors").exists()
     assert (copy / "model.safetensors").samefile(copy / "model-5.safetensors")
     assert len((copy / "log.jsonl").read_text().splitlines()) == 5
 
@@ -421,9 +423,9 @@ def test_killed_at_any_moment_of_a_save(squares, here, tmp_path, monkeypatch):
                 pass
             else:
                 break
-        if "config.json" in contents(tmp_path / "run") and train.checkpoints(tmp_path / "run"):
+        if "config.json" in contents(tmp_path / "run") and runs.checkpoints(tmp_path / "run"):
             name = tmp_path / "run" / "model.safetensors"
-            assert name.exists() or train.checkpoints(tmp_path / "run") == [2]
+            assert name.exists() or runs.checkpoints(tmp_path / "run") == [2]
         train.main([*command, "--resume"])
         equal_runs(tmp_path / "run", here / "whole")
     assert moment > 12
@@ -444,9 +446,9 @@ def test_a_signal_saves_and_stops_after_the_step(name, run, here, tmp_path, monk
     with pytest.raises(SystemExit) as error:
         run("run", "--save_every", 0, "--log_every", 20)
     said = capsys.readouterr().err
-    assert error.value.code == train.GO_ON == 75
+    assert error.value.code == runs.GO_ON == 75
     assert f"stopped at step 3 of 6 by {name}" in said and "--resume goes on" in said
-    assert train.checkpoints(tmp_path / "run") == [3]
+    assert runs.checkpoints(tmp_path / "run") == [3]
     assert signal.getsignal(number) is handler
     run("run", "--resume")
     assert kill.result(tmp_path / "run")[0] == kill.result(here / "whole")[0]
@@ -461,7 +463,7 @@ def test_a_second_ctrl_c_stops_at_once(run, tmp_path, monkeypatch):
     disturb(monkeypatch, 3, twice)
     with pytest.raises(KeyboardInterrupt):
         run("run")
-    assert train.checkpoints(tmp_path / "run") == [2, 1]
+    assert runs.checkpoints(tmp_path / "run") == [2, 1]
 
 
 def test_what_nohup_ignores_stays_ignored(run, tmp_path, monkeypatch):
@@ -469,7 +471,7 @@ def test_what_nohup_ignores_stays_ignored(run, tmp_path, monkeypatch):
     disturb(monkeypatch, 2, lambda out: os.kill(os.getpid(), signal.SIGHUP) or out)
     run("run")
     signal.signal(signal.SIGHUP, old)
-    assert train.checkpoints(tmp_path / "run") == [6, 5]
+    assert runs.checkpoints(tmp_path / "run") == [6, 5]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -477,7 +479,7 @@ def test_what_nohup_ignores_stays_ignored(run, tmp_path, monkeypatch):
 
 def test_a_second_run_in_the_same_directory_is_refused(run, copy):
     before = contents(copy)
-    with train.Place(copy, True, False):
+    with runs.Place(copy, True, False):
         for flags in ((), ("--resume",), ("--overwrite",)):
             refused([f"{copy} is in use by process {os.getpid()}", "--out"], run, "run", *flags)
     assert contents(copy) == before
@@ -489,18 +491,18 @@ def test_the_lock_dies_with_its_process(tmp_path):
     reading, writing = os.pipe()
     holder = os.fork()
     if not holder:
-        train.lock(tmp_path)
+        runs.lock(tmp_path)
         child = os.fork()
         if child:
             os.write(writing, str(child).encode())
         signal.pause()
     child = int(os.read(reading, 20))
     try:
-        refused(f"is in use by process {holder} on", train.lock, tmp_path)
+        refused(f"is in use by process {holder} on", runs.lock, tmp_path)
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         os.kill(child, 0)                               # it lives
-        train.lock(tmp_path).close()
+        runs.lock(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -744,6 +746,65 @@ def test_the_best_is_remembered_over_a_stop(run, here, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
+# What a directory holds: python -m tools.runs
+
+def shown(capsys, out):
+    """What the command prints, as it names the directory."""
+    runs.main([str(out)])
+    return capsys.readouterr().out.replace(str(out), "OUT").splitlines()
+
+
+def test_the_command_shows_what_a_directory_holds(copy, capsys):
+    config = json.loads((copy / "config.json").read_text())
+    best = {"step": 5, "evaluation": "retrieval", "metric": "mean", "score": 1.239, "split": "val"}
+    (copy / "config.json").write_text(json.dumps({**config, "best": best}))
+    (copy / "eval-a.json").write_text('{"metrics": {"mean": 2.345, "sum": 3}}')
+    (copy / "eval-b.json").write_text('{"metrics": {"growth": null}}')
+    (copy / "eval-c.json").write_text('{"metr')
+    damage_state(copy)
+    before = contents(copy)
+    sizes = {step: sum(path.stat().st_size for path in runs.pair(copy, step)) for step in (5, 6)}
+    lines = shown(capsys, copy)
+    damage = lines.pop(1)
+    size = f"{sizes[6] / 1e6:.2f} MB"
+    assert damage.startswith(f"  checkpoint of step 6: {size}, OUT/state-6.pt: damaged (")
+    assert lines[-2].startswith("  eval-c.json: damaged (")
+    assert lines[:-2] + lines[-1:] == [
+        "OUT: imagebert (tiny) pretrain, step 6 of 6",
+        f"  checkpoint of step 5: {sizes[5] / 1e6:.2f} MB, whole",
+        "  best: retrieval mean 1.24 on val, step 5", "  eval-a.json: mean 2.35",
+        "  eval-b.json: no number", "  not in use"]
+
+    # it asks for the lock, and neither takes nor changes it
+    with runs.Place(copy, True, False):
+        assert shown(capsys, copy)[-1].startswith(f"  in use by process {os.getpid()} on ")
+    assert contents(copy) == before
+
+    # whole weights of another step are none of this checkpoint
+    mix_steps(copy)
+    shutil.copy(copy / "state-5.pt", copy / "state-6.pt")
+    assert "weights of step 5, state of step 5" in shown(capsys, copy)[1]
+
+
+def test_the_command_shows_stages_and_refuses_what_is_no_run(copy, tmp_path, capsys):
+    for stage in (10, 2):
+        shutil.copytree(copy, tmp_path / f"stages/stage-{stage}")
+    (tmp_path / "stages/stage-11").mkdir()
+    with runs.Place(tmp_path / "stages", True, False):
+        lines = shown(capsys, tmp_path / "stages")
+        assert shown(capsys, tmp_path / "stages/stage-2")[-1] == lines[-1] != "  not in use"
+    heads = [line.split(":")[0] for line in lines if line.startswith("OUT")]
+    assert heads == ["OUT/stage-2", "OUT/stage-10"] and len(lines) == 7
+
+    refused(["tools.runs", "nowhere: no run here, not in use"], runs.main, [f"{tmp_path}/nowhere"])
+    with runs.Place(tmp_path / "begun", False, False):
+        refused("begun: no run here, in use by process", runs.main, [f"{tmp_path}/begun"])
+    refused(["tools.runs", "File name too long"], runs.main, ["x" * 300])
+    (copy / "config.json").write_text("{}")
+    refused(["tools.runs", "config.json: damaged"], runs.main, [str(copy)])
+
+
+# --------------------------------------------------------------------------------------------------
 # Several processes, and kills
 
 class Fork:
@@ -822,28 +883,28 @@ def test_a_signal_to_one_process_stops_both(two, tmp_path):
     codes, said = two(lambda out: os.kill(os.getpid(), signal.SIGUSR1))
     assert codes == [75, 75], said
     assert "stopped at step 2 of 6 by SIGUSR1" in said[0] and "stopped" not in said[1]
-    assert train.checkpoints(tmp_path / "run") == [2, 1]
+    assert runs.checkpoints(tmp_path / "run") == [2, 1]
 
     # at the next log line, where checkpoints are not due at every step
     codes, said = two(lambda out: os.kill(os.getpid(), signal.SIGTERM), "--resume", "--save_every",
                       0, "--log_every", 5)
     assert "stopped at step 5 of 6 by SIGTERM" in said[0], said
     codes, said = two(lambda out: None, "--resume")
-    assert codes == [0, 0] and train.checkpoints(tmp_path / "run") == [6, 5], said
+    assert codes == [0, 0] and runs.checkpoints(tmp_path / "run") == [6, 5], said
 
 
 def test_what_one_process_finds_not_finite_stops_both(two, tmp_path):
     codes, said = two(lambda out: out.update(bad_loss(out)))
     assert codes == [1, 1] and "not finite at step 2: loss nan" in said[0], said
     assert "not finite" not in said[1] and "Traceback" not in said[0] + said[1]
-    assert train.checkpoints(tmp_path / "run") == [1]
+    assert runs.checkpoints(tmp_path / "run") == [1]
 
 
 def test_a_killed_process_ends_the_other_with_a_line(two, tmp_path):
     codes, said = two(lambda out: os.kill(os.getpid(), signal.SIGKILL))
     assert codes == [1, -9], said
     assert "rank 0 lost another process" in said[0] and "Traceback" not in said[0]
-    assert train.checkpoints(tmp_path / "run") == [1]
+    assert runs.checkpoints(tmp_path / "run") == [1]
 
 
 def test_a_full_disk_ends_both(two, tmp_path, here, small_files):

@@ -737,7 +737,7 @@ def test_the_best_is_remembered_over_a_stop(run, here, tmp_path, monkeypatch):
         return {"metrics": {"first": 1.0, "mean": next(scores)}}
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     flags = ("--data", here / "parts.jsonl", "--eval_every", 1, "--eval_limit", 3)
-    monkeypatch.setattr(evaluation, "offered", lambda model: ["retrieval"])
+    monkeypatch.setattr(evaluation, "offered", lambda *_: ["retrieval"])
     run("run", *flags, "--steps", 2)
     run("run", *flags, "--steps", 4, "--resume")
     assert json.loads((tmp_path / "run/config.json").read_text())["best"]["step"] == 1

@@ -648,11 +648,13 @@ def user_of(folder):
     return ""
 
 
-def describe(folder):
-    """The lines about one run, or one stage of it. Numbers are rounded to two places."""
+def inventory(folder):
+    """What the directory of a run, or of one stage, holds: its lines."""
     info = read_config(folder, "tools.runs")
     model, preset, task, step, total, best = map(info.get, SHOWN)
     yield f"{folder}: {model} ({preset}) {task}, step {step} of {total}"
+
+    # checkpoints, read as --resume would; a run at work may drop one meanwhile
     for step in checkpoints(folder):
         size = sum(path.stat().st_size for path in pair(folder, step) if path.exists())
         told = "whole"
@@ -660,7 +662,7 @@ def describe(folder):
             read_checkpoint(folder, step)
         except Stop as e:
             told = str(e)
-        if step in checkpoints(folder):                 # else the run at work has dropped it since
+        if step in checkpoints(folder):
             yield f"  checkpoint of step {step}: {size / 1e6:.2f} MB, {told}"
     if best:
         yield "  best: {evaluation} {metric} {score:.2f} on {split}, step {step}".format(**best)
@@ -687,7 +689,7 @@ def main(argv=None):
         raise Stop(f"tools.runs: {out}: no run here, {state}")
     stages = sorted(filter(holds_run, out.glob("stage-*")), key=lambda path: (len(path.name), path))
     for folder in stages or [out]:
-        print(*describe(folder), sep="\n")
+        print(*inventory(folder), sep="\n")
     print(f"  {state}")
 
 

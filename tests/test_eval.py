@@ -1548,7 +1548,7 @@ def test_evaluations_are_checked_before_the_run_begins(photos, tmp_path, flags, 
     with pytest.raises(SystemExit, match=message) as error:
         train.main(small_conlip(photos, tmp_path / "run", *flags))
     assert "\n" not in str(error.value)
-    assert sorted(os.listdir(tmp_path / "run")) == ["lock", "log.jsonl"]
+    assert set(os.listdir(tmp_path / "run")) - {"lock"} == {"log.jsonl"}
 
 
 def test_a_gallery_beyond_memory_is_refused_before_the_run(photos, tmp_path, monkeypatch):

@@ -84,13 +84,19 @@ os.register_at_fork(after_in_child=lambda: [file.close() for file in LOCKED])
 def lock(folder):
     """Takes FOLDER/lock, which the system frees when this process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a+")
+    path = folder / "lock"
+    file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise Stop(f"train.py: {folder} is in use by {file.read().strip() or 'another run'}: "
                    "wait for it, or give another --out") from None
+
+    # a command that ended without a run has just taken this file away: another one is needed
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        file.close()
+        return lock(folder)
 
     # who has it, for the message above
     LOCKED.add(file)
@@ -163,8 +169,12 @@ class Place:
         return self
 
     def __exit__(self, *_):
-        if self.root == self.new and data.ranks()[0] == 0:
-            shutil.rmtree(self.new)                     # no checkpoint came: the old run stands
+        if data.ranks()[0] == 0:
+            if self.root == self.new:
+                shutil.rmtree(self.new)                 # no checkpoint came: the old run stands
+            elif os.listdir(self.out) == ["lock"]:
+                (self.out / "lock").unlink()            # refused: nothing is left behind
+                self.out.rmdir()
         self.release()
 
     def release(self):

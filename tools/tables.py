@@ -471,7 +471,8 @@ class Driver:
         total = float(len(self.done))
         for run in runs:
             directory = self.folder / run.name
-            if run.name not in self.done and list(directory.glob("**/log.jsonl")):
+            # a run has its settings from its first checkpoint on
+            if run.name not in self.done and list(directory.glob("**/config.json")):
                 total += share_done(directory)
         return total
 

@@ -260,7 +260,7 @@ if script == "train.py":
         def stop(*_):
             (here / "asked").touch()
             sys.exit("stopped at step 1 of 4")
-        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
         (here / "ready").touch()
         time.sleep(60)
     if (here / f"broken-{seed}").exists():

@@ -498,7 +498,7 @@ class Driver:
         finally:
             self.stopped = True
             for process in list(self.processes):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
             pool.shutdown(cancel_futures=True)
             bar.close()
 

@@ -1,5 +1,5 @@
-"""data.py: every official format on small files written here, every bad input, streams, views,
-and the cuts in ../shared/data."""
+"""formats.py and data.py: every official format on small files written here, every bad input,
+streams, views, and the cuts in ../shared/data."""
 
 import importlib
 import io
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import formats
 from models import cookie, mct
 
 read = data.open_source
@@ -253,7 +254,7 @@ def test_a_picture_in_a_tar_has_a_name(tmp_path, tok, capsys):
     tar = shard(tmp_path / "0.tar", [("1.jpg", b"no picture"), ("1.txt", b"a red circle")])
     r = read("pairs", tar, "train")
     where = r[0]["image"]
-    assert where == data.TarMember(tar, 512, 10, "1.jpg")
+    assert where == formats.TarMember(tar, 512, 10, "1.jpg")
     assert str(where) == f"{tar} member 1.jpg (byte 512, 10 bytes)"
     assert data.picture_path(where) == f"{tar}/1.jpg" and data.picture_bytes(where) == 10
     assert pickle.loads(pickle.dumps(where)) == where

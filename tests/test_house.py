@@ -58,6 +58,13 @@ def test_model_files_import_nothing_of_the_project():
         assert not foreign, (path.name, foreign)
 
 
+def test_records_are_read_without_torch():
+    allowed = {"numpy", "PIL", "tqdm", "tools"} | set(sys.stdlib_module_names)
+    for path in (ROOT / "formats.py", ROOT / "tools" / "__init__.py"):
+        foreign = {name.split(".")[0] for name in imports(path)} - allowed
+        assert not foreign, (path.name, foreign)
+
+
 def test_the_others_import_no_model():
     """By the import and not by the name: a model may be called clip, as one of data.py's norms."""
     for path in CODE:
@@ -66,11 +73,12 @@ def test_the_others_import_no_model():
 
 
 def test_arrows_run_downwards():
-    """train -> tools.runs and eval -> data -> tools.shapes; nothing imports train, lait, regions or
-    tables; no circle."""
+    """train -> tools.runs and eval -> data -> formats -> tools.shapes; nothing imports train, lait,
+    regions or tables; no circle."""
     allowed = {"train": {"eval", "data", "tools.runs", "tools.shapes", "tools.weights"},
                "eval": {"data", "tools.shapes", "tools.weights"},
-               "data": {"tools.shapes"}, "tools.shapes": set(), "tools.weights": set(),
+               "data": {"formats", "tools.shapes"}, "formats": {"tools.shapes"},
+               "tools.shapes": set(), "tools.weights": set(),
                "tools.runs": {"data", "tools.weights"}, "tools.regions": {"data", "tools.weights"},
                "tools.lait": {"data", "tools.weights"},
                "tools.tables": {"tools.weights"}, "tools": set()}
@@ -194,8 +202,8 @@ def test_copies_equal_their_origin_and_twins_are_marked():
 # --------------------------------------------------------------------------------------------------
 # models/README.md says what the code reads
 
-READERS = [ROOT / name for name in ("train.py", "eval.py", "data.py", "tools/weights.py",
-                                    "tools/lait.py", "tools/tables.py")]
+READERS = [ROOT / name for name in ("train.py", "eval.py", "data.py", "formats.py",
+                                    "tools/weights.py", "tools/lait.py", "tools/tables.py")]
 OWNERS = {"module": "module", "model": "model", "raw": "model", "cfg": "config"}
 
 

@@ -1,5 +1,5 @@
 """Readers under damage: a seeded mutator over every source, every format of pairs, and every other
-file that data.py reads.
+file that formats.py reads.
 
 Small files that are right are written, then one of them is damaged: cut, flipped, emptied, in
 another encoding, a key removed, a value of a wrong type. What then happens is one of two things: a
@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 import data
+import formats
 from tools.regions import collect_regions
 
 TIMES = int(os.environ.get("READERS_TIMES", 1))
@@ -336,7 +337,7 @@ def use(records, tokenizer):
     for i, record in enumerate(records):
         assert type(record["image_id"]) is int and 0 <= record["image_id"] < 2 ** 62
         for key in ("image", "image2", "feature"):
-            assert isinstance(record.get(key, ""), (str, data.TarMember))
+            assert isinstance(record.get(key, ""), (str, formats.TarMember))
         CHECKS[records.name](record)
         for tensor in views[i].values():
             tensor = tensor[0] if isinstance(tensor, list) else tensor
@@ -534,7 +535,7 @@ def test_a_damaged_file_is_refused_or_read_with_meaning(home, tokenizer, name):
 
 
 # --------------------------------------------------------------------------------------------------
-# The other files that data.py reads
+# The other files that are read
 
 def vocabulary(home):
     path = write(home / "vocab.txt", "\n".join(WORDS) + "\n")

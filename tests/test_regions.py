@@ -1,5 +1,5 @@
-"""tools/regions.py and the regions of data.py: from pictures and rows to a file, from the file to
-samples."""
+"""tools/regions.py and the regions of formats.py: from pictures and rows to a file, from the file
+to samples."""
 
 import base64
 import json
@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data
+import formats
 from models import imagebert
 from tools import regions, shapes
 
@@ -287,7 +288,7 @@ def test_pictures_are_found_by_name(tmp_path):
 
     # in a tar by its member's name
     tar = file("tar", ["0.tar/x.jpg"], "/shards")
-    assert get([tar], data.TarMember("/anywhere/0.tar", 512, 99, "x.jpg")) == [0]
+    assert get([tar], formats.TarMember("/anywhere/0.tar", 512, 99, "x.jpg")) == [0]
 
     # nobody named a regions file
     nothing = data.Records("pairs", "train", str(tmp_path))

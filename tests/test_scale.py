@@ -1,5 +1,5 @@
-"""data.py: many records, in little memory and read once; tar shards and their indexes; the columns
-of a TSV; what is held out of files without splits; one id for two pictures."""
+"""formats.py: many records, in little memory and read once; tar shards and their indexes; the
+columns of a TSV; what is held out of files without splits; one id for two pictures."""
 
 import gzip
 import io
@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import data
+import formats
 import train
 from tests.test_data import SHARED, lines, picture, refused, shard, write
 
@@ -30,14 +31,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def temporary(tmp_path, monkeypatch):
     """Stores and indexes go to a directory of the test's own."""
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(formats.tempfile, "tempdir", str(tmp_path / "tmp"))
     return tmp_path / "tmp"
 
 
 @pytest.fixture
 def stored(monkeypatch):
     """Files of any size are read once and kept."""
-    monkeypatch.setattr(data, "STORE_FROM", 0)
+    monkeypatch.setattr(formats, "STORE_FROM", 0)
 
 
 def rows_of(folder, n, **more):
@@ -55,9 +56,9 @@ def rows_of(folder, n, **more):
 
 MEASURE = """
 import json, sys, time
-import data
-data.STORE_FROM = 0
-data.tempfile.tempdir = sys.argv[1]
+import data, formats
+formats.STORE_FROM = 0
+formats.tempfile.tempdir = sys.argv[1]
 
 def memory(key):
     status = dict(line.split(":") for line in open("/proc/self/status"))
@@ -101,10 +102,10 @@ def test_what_is_stored_is_what_is_read(tmp_path, monkeypatch, capsys):
     rows[9]["image"] = "im/gone.jpg"
     spec = lines(tmp_path / "a.jsonl", rows)
     plain = read("pairs", spec, "train")
-    monkeypatch.setattr(data, "STORE_FROM", 0)
+    monkeypatch.setattr(formats, "STORE_FROM", 0)
     first = read("pairs", spec, "train")
 
-    monkeypatch.setattr(data, "read_files", None)
+    monkeypatch.setattr(formats, "read_files", None)
     again = read("pairs", spec, "val")              # no splits: one store for all
     assert list(first) == list(again) == list(plain) and len(plain) == 29
     assert first.notes == again.notes == plain.notes and plain.notes["missing"] == 1
@@ -151,14 +152,14 @@ def test_processes_read_once_and_a_killed_one_does_no_harm(tmp_path, stored, tem
     # killed in the middle of its reading
     child = os.fork()
     if not child:
-        data.CHUNK = 100
-        append = data.Records.append
+        formats.CHUNK = 100
+        append = formats.Records.append
 
         def appending(self, *given):
             append(self, *given)
             if len(self) == 200:
                 os.kill(os.getpid(), signal.SIGKILL)
-        data.Records.append = appending
+        formats.Records.append = appending
         read("pairs", spec, "train")
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert [path.name for path in temporary.rglob("records.jsonl")]
@@ -181,14 +182,14 @@ def test_a_store_that_cannot_be_written(tmp_path, stored, temporary, monkeypatch
     spec = lines(tmp_path / "a.jsonl", rows_of(tmp_path, 3))
 
     def full(*given):
-        raise OSError(data.errno.ENOSPC, "No space left on device")
+        raise OSError(formats.errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch, refused("No space left on device", "TMPDIR"):
-        patch.setattr(data.np, "save", full)
+        patch.setattr(formats.np, "save", full)
         read("pairs", spec, "train")
     assert not list(temporary.rglob("*.draft"))
 
     # somebody else's folder under this name
-    monkeypatch.setattr(data.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(formats.os, "getuid", lambda: 12345)
     with refused("nanovlp-12345 is not this user's", "TMPDIR"):
         read("pairs", spec, "train")
 
@@ -214,7 +215,7 @@ def test_the_fingerprint_is_of_number_order_and_captions(tmp_path, monkeypatch):
 
     # not of the folder, of where the records are kept, or of other records
     rows_of(tmp_path / "b", 7)
-    monkeypatch.setattr(data, "STORE_FROM", 0)
+    monkeypatch.setattr(formats, "STORE_FROM", 0)
     more = rows + [{"image": "im/6.jpg", "caption": "z"}]
     moved = read("pairs", lines(tmp_path / "b" / "y.jsonl", more), "train")
     assert moved.subset(range(6)).fingerprint() == mark == read("pairs", spec, "").fingerprint()
@@ -405,13 +406,13 @@ def opened(monkeypatch):
         if mode == "r:":
             walked.append(path)
         return walk(path, mode)
-    monkeypatch.setattr(data.tarfile, "open", opening)
+    monkeypatch.setattr(formats.tarfile, "open", opening)
     return walked
 
 
 def test_a_shard_is_walked_once(tmp_path, monkeypatch):
     walked = opened(monkeypatch)
-    monkeypatch.setattr(data, "usable_cores", lambda: 1)
+    monkeypatch.setattr(formats, "usable_cores", lambda: 1)
     shards = [shard(tmp_path / "cc" / f"{k}.tar", samples(2 * k, 2 * k + 1)) for k in range(3)]
     first = read("pairs", str(tmp_path / "cc"), "train", need=("caption",))
     assert walked == shards and [path + ".idx" for path in shards] == sorted(
@@ -431,7 +432,7 @@ def test_a_shard_is_walked_once(tmp_path, monkeypatch):
 
 def test_shards_are_indexed_in_parallel(tmp_path, monkeypatch):
     """By processes, whose errors are one line too."""
-    monkeypatch.setattr(data, "usable_cores", lambda: 2)
+    monkeypatch.setattr(formats, "usable_cores", lambda: 2)
     for k in range(3):
         shard(tmp_path / f"{k}.tar", samples(k))
     assert len(read("pairs", str(tmp_path / "{0..2}.tar"), "train")) == 3
@@ -454,9 +455,9 @@ def test_an_index_that_cannot_lie_beside_its_shard(tmp_path, monkeypatch, tempor
 
     def read_only(old, new):
         if not str(new).startswith(str(temporary)):
-            raise OSError(data.errno.EROFS, "Read-only file system")
+            raise OSError(formats.errno.EROFS, "Read-only file system")
         replace(old, new)
-    monkeypatch.setattr(data.os, "replace", read_only)
+    monkeypatch.setattr(formats.os, "replace", read_only)
     path = shard(tmp_path / "ro" / "0.tar", samples(1))
     for times in (2, 2):
         assert len(read("pairs", path, "train")) == 1 and len(walked) == times
@@ -507,10 +508,10 @@ def test_tars_are_stored_too(tmp_path, stored, monkeypatch):
         shard(tmp_path / "cc" / f"{k}.tar", samples(k))
     first = read("pairs", str(tmp_path / "cc"), "train", need=("caption",))
     with monkeypatch.context() as patch:
-        patch.setattr(data, "read_files", None)
+        patch.setattr(formats, "read_files", None)
         again = read("pairs", str(tmp_path / "cc"), "train", need=("caption",))
     assert list(first) == list(again) and again[1]["image"].read() == jpg(1)
-    assert isinstance(again[0]["image"], data.TarMember)
+    assert isinstance(again[0]["image"], formats.TarMember)
     shard(tmp_path / "cc" / "2.tar", samples(2))
     assert len(read("pairs", str(tmp_path / "cc"), "train", need=("caption",))) == 3
 
@@ -564,7 +565,7 @@ def test_hold_out_of_tsv_and_tar(tmp_path):
     assert one == parts_of(write(tmp_path / "b.tsv", "url\tcaption\n" + "".join(
         f"{url}\ta\n" for url in reversed(urls))))
     for n, url in enumerate(urls):
-        code = data.name_code(url) / 2 ** 64
+        code = formats.name_code(url) / 2 ** 64
         assert one[str(n)] == ("val" if code < 0.2 else "test" if code < 0.4 else "train")
 
     one = parts_of(shard(tmp_path / "0.tar", samples(*range(60))))
@@ -575,7 +576,7 @@ def test_hold_out_of_tsv_and_tar(tmp_path):
 def test_held_out_are_those_with_the_smallest_hash(tmp_path, monkeypatch, capsys):
     rows = rows_of(tmp_path, 200)
     spec = lines(tmp_path / "a.jsonl", rows + rows[:100])
-    code = {row["image"]: data.name_code(row["image"]) / 2 ** 64 for row in rows}
+    code = {row["image"]: formats.name_code(row["image"]) / 2 ** 64 for row in rows}
     val = read("pairs", spec, "val", hold_out=0.2)
     name = {r["image"]: str(Path(r["image"]).relative_to(tmp_path)) for r in val}
     wanted = sorted((n for n in code if code[n] < 0.2), key=code.get)
@@ -586,7 +587,7 @@ def test_held_out_are_those_with_the_smallest_hash(tmp_path, monkeypatch, capsys
     test = read("pairs", spec, "test", hold_out=0.2)
     assert held["held_for_test"] == len(test) and sum(held.values()) + len(val) == 300
 
-    monkeypatch.setattr(data, "MOST_HELD_OUT", 7)
+    monkeypatch.setattr(formats, "MOST_HELD_OUT", 7)
     few = read("pairs", spec, "val", hold_out=0.2)
     assert {name[r["image"]] for r in few} == set(wanted[:7])
     assert few.notes["beyond_the_first_1000"] == len(val) - len(few)
@@ -657,8 +658,8 @@ def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
 
     def closed(folder):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(data.os, "scandir", closed)
-    monkeypatch.setattr(data, "size_of", lambda paths: 0)
+    monkeypatch.setattr(formats.os, "scandir", closed)
+    monkeypatch.setattr(formats, "size_of", lambda paths: 0)
     records = read("pairs", lines(tmp_path / "a.jsonl", rows), "train")
     assert len(records) == 2 and records.notes["missing"] == 1
 

@@ -6,7 +6,7 @@
 
 --images runs torchvision's Faster R-CNN R50-FPN over pictures: a folder, a folder of tar shards, or
 anything that data.py reads as pairs. --global_feature adds the pooled feature of a CNN for each
-picture. --tsv converts bottom-up-attention files. data.py describes the file that is made, and
+picture. --tsv converts bottom-up-attention files. formats.py describes the file that is made, and
 reads it.
 
     pictures or rows --look()--> arrays of a picture --pack()--> part files --join_parts()--> FILE

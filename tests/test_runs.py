@@ -434,8 +434,19 @@ def test_killed_at_any_moment_of_a_save(squares, here, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # Signals
 
+@pytest.fixture
+def heard():
+    """Signals as in a terminal: what a shell starts in the background is deaf to some."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_saves_and_stops_after_the_step(name, run, here, tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_and_stops_after_the_step(name, run, here, heard, tmp_path, monkeypatch,
+                                                 capsys):
     number = getattr(signal, name)
     handler = signal.getsignal(number)
 
@@ -454,7 +465,7 @@ def test_a_signal_saves_and_stops_after_the_step(name, run, here, tmp_path, monk
     assert kill.result(tmp_path / "run")[0] == kill.result(here / "whole")[0]
 
 
-def test_a_second_ctrl_c_stops_at_once(run, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(run, heard, tmp_path, monkeypatch):
     def twice(out):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)            # no second Ctrl-C: no haste

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import resource
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -141,3 +142,11 @@ def squares(tmp_path_factory):
     about = {"detector": STAND_IN, "root": str(here.root), "label_names": json.dumps(names)}
     regions.collect_regions(str(here.regions), records, 24, look, about, quiet=True)
     return here
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    """A test that limits the size of files must not limit pytest's own output, written next."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

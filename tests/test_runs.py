@@ -652,11 +652,11 @@ def test_a_log_that_was_cut_off_loses_its_last_line(run, copy, here, capsys):
 # Full disks
 
 @pytest.fixture
-def small_files(tmp_path):
-    """small_files(n): from now on no file may be larger than n bytes, as on a full disk."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, old[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+def small_files():
+    """small_files(n): until the test ends (conftest.py) no file may be larger than n bytes, as on a
+    full disk."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, most))
 
 
 @pytest.mark.parametrize("kind", ["model", "state"])

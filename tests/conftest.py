@@ -6,13 +6,13 @@ is skipped where that package is not installed, and `pytest -m needs` runs these
 
 import importlib.util
 import json
+import resource
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import resource
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

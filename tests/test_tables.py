@@ -488,6 +488,13 @@ def test_without_a_table_all_are_listed(lab, capsys):
     assert "B > A: holds, +2.1" in printed
 
 
+def test_signals_are_as_before(lab):
+    """A handler of SIGTERM that stayed would keep the forked workers of other tools alive."""
+    before = signal.getsignal(signal.SIGTERM)
+    lab.run(seeds=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_one_table_with_the_real_scripts(squares, monkeypatch, tmp_path):
     """Two steps of one row on pictures of two squares: what train.py and eval.py write is read."""
     module = weights.load_module("conlip")

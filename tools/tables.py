@@ -777,10 +777,13 @@ def main(argv=None):
         return print_commands(groups, opts)
 
     # make those that are missing; the table is of all that could be made
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("tools.tables: stopped by SIGTERM"))
     results = Results(Path(opts.results) / f"{opts.model}.jsonl")
     driver, summaries = Driver(opts, results, bool(columns_of(entry, opts.preset))), []
-    driver.run_all(groups)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("tools.tables: stopped by SIGTERM"))
+    try:
+        driver.run_all(groups)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if driver.keep:
         for evaluation, flags in evaluations_of(entry, opts.preset):
             summaries.append(summarize(opts, entry, evaluation, flags, last, results,

@@ -421,6 +421,7 @@ def test_ctrl_c_stops_the_trainings_once_and_says_how_to_go_on(lab, monkeypatch)
     def interrupt(futures, timeout):
         while not (lab.root / "ready").exists():
             time.sleep(0.02)
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
         raise KeyboardInterrupt
     monkeypatch.setattr(tables, "wait", interrupt)
     began = time.time()
@@ -428,7 +429,6 @@ def test_ctrl_c_stops_the_trainings_once_and_says_how_to_go_on(lab, monkeypatch)
         lab.run("--jobs", "1")
     assert (lab.root / "asked").exists() and time.time() - began < 30
     assert len(lab.calls()) == 1 and not (lab.results / "conlip.jsonl").exists()
-    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

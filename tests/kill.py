@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -145,10 +146,15 @@ def try_case(case, folder, kills, start=start):
     words = command(model, TASK[model], folder / "cut", *flags, "--resume")
     kinds, happened = ["save", "training", "evaluation", "save"], []
     offset = rng.randrange(len(kinds))
-    for n in range(kills):
+    for n in range(10 * kills):
+        if len(happened) == kills:
+            break
         kind = kinds[(n + offset) % len(kinds)]
         if kill_at(start(world, words, folder), folder / "cut", kind, rng):
             happened.append(kind)
+        else:                                           # it ended first: once more from the start
+            shutil.rmtree(folder / "cut")
+            happened = []
     finish(start(world, words, folder), folder)
     return {"model": model, "task": TASK[model], "processes": world,
             "loader workers": case.seed % 2, "kills": len(happened), "moments": " ".join(happened),

@@ -1317,9 +1317,12 @@ def tar_caption(parts):
 
 def write_index(shard, content):
     """Writes an index whole or not at all, to the first of index_paths() that can be written."""
-    for path in index_paths(shard):
-        if index_head(path) == {}:                      # somebody else's file
-            continue
+    beside, kept = index_paths(shard)
+    paths = [beside, kept]
+    if index_head(beside) == {}:                        # somebody else's file
+        paths = [kept]
+
+    for path in paths:
         draft = f"{path}.{os.getpid()}"
         try:
             with open(draft, "wb") as f:
@@ -1955,6 +1958,8 @@ def voc_objects(file):
         notes = ElementTree.parse(file).getroot()
         record["height"] = int(notes.findtext("size/height"))
         record["width"] = int(notes.findtext("size/width"))
+
+        # a missing element is None, which no number is made of
         for thing in notes.findall("object"):
             names = ("xmin", "ymin", "xmax", "ymax")
             x0, y0, x1, y1 = [float(thing.findtext("bndbox/" + name)) for name in names]

@@ -114,6 +114,8 @@ class Loop:
     def check(self):
         """Stop, one line, for a value outside its type, and for values that contradict another."""
         check_fields(self)
+
+        # data
         smallest, largest = self.crop_scale
         if not 0 < smallest <= largest:
             raise Stop(f"--crop_scale {smallest:g} {largest:g}: the smallest share, above 0, and "
@@ -123,6 +125,8 @@ class Loop:
                        "--data")
         if self.hold_out >= 0.5:
             raise Stop(f"--hold_out {self.hold_out:g}: as much for val as for test leaves nothing")
+
+        # the schedule
         if self.min_lr > self.lr:
             raise Stop(f"--min_lr {self.min_lr:g}: more than --lr {self.lr:g}")
         if self.gamma > 1:
@@ -134,6 +138,7 @@ class Loop:
         if not all(a < b for a, b in zip(shares, shares[1:])) or not shares:
             raise Stop(f"--milestones {self.milestones}: rising shares of the run between 0 and 1, "
                        "separated by commas")
+
         if self.device == "cuda" and not torch.cuda.is_available():
             raise Stop("--device cuda: there is no CUDA device here")
 

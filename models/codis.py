@@ -148,6 +148,8 @@ class Config:
     def check(self, task):
         """SystemExit, one line, for a value that its type or another value forbids."""
         check_fields(self)
+
+        # images divide into patches, the convolutional stem halves a patch twice
         if self.image_size % self.patch:
             raise SystemExit(f"--image_size {self.image_size}: not a multiple of "
                              f"--patch {self.patch}")
@@ -155,11 +157,15 @@ class Config:
             raise SystemExit(f"--patch {self.patch}: --stem conv wants a multiple of 4")
         if self.stem == "conv" and self.vision_width < 2:
             raise SystemExit("--vision_width 1: --stem conv halves it")
+
+        # heads share the width
         if self.vision_width % self.vision_heads:
             raise SystemExit(f"--vision_heads {self.vision_heads}: does not divide "
                              f"--vision_width {self.vision_width}")
         if self.width % self.heads:
             raise SystemExit(f"--heads {self.heads}: does not divide --width {self.width}")
+
+        # what precision and the table of positions can hold
         if self.ot_eps < 0.05:
             raise SystemExit(f"--ot_eps {self.ot_eps}: below 0.05 float32 has no exp(-D/eps)")
         for name in ("max_text", "max_answer"):

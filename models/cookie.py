@@ -134,11 +134,15 @@ class Config:
     def check(self, task):
         """SystemExit, one line, for a value that its type or another value forbids."""
         check_fields(self)
+
+        # heads share the width
         if self.width % self.heads:
             raise SystemExit(f"--heads {self.heads}: does not divide --width {self.width}")
         if self.embed_dim % self.te_heads:
             raise SystemExit(f"--te_heads {self.te_heads}: does not divide "
                              f"--embed_dim {self.embed_dim}")
+
+        # at least one patch, a position for each word, and no word changed twice
         stride = 2 ** (1 + len(NETS[self.backbone][1]))
         if self.image_size < stride:
             raise SystemExit(f"--image_size {self.image_size}: --backbone {self.backbone} has a "

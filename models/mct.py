@@ -163,6 +163,8 @@ class Config:
     def check(self, task):
         """SystemExit, one line, for a value that its type or another value forbids."""
         check_fields(self)
+
+        # sizes that go together
         for name, number in (("layers", 4), ("proposals", 2)):
             if len(getattr(self, name)) != number:
                 raise SystemExit(f"--{name} {getattr(self, name)}: {number} numbers")
@@ -171,6 +173,8 @@ class Config:
                              f"--width {self.width}")
         if self.max_text > self.positions:
             raise SystemExit(f"--max_text {self.max_text}: more than --positions {self.positions}")
+
+        # heads of both spaces in one, and the levels of the detector's pyramid
         if self.heads == "unified" and self.intra_dim != self.inter_dim:
             raise SystemExit(f"--heads unified: --intra_dim {self.intra_dim} and --inter_dim "
                              f"{self.inter_dim} differ")

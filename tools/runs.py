@@ -435,12 +435,16 @@ def check_length(run, old, step, learning_rate):
     before, now = old["total_steps"], run.info["total_steps"]
     if now == before:
         return
+
+    # which of the two was changed, and whether so many steps are done already
     fields = [f"{key} {old['loop'][key]:g}" for key in LENGTH
               if old["loop"][key] != getattr(run.loop, key)]
     told = (f"--resume: {run.out} was trained to step {step} with {', '.join(fields)}, "
             f"{before} steps in all, this command says {now}")
     if now < step:
         raise Stop(told)
+
+    # every step that was done must have had the rate that it would have now
     for s in range(step):
         if learning_rate(s, before, run.loop) != learning_rate(s, now, run.loop):
             raise Stop(f"{told}: the {run.loop.schedule} schedule would have given step {s} "

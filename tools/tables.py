@@ -272,6 +272,7 @@ def plan(module, model, entry, preset, seeds, more):
     runs, last, groups = {}, {}, {}
     for seed in seeds:
         for row in entry["rows"]:
+            # a chain of trainings, whose first ones other rows may share
             steps, before = steps_of(entry, preset, row, more), None
             for n in range(1, len(steps) + 1):
                 digest = digest_of(module, preset, steps[:n])

@@ -462,9 +462,9 @@ def test_print_gives_lines_that_depend_on_no_other(lab, capsys):
     (["clip", "Table 3"], "there is no models/clip.py"),
     (["conlip", "Table 33"], "has no 'Table 33'; it has: Table 1"),
     (["conlip", "Table 1: COCO"], "has no settings for preset 'tiny'; it has: base"),
-    (["conlip", "Table 3", "--seeds", "0"], "at least 1"),
-    (["conlip", "Table 3", "--jobs", "0"], "at least 1"),
-    (["conlip", "Table 3", "--seeds", "many"], "invalid int"),
+    (["conlip", "Table 3", "--seeds", "0"], "--seeds: 0: from 1 to 1000"),
+    (["conlip", "Table 3", "--jobs", "0"], "--jobs: 0: from 1 to 1000"),
+    (["conlip", "Table 3", "--seeds", "many"], "is no whole number"),
     (["conlip", "Table 3", "more"], "'more' is no flag")])
 def test_mistakes_are_one_line(argv, text, tmp_path):
     with pytest.raises(SystemExit) as stop:

@@ -26,7 +26,6 @@ from it, so that lines depend on no other:
 and the first command without --print then finds the finished runs and makes the table.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -43,6 +42,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tools import Few, Parser
 from tools.weights import ROOT, Stop, find_run, load_module
 
 # --------------------------------------------------------------------------------------------------
@@ -738,24 +738,22 @@ def write_tables(summaries, opts, command):
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(prog="tools.tables", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="tools.tables", description=__doc__)
     p.add_argument("model", metavar="MODEL", help="a file of models/, without .py")
     p.add_argument("table", metavar="TABLE", nargs="?", help="a key of its TABLES; none lists all")
-    p.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, 2, ... (default: 5)")
+    p.add_argument("--seeds", type=Few, default=5, help="how many: 0, 1, 2, ... (default: 5)")
     p.add_argument("--preset", default="tiny", help="tiny, or base: the paper's sizes and data")
-    p.add_argument("--jobs", type=int, default=2, help="trainings at a time (default: 2)")
+    p.add_argument("--jobs", type=Few, default=2, help="trainings at a time (default: 2)")
     p.add_argument("--runs", default="out/tables", help="where the runs lie (default: out/tables)")
     p.add_argument("--results", default=str(ROOT / "models" / "results"),
                    help="where numbers and tables are written (default: models/results)")
     p.add_argument("--launcher", default="python", metavar="COMMAND",
                    help='before train.py: "torchrun --nproc_per_node 8" (default: python)')
     p.add_argument("--print", action="store_true", help="only print the commands, a job a line")
-    p.error = lambda message: sys.exit(Stop(f"tools.tables: {message} (see --help)"))
+
+    # what is unknown here goes to every training
     opts, opts.more = p.parse_known_args(argv)
     as_dict(opts.more)
-    if opts.seeds < 1 or opts.jobs < 1:
-        raise Stop("tools.tables: --seeds and --jobs are at least 1")
     return opts
 
 
